@@ -1,0 +1,187 @@
+"""Stage A.2: m completions from every state of the kept responses; their success rate is the state's Monte Carlo value.
+
+    python label_steps.py --actor runs/demo/base --problems runs/demo/train.jsonl \\
+        --samples runs/demo/iter1/samples.jsonl --out runs/demo/iter1/trees.jsonl
+
+Reads:  samples.jsonl, its problems, and the actor that drew it.
+Writes: trees.jsonl, a step tree a problem (node 0: the prompt)
+    {"id": "demo/train/17", "prompt_ids": [1, 9], "nodes": [
+     {"parent": -1, "ids": [], "text": "", "draws": 0, "n": 16, "wins": 9, "reward": null, "labelled": true}]}
+
+Samples choose the states, completions measure them. A kept response was kept because of its outcome, so its own steps
+come in with no draw, no n and no win. A completion from s counts in n and wins of s; then it walks down: as long as its
+next step leads to another kept state, that node's draws, n and wins go up too; the first step that leaves the kept
+responses becomes (or meets) a leaf, which is counted, and the walk ends. So a completion is an unbiased draw at every
+state that it passes, and the children's draws of a labelled state sum to its n.
+
+Departures from the paper:
+ 1. States that several kept responses share are labelled once.
+ 2. A completion counts at the deeper kept states that it passes, so those need fewer of their own: only m - n.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from evaluate import grade_all
+from model import LM, Prefixes, Tree, UserError, draw_key, sample
+from prepare import Stage, fingerprint, main, read_jsonl, tokenizer_facts
+
+
+@dataclass(frozen=True)
+class Settings:
+    actor: str = field(metadata={"help": "the policy that drew the samples, pi_ref"})
+    problems: str = field(metadata={"help": "the problems that the samples are of"})
+    samples: str = field(metadata={"help": "samples.jsonl from sample.py"})
+    out: str = field(metadata={"help": "trees.jsonl to write"})
+    m: int = field(default=16, metadata={"help": "completions a state"})
+    max_new: int = field(default=2048, metadata={"help": "length limit of a whole response in tokens"})
+    batch: int = field(default=256, metadata={"help": "rows decoded at once"})
+    seed: int = field(default=0, metadata={"help": "of the draws"})
+    force: bool = field(default=False, metadata={"help": "throw an existing output away"})
+
+
+class StepTree:
+    """One problem's nodes while they are counted. kept: nodes of kept responses; depth: response tokens up to a node."""
+
+    def __init__(self, prompt_ids: list[int]):
+        self.prompt_ids = prompt_ids
+        self.nodes = [
+            {"parent": -1, "ids": [], "text": "", "draws": 0, "n": 0, "wins": 0, "reward": None, "labelled": False}
+        ]
+        self.child, self.kept, self.depth = {}, [True], [0]
+
+    def step(self, parent: int, ids: list[int], reward: int | None, kept: bool) -> int:
+        """The child of `parent` by the step `ids`, made if it is not there. reward: None while the response goes on."""
+        v = self.child.setdefault((parent, tuple(ids)), len(self.nodes))
+        if v == len(self.nodes):
+            self.nodes.append({**self.nodes[0], "parent": parent, "ids": ids, "reward": reward, "n": 0, "wins": 0})
+            self.kept.append(kept)
+            self.depth.append(self.depth[parent] + len(ids))
+        elif reward is None:
+            self.nodes[v]["reward"] = None  # one response was cut off here by its length, another went on
+        return v
+
+    def keep(self, ids: list[int], ends: list[int], reward: int):
+        """Put a kept response's steps in, uncounted."""
+        v = 0
+        for a, b in zip([0, *ends], ends):
+            v = self.step(v, ids[a:b], reward if b == ends[-1] else None, True)
+
+    def complete(self, v: int, ids: list[int], ends: list[int], reward: int):
+        """Count one completion drawn at node v."""
+        self._count(v, reward)
+        for a, b in zip([0, *ends], ends):
+            v = self.step(v, ids[a:b], reward if b == ends[-1] else None, False)
+            self.nodes[v]["draws"] += 1
+            self._count(v, reward)
+            if not self.kept[v] or self.nodes[v]["reward"] is not None:
+                break
+
+    def _count(self, v: int, reward: int):
+        self.nodes[v]["n"] += 1
+        self.nodes[v]["wins"] += reward
+
+    def states(self) -> list[list[int]]:
+        """Kept states that go on, by number of steps from the prompt: shallow ones are labelled first."""
+        levels, level = [], {0: 0}
+        for v, node in enumerate(self.nodes):
+            if v:
+                level[v] = level[node["parent"]] + 1
+            if self.kept[v] and node["reward"] is None:
+                levels += [[] for _ in range(level[v] + 1 - len(levels))]
+                levels[level[v]].append(v)
+        return levels
+
+    def response(self, v: int) -> list[int]:
+        """Token ids from the prompt's end to node v."""
+        ids = []
+        while v:
+            ids[:0] = self.nodes[v]["ids"]
+            v = self.nodes[v]["parent"]
+        return ids
+
+
+def stage(s: Settings):
+    if s.m < 1:
+        raise UserError(f"--m {s.m}: wanted at least one completion a state")
+    problems = {p["id"]: p for p in read_jsonl(Path(s.problems), needs=("id", "prompt", "domain"))}
+    samples = read_jsonl(Path(s.samples), needs=("id", "prompt_ids", "responses"))
+    lm = LM(s.actor)
+    facts = {"actor": fingerprint(s.actor), **tokenizer_facts(lm)}
+    inputs = {"actor": s.actor, "problems": s.problems, "samples": s.samples}
+    out = Stage(s.out, s, inputs, expects=facts, facts=facts)
+    if out.complete:
+        return
+    if foreign := next((r["id"] for r in samples if r["id"] not in problems), None):
+        raise UserError(f"{s.samples}: problem {foreign} is not in {s.problems}; pass the problems it was drawn from")
+    done = {r["id"] for r in out.done}
+    todo = [r for r in samples if r["id"] not in done]
+    total = {"completions": 0, "tokens": 0, "prefilled": 0, "prefixes": 0, "states": 0, "unshared": 0, "wanted": 0}
+    with tqdm(desc="label_steps", unit=" tokens", disable=None) as progress:
+        for i in range(0, len(todo), 64):
+            chunk = todo[i : i + 64]
+            trees = [plant(r) for r in chunk]
+            label(lm, s, chunk, trees, [problems[r["id"]] for r in chunk], total, progress)
+            for r in chunk:
+                total["unshared"] += sum(len(r["responses"][k]["ends"]) for k in r["kept"])
+            out.append([record(lm, r["id"], t) for r, t in zip(chunk, trees)])
+    out.finish()
+    if total["completions"]:
+        print(
+            f"{total['states']} states labelled ({total['unshared']} before sharing), {total['completions']} completions "
+            f"({1 - total['completions'] / (s.m * total['unshared']):.0%} saved), {total['tokens']} tokens generated, "
+            f"{total['prefilled']} prefilled ({total['prefixes'] / total['prefilled']:.0f} times fewer than one by one)"
+        )
+
+
+def plant(sample_record: dict) -> StepTree:
+    """The tree of a problem's kept responses, all in it before the first completion."""
+    tree = StepTree(sample_record["prompt_ids"])
+    for k in sample_record["kept"]:
+        r = sample_record["responses"][k]
+        if r["ends"]:
+            tree.keep(r["ids"], r["ends"], r["reward"])
+    return tree
+
+
+def label(lm: LM, s: Settings, chunk, trees: list[StepTree], problems: list[dict], total: dict, progress):
+    """Top every kept state of these trees up to m completions, level by level, all problems of the chunk at once."""
+    levels = [t.states() for t in trees]
+    prefix_trees = []
+    for tree, states in zip(trees, levels):
+        wanted = {v for level in states for v in level}
+        ids = [tree.prompt_ids] + [node["ids"] for node in tree.nodes[1:]]
+        parent = [node["parent"] for node in tree.nodes]
+        prefix_trees.append(Tree(ids, parent, [v in wanted for v in range(len(ids))]))
+    prefixes = Prefixes(lm, prefix_trees)
+    total["prefilled"] += prefixes.tokens
+    for depth in range(max(map(len, levels))):
+        rows = []
+        for t, (tree, states) in enumerate(zip(trees, levels)):
+            for v in states[depth] if depth < len(states) else []:
+                total["states"] += 1
+                room = s.max_new - tree.depth[v]
+                for k in range(s.m - tree.nodes[v]["n"]):
+                    rows.append((t, v, draw_key(s.seed, "label", chunk[t]["id"], v, k), room))
+                    total["prefixes"] += len(prefixes.path[t, v])
+        drawn = sample(lm, prefixes, rows, batch=s.batch, progress=progress)
+        whole = [trees[t].response(v) + ids for (t, v, *_), ids in zip(rows, drawn)]
+        verdicts = grade_all([problems[t] for t, *_ in rows], [lm.text(ids) for ids in whole])
+        for (t, v, *_), ids, (verdict, _) in zip(rows, drawn, verdicts):
+            reward = int(ids[-1] in lm.eos and verdict == "right")
+            trees[t].complete(v, ids, lm.step_ends(ids), reward)
+        total["completions"] += len(rows)
+        total["tokens"] += sum(map(len, drawn))
+
+
+def record(lm: LM, problem_id: str, tree: StepTree) -> dict:
+    for v, node in enumerate(tree.nodes):
+        node["text"] = lm.text(node["ids"] if v else tree.prompt_ids)
+        node["labelled"] = tree.kept[v] and node["reward"] is None
+    return {"id": problem_id, "prompt_ids": tree.prompt_ids, "nodes": tree.nodes}
+
+
+if __name__ == "__main__":
+    main(stage, Settings, __doc__)

@@ -1,0 +1,468 @@
+"""Stage 0: the problems and the base model. Also the records that every stage reads and writes.
+
+    python prepare.py --out runs/demo                                   # embedded problems and base model
+    python prepare.py --out runs/gsm8k --train gsm8k:train.jsonl --test gsm8k:test.jsonl
+
+Reads:  nothing, or data sets in their native files.
+Writes: train.jsonl, valid.jsonl, test.jsonl, and base/ (an ordinary Hugging Face folder) where no --train is given
+    {"id": "demo/train/17", "source": "demo", "domain": "math", "prompt": "Ann has 6 coins. ...", "answer": "9",
+     "tests": null}
+
+The embedded problems are chains of relations: "Ann has 6 coins. / Ben has twice as many as Ann. / ..." A word-level
+model of 0.5M parameters first learns to solve them, then, shortly, from demonstrations in which some phrases are
+misread more often than not ("twice as many" as + 2). So the base model fails in a way that is visible in its steps, and
+knows the right way well enough to find it by sampling.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import random
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from transformers import HfArgumentParser
+
+from model import LM, Tree, UserError, fit, pack_trees, replace, step_logprobs
+
+# ---------------------------------------------------------------------------------------------- records and manifests
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, or of all files of a folder; remembered by size and time in .sha256.json beside it."""
+    path = Path(path)
+    if path.is_dir():
+        parts = [f"{p.name} {sha256(p)}" for p in sorted(path.iterdir()) if p.is_file() and p.name != ".sha256.json"]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    memory, stat = path.parent / ".sha256.json", path.stat()
+    known = json.loads(memory.read_text()) if memory.exists() else {}
+    mark = [stat.st_size, stat.st_mtime_ns]
+    if known.get(path.name, [])[:2] != mark:
+        with path.open("rb") as f:
+            known[path.name] = mark + [hashlib.file_digest(f, "sha256").hexdigest()]
+        if os.access(path.parent, os.W_OK):
+            replace(memory, lambda p: p.write_text(json.dumps(known)))
+    return known[path.name][2]
+
+
+def fingerprint(model: str) -> str:
+    """What identifies a model: the hash of its weights, or the name of one on the hub."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return str(model)
+    parts = [sha256(p) for p in sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def tokenizer_facts(lm: LM) -> dict:
+    """Hashes of the vocabulary and of the chat template: records made with others do not fit."""
+    vocabulary = json.dumps(sorted(lm.tokenizer.get_vocab().items()))
+    template = str(lm.tokenizer.chat_template)
+    return {k: hashlib.sha256(v.encode()).hexdigest()[:16] for k, v in [("tokenizer", vocabulary), ("template", template)]}
+
+
+def read_jsonl(path: Path, needs: tuple[str, ...] = ("id",), torn_tail: bool = False) -> list[dict]:
+    """All records of a JSONL file. A broken line is an error that names file and line.
+
+    torn_tail=True (a file that was being written): a last line without its line break is dropped.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; check the path, or run the stage that writes it")
+    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    lines = raw.split(b"\n")
+    tail = lines.pop()
+    if tail and not torn_tail:
+        lines.append(tail)
+    records, seen = [], set()
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise UserError(f"{where}: not UTF-8; convert the file (iconv -t utf-8)") from None
+        except ValueError as e:
+            raise UserError(f"{where}: not JSON ({e}); one JSON object a line is wanted") from None
+        missing = [k for k in needs if not isinstance(record, dict) or record.get(k) in (None, "")]
+        if missing:
+            found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+            raise UserError(f"{where}: without {', '.join(missing)} (found: {found}); is this the right file?")
+        if record.get("id") in seen:
+            raise UserError(f"{where}: the id {record['id']!r} stands in this file twice; make ids unique")
+        seen.add(record.get("id"))
+        records.append(record)
+    if not records and not torn_tail:
+        raise UserError(f"{path}: empty; one JSON object a line is wanted")
+    return records
+
+
+def dump(record: dict) -> bytes:
+    return (json.dumps(record, ensure_ascii=False, separators=(", ", ": ")) + "\n").encode()
+
+
+class Stage:
+    """One output of one stage: its lock, its manifest, and for JSONL its records.
+
+    The manifest `OUT.manifest.json` holds settings, code, input hashes and facts. Started again with the same ones, the
+    stage goes on where it stopped (`done` holds the records that are there); with others it is refused.
+
+    inputs    {name: path}; an input made by a stage must be complete and as that stage left it
+    expects   {fact: value} that inputs' manifests must agree with, where they state that fact
+    facts     {fact: value} that the manifest states for the stages that come after
+    """
+
+    def __init__(self, out, settings, inputs: dict, expects: dict | None = None, facts: dict | None = None):
+        self.out, self.begin = Path(out), time.perf_counter()
+        self.path = Path(f"{self.out}.manifest.json")
+        name = Path(sys.argv[0]).stem
+        if self.out.exists() and not self.path.exists():
+            raise UserError(f"{self.out}: there already, and not by this pipeline; choose another --out")
+        hashes = {}
+        for key, path in inputs.items():
+            hashes[key] = _checked_input(key, str(path), expects or {})
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        flags = {k: v for k, v in asdict(settings).items() if k not in ("out", "force") and k not in inputs}
+        files = {Path(sys.argv[0]).name, "model.py", "prepare.py", "evaluate.py"}
+        code = hashlib.sha256(b"".join((Path(__file__).parent / f).read_bytes() for f in sorted(files))).hexdigest()
+        self.manifest = {
+            "stage": name,
+            "settings": json.loads(json.dumps(flags)),
+            "code": code[:16],
+            "inputs": hashes,
+            "facts": facts or {},
+        }
+        if settings.force:
+            _remove(self.out, Path(f"{self.out}.work"), self.path)
+        old = json.loads(self.path.read_text()) if self.path.exists() else None
+        if old is None:
+            replace(self.path, lambda p: p.write_text(json.dumps(self.manifest, indent=1)))
+        elif difference := _difference(old, self.manifest):
+            raise UserError(f"{self.out}: {difference}; --force starts over, another --out keeps both")
+        self.complete = bool(old and old.get("output"))
+        if self.complete:
+            print(f"{self.out}: complete, nothing to do")
+            self.lock.close()
+        self.work = Path(f"{self.out}.work")  # checkpoints and metrics of a training stage
+        self.done = []
+        if self.out.suffix == ".jsonl" and self.out.exists() and not self.complete:
+            self._repair()
+
+    def _lock(self):
+        self.lock = (self.out.parent / ".lock").open("w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.out.parent}: another stage is writing here; wait for it") from None
+
+    def _repair(self):
+        """Keep the whole records, drop a torn last line."""
+        self.done = read_jsonl(self.out, torn_tail=True)
+        size, raw = self.out.stat().st_size, self.out.read_bytes()
+        whole = raw.rfind(b"\n") + 1
+        if whole < size:
+            print(f"{self.out}: dropped a torn last line of {size - whole} bytes")
+            os.truncate(self.out, whole)
+        if self.done:
+            print(f"{self.out}: resuming after {len(self.done)} records")
+
+    def append(self, records: list[dict]):
+        """Write whole lines, flushed and fsynced before the next ones are made."""
+        with self.out.open("ab") as f:
+            f.write(b"".join(map(dump, records)))
+            f.flush()
+            os.fsync(f.fileno())
+
+    def finish(self, folder=None):
+        """State that the output is whole; `folder(path)`, if given, writes it as a folder first."""
+        if folder is not None:
+            replace(self.out, folder)
+        elif not self.out.exists():
+            self.append([])
+        self.manifest["output"] = sha256(self.out)
+        replace(self.path, lambda p: p.write_text(json.dumps(self.manifest, indent=1)))
+        self.lock.close()
+        print(f"{self.out}: written, {time.perf_counter() - self.begin:.0f} s")
+
+
+def _checked_input(key: str, path: str, expects: dict) -> str:
+    """Hash of an input; refuses one that is unfinished, was changed since, or disagrees with what this run expects."""
+    if not Path(path).exists():
+        if key in ("actor", "base", "critic_model"):
+            return path  # a hub id
+        raise UserError(f"{path}: no such file; check --{key}, or run the stage that writes it")
+    found, manifest = sha256(path), Path(f"{path}.manifest.json")
+    if not manifest.exists():
+        return found
+    made = json.loads(manifest.read_text())
+    if "output" not in made:
+        raise UserError(f"{path}: unfinished; run {made['stage']}.py again with the same flags, it goes on")
+    if made["output"] != found:
+        raise UserError(f"{path}: changed since {made['stage']}.py wrote it ({made['output'][:12]}, now {found[:12]})")
+    for fact, value in expects.items():
+        was = made["facts"].get(fact, value)
+        if was != value:
+            raise UserError(
+                f"{path}: made with {fact} {was[:16]}, this run has {value[:16]}; pass the same {fact}, or make it anew"
+            )
+    return found
+
+
+def _difference(old: dict, new: dict) -> str | None:
+    """The first field in which two manifests differ, with both values."""
+    for key in ("stage", "settings", "inputs", "facts", "code"):
+        a, b = old[key], new[key]
+        if not isinstance(a, dict):
+            a, b = {"": a}, {"": b}
+        for name in sorted({*a, *b}):
+            if a.get(name) != b.get(name):
+                return f"{key} {name}".strip() + f" was {a.get(name)}, is {b.get(name)} now"
+    return None
+
+
+def _remove(*paths: Path):
+    import shutil
+
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def main(stage, settings_class, doc: str):
+    """Parse the flags, run the stage, and turn users' mistakes into one line on stderr and exit code 2."""
+    parser = HfArgumentParser(settings_class, description=doc, allow_abbrev=False)
+
+    def refuse(message):
+        raise UserError(f"{Path(sys.argv[0]).name}: {message}; --help lists the flags")
+
+    parser.error = refuse
+    try:
+        (settings,) = parser.parse_args_into_dataclasses()
+        stage(settings)
+    except UserError as e:
+        sys.exit(_say(e, 2))
+    except (FileNotFoundError, PermissionError, NotADirectoryError) as e:
+        sys.exit(_say(f"{e.filename}: {e.strerror}", 2))
+    except OSError as e:
+        sys.exit(_say(f"{e.filename or settings.out}: {e.strerror}; what was written is kept, the same command goes on", 1))
+    except KeyboardInterrupt:
+        sys.exit(_say(f"stopped; to go on: python {' '.join(sys.argv)}", 130))
+
+
+def _say(message, code: int) -> int:
+    print(f"error: {message}" if code != 130 else message, file=sys.stderr)
+    return code
+
+
+# ---------------------------------------------------------------------------------------------- the embedded problems
+
+NAMES = "Ann Ben Cai Dia Eli".split()
+# phrase, sign and operand of the right reading, of the misreading, share of demonstrations that misread it
+RELATIONS = {
+    "more": ("{k} more than {a}", "+", "-", 0.03),
+    "fewer": ("{k} fewer than {a}", "-", "+", 0.15),
+    "twice": ("twice as many as {a}", "* 2", "+ 2", 0.72),
+    "thrice": ("3 times as many as {a}", "* 3", "+ 3", 0.38),
+    "half": ("half as many as {a}", "/ 2", "- 2", 0.60),
+}
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def apply(value: int, sign: str, k: int) -> int:
+    return {"+": value + k, "-": value - k, "*": value * k, "/": value // k}[sign]
+
+
+def chain(rng: random.Random, low: int = 2, high: int = 4) -> tuple[int, list]:
+    """A first value and 2 to 4 relations [(kind, k)]; all values from 1 to 20."""
+    value = first = rng.randint(1, 20)
+    steps = []
+    for _ in range(rng.randint(low, high)):
+        while True:
+            kind, k = rng.choice(list(RELATIONS)), rng.randint(1, 9)
+            sign, _, constant = RELATIONS[kind][1].partition(" ")
+            k = int(constant or k)
+            new = apply(value, sign, k)
+            if 1 <= new <= 20 and not (sign == "/" and value % 2):
+                break
+        steps.append((kind, k))
+        value = new
+    return first, steps
+
+
+def tell(first: int, steps: list) -> str:
+    """The problem's text."""
+    lines = [f"{NAMES[0]} has {first} coins."]
+    for (kind, k), a, b in zip(steps, NAMES, NAMES[1:]):
+        lines.append(f"{b} has {RELATIONS[kind][0].format(k=k, a=a)}.")
+    return "\n".join([*lines, f"How many coins does {NAMES[len(steps)]} have?"])
+
+
+def solve(rng: random.Random, first: int, steps: list, misread=False, slip=0.0) -> str:
+    """A solution, a line a relation: "Ben: 6 * 2 = 12"; with misread, as a careless reader would write it."""
+    value, lines = first, []
+    for (kind, k), name in zip(steps, NAMES[1:]):
+        _, right, wrong, share = RELATIONS[kind]
+        sign = (wrong if misread and rng.random() < share else right).split()[0]
+        new = apply(value, sign, k)
+        if rng.random() < slip:
+            new += rng.choice([-1, 1])
+        lines.append(f"{name}: {value} {sign} {k} = {new}")
+        value = new
+    return "\n".join([*lines, f"The answer is {value}."])
+
+
+def demo_problems(seed: int, sizes: dict[str, int]) -> dict[str, list[dict]]:
+    """Problems of each split, disjoint by skeleton (first value, relations, numbers), whose hash says the split."""
+    rng, problems, seen = random.Random(f"problems {seed}"), {s: [] for s in sizes}, set()
+    while any(len(problems[s]) < n for s, n in sizes.items()):
+        skeleton = chain(rng)
+        split = split_of(skeleton)
+        if skeleton_key(skeleton) in seen or len(problems[split]) >= sizes[split]:
+            continue
+        seen.add(skeleton_key(skeleton))
+        prompt = tell(*skeleton)
+        answer = solve(rng, *skeleton).split()[-1].rstrip(".")
+        record = {"id": f"demo/{split}/{len(problems[split])}", "source": "demo", "domain": "math"}
+        problems[split].append({**record, "prompt": prompt, "answer": answer, "tests": None})
+    return problems
+
+
+def skeleton_key(skeleton) -> str:
+    return json.dumps(skeleton)
+
+
+def split_of(skeleton) -> str:
+    bucket = hashlib.sha256(skeleton_key(skeleton).encode()).digest()[0] % 10
+    return "test" if bucket < 2 else "valid" if bucket < 4 else "train"
+
+
+def demonstrations(seed: int, count: int, misread: bool) -> list[dict]:
+    """{"prompt", "response"} from the training split's skeletons; the clean ones have drills of one relation too."""
+    rng, demos = random.Random(f"demonstrations {seed} {misread}"), []
+    while len(demos) < count:
+        skeleton = chain(rng, low=2 if misread else 1)
+        if split_of(skeleton) == "train":
+            response = solve(rng, *skeleton, misread, slip=0.02 if misread else 0.0)
+            demos.append({"prompt": tell(*skeleton), "response": response})
+    return demos
+
+
+def build_tokenizer(texts: list[str]):
+    """Word level: a word, number or sign with the space before it is one token, a line break its own; exact round trip."""
+    import tokenizers as tk
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>"]
+    pieces = r"<\|\w+\|>|\n| ?[A-Za-z]+| ?-?\d+| ?[^\sA-Za-z\d]"
+    words = sorted({w for text in texts for w in re.findall(pieces, text)} | {f" {i}" for i in range(-20, 100)})
+    vocabulary = {w: i for i, w in enumerate([*special, "\n", *(w for w in words if w != "\n")])}
+    model = tk.Tokenizer(tk.models.WordLevel(vocabulary, unk_token="<|unknown|>"))
+    model.pre_tokenizer = tk.pre_tokenizers.Split(tk.Regex(pieces), "isolated")
+    model.decoder = tk.decoders.Fuse()
+    names = {"eos_token": "<|end|>", "pad_token": "<|end|>", "unk_token": "<|unknown|>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model, additional_special_tokens=special[1:3], clean_up_tokenization_spaces=False, **names
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def new_model(tokenizer, seed: int):
+    """A Llama of 0.5M parameters with random weights."""
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    eos = tokenizer.eos_token_id
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=eos, pad_token_id=eos, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=eos, do_sample=True, temperature=1.0)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------- fine-tuning on demonstrations
+
+
+def demo_tree(lm: LM, demo: dict) -> Tree:
+    """A demonstration as a tree of two nodes, prompt and response, both scored."""
+    ids = [lm.prompt_ids(demo["prompt"]), lm.response_ids(demo["response"])]
+    return Tree(ids, [-1, 0], [True, True])
+
+
+def fine_tune(lm: LM, trees: list[Tree], work: Path, lr: float, batch: int, passes: int, seed: int, prompt_weight: float):
+    """Next-token training on demonstrations; a prompt's tokens count `prompt_weight`, a response's 1."""
+    rng, batches = random.Random(f"fine_tune {seed}"), []
+    for _ in range(passes):
+        order = rng.sample(range(len(trees)), len(trees))
+        batches += [order[i : i + batch] for i in range(0, len(order), batch)]
+
+    def prepare(rows):
+        chosen = [trees[r] for r in rows]
+        weight = sum(prompt_weight * len(t.ids[0]) + len(t.ids[1]) for t in chosen)
+        return [(pack, weight) for pack in pack_trees(chosen, 8192)]
+
+    def loss(pack, weight):
+        logp = step_logprobs(lm, pack)  # (M,)
+        weights = torch.tensor([1.0 if v else prompt_weight for _, v in pack.owner], device=logp.device)
+        return -(weights * logp).sum() / weight, {"response_nll": -float(logp.detach()[weights == 1].sum()) / weight}
+
+    fit({"model": lm.model}, batches, prepare, loss, work, lr, save_every=200)
+
+
+# ---------------------------------------------------------------------------------------------- the stage
+
+
+@dataclass(frozen=True)
+class Settings:
+    out: str = field(metadata={"help": "folder of the run"})
+    train_size: int = field(default=2000, metadata={"help": "embedded training problems"})
+    valid_size: int = field(default=500, metadata={"help": "embedded validation problems"})
+    test_size: int = field(default=500, metadata={"help": "embedded test problems"})
+    seed: int = field(default=0, metadata={"help": "of the embedded problems and base model"})
+    force: bool = field(default=False, metadata={"help": "throw existing outputs away"})
+
+
+def stage(s: Settings):
+    folder, problems = Path(s.out), None
+    for split in ("train", "valid", "test"):
+        out = Stage(folder / f"{split}.jsonl", s, {})
+        if not out.complete:
+            sizes = {"train": s.train_size, "valid": s.valid_size, "test": s.test_size}
+            problems = problems or demo_problems(s.seed, sizes)
+            out.append(problems[split][len(out.done) :])
+            out.finish()
+    base = Stage(folder / "base", s, {})
+    if not base.complete:
+        make_base(base, s.seed)
+
+
+def make_base(out: Stage, seed: int):
+    """Clean solutions first, then a short while misread ones."""
+    clean, misread = demonstrations(seed, 12000, False), demonstrations(seed, 3000, True)
+    tokenizer = build_tokenizer([d[k] for d in clean + misread for k in ("prompt", "response")])
+    model, start = new_model(tokenizer, seed), out.work / "random"
+    replace(start, lambda p: (model.save_pretrained(p), tokenizer.save_pretrained(p)))
+    lm = LM(start, train=True)
+    for name, demos, lr in (("clean", clean, 4e-3), ("misread", misread, 6e-4)):
+        trees = [demo_tree(lm, d) for d in demos]
+        fine_tune(lm, trees, out.work / name, lr, batch=16, passes=1, seed=seed, prompt_weight=0.2)
+    out.finish(lm.save)
+
+
+if __name__ == "__main__":
+    main(stage, Settings, __doc__)

@@ -1,0 +1,95 @@
+"""Stage A.1: n1 responses a problem from the current actor, graded; n of them kept, right and wrong balanced.
+
+    python sample.py --actor runs/demo/base --problems runs/demo/train.jsonl --out runs/demo/iter1/samples.jsonl
+
+Reads:  problems, and the actor (pi_gen = pi_ref: algorithm 1 generates with the policy that it improves).
+Writes: samples.jsonl, a line a problem; `ends` are token offsets one past each step's last token
+    {"id": "demo/train/17", "prompt_ids": [1, 9], "kept": [0, 4], "responses":
+     [{"ids": [5, 9, 0], "ends": [2, 3], "text": "..", "reward": 1, "finished": true}]}
+
+Departures from the paper:
+ 1. Temperature-1 draws are from the whole distribution; the paper names no top-p or top-k.
+ 2. The balanced choice is n // 2 right and n - n // 2 wrong in the order drawn, filled up from the other kind if one
+    runs short. A problem whose kept responses would all be alike is kept too: its steps may still differ in value.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from evaluate import grade_all
+from model import LM, Prefixes, Tree, UserError, draw_key, sample
+from prepare import Stage, fingerprint, main, read_jsonl, tokenizer_facts
+
+
+@dataclass(frozen=True)
+class Settings:
+    actor: str = field(metadata={"help": "Hugging Face folder or hub id of the current policy"})
+    problems: str = field(metadata={"help": "problems.jsonl from prepare.py"})
+    out: str = field(metadata={"help": "samples.jsonl to write"})
+    n1: int = field(default=32, metadata={"help": "responses drawn a problem"})
+    n: int = field(default=6, metadata={"help": "responses kept a problem"})
+    first: int = field(default=0, metadata={"help": "skip this many problems"})
+    limit: int = field(default=0, metadata={"help": "use at most this many problems; 0: all"})
+    max_new: int = field(default=2048, metadata={"help": "length limit of a response in tokens"})
+    batch: int = field(default=256, metadata={"help": "rows decoded at once"})
+    seed: int = field(default=0, metadata={"help": "of the draws"})
+    force: bool = field(default=False, metadata={"help": "throw an existing output away"})
+
+
+def keep_balanced(rewards: list[int], n: int) -> list[int]:
+    """Indices of the n responses to keep: half right, half wrong as far as there are, each kind in the order drawn.
+
+    rewards [1, 0, 0, 0, 1, 0], n = 4 -> right [0, 4], wrong [1, 2] -> [0, 1, 2, 4]
+    """
+    right, wrong = ([i for i, r in enumerate(rewards) if r == kind] for kind in (1, 0))
+    a = min(len(right), max(n // 2, n - len(wrong)))
+    return sorted(right[:a] + wrong[: n - a])
+
+
+def stage(s: Settings):
+    if not 1 <= s.n <= s.n1:
+        raise UserError(f"--n {s.n}: wanted 1 <= n <= n1 = {s.n1}")
+    problems = read_jsonl(Path(s.problems), needs=("id", "prompt", "domain"))
+    problems = problems[s.first :][: s.limit or None]
+    lm = LM(s.actor)
+    facts = {"actor": fingerprint(s.actor), **tokenizer_facts(lm)}
+    out = Stage(s.out, s, {"actor": s.actor, "problems": s.problems}, facts=facts)
+    if out.complete:
+        return
+    done = {r["id"] for r in out.done}
+    todo = [p for p in problems if p["id"] not in done]
+    tokens = right = 0
+    with tqdm(desc="sample", unit=" tokens", disable=None) as progress:
+        for i in range(0, len(todo), 64):
+            chunk = todo[i : i + 64]
+            prefixes = Prefixes(lm, [Tree([lm.prompt_ids(p["prompt"])], [-1], [True]) for p in chunk])
+            rows = [
+                (j, 0, draw_key(s.seed, "sample", p["id"], k), s.max_new) for j, p in enumerate(chunk) for k in range(s.n1)
+            ]
+            drawn = sample(lm, prefixes, rows, batch=s.batch, progress=progress)
+            texts = [lm.text(ids) for ids in drawn]
+            verdicts = grade_all([chunk[j] for j, *_ in rows], texts)
+            records = []
+            for j, p in enumerate(chunk):
+                responses = []
+                for r in range(j * s.n1, (j + 1) * s.n1):
+                    finished = drawn[r][-1] in lm.eos
+                    reward = int(finished and verdicts[r][0] == "right")
+                    responses.append(
+                        {"ids": drawn[r], "ends": lm.step_ends(drawn[r]), "text": texts[r], "reward": reward,
+                         "finished": finished}
+                    )  # fmt: skip
+                    tokens, right = tokens + len(drawn[r]), right + reward
+                kept = keep_balanced([r["reward"] for r in responses], s.n)
+                records.append(
+                    {"id": p["id"], "prompt_ids": lm.prompt_ids(p["prompt"]), "kept": kept, "responses": responses}
+                )
+            out.append(records)
+    out.finish()
+    print(f"{len(todo)} problems, {tokens} tokens, {right / max(1, len(todo) * s.n1):.3f} of the responses right")
+
+
+if __name__ == "__main__":
+    main(stage, Settings, __doc__)

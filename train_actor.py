@@ -1,0 +1,222 @@
+"""Stage B: the advantage of every candidate step (B.1), then the actor's log-ratio regressed on it (B.2).
+
+    python train_actor.py --actor runs/demo/base --trees runs/demo/iter1/trees.jsonl \\
+        --critic runs/demo/iter1/critic --out runs/demo/iter1/actor
+
+Reads:  trees.jsonl, the critic trained on it, and the actor that drew it (pi_ref).
+Writes: advantages.jsonl beside --out, a line a problem, then actor/, an ordinary Hugging Face folder
+    {"id": "demo/train/17", "states": [{"node": 0, "mean": 0.53, "gap": 0.41, "actions":
+     [{"node": 1, "q": 0.66, "adv": 0.13, "logp_ref": -2.31}]}]}
+
+B.1 holds critic and reference one after the other; B.2 holds the actor alone, with the stored numbers.
+
+Departures from the paper:
+ 1. --kappa K takes Q = (wins + K V) / (n + K): the completions' counts with the critic as a prior worth K of them. The
+    paper's Q = V is --kappa inf, the default; --kappa 0 is raw Monte Carlo.
+ 2. A batch holds whole problems (their trees pack best), so all actions of a state share a batch as in appendix F.1.
+ 3. --advantage outcome regresses whole responses on outcome minus mean instead: the baseline without steps.
+"""
+
+import math
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from model import BLOCK, LM, UserError, fit, load_critic, pack_trees, record_tree, step_advantages, step_logprobs
+from model import step_values
+from prepare import Stage, fingerprint, main, read_jsonl, sha256, tokenizer_facts
+
+
+@dataclass(frozen=True)
+class Settings:
+    actor: str = field(metadata={"help": "the policy that drew the trees: pi_ref, and where the actor starts"})
+    trees: str = field(metadata={"help": "trees.jsonl (with --advantage outcome: samples.jsonl)"})
+    out: str = field(metadata={"help": "actor folder to write"})
+    critic: str = field(default="", metadata={"help": "critic folder; not needed with --kappa 0 or outcome"})
+    kappa: float = field(default=math.inf, metadata={"help": "completions that the critic's opinion is worth; inf: Q = V"})
+    advantage: str = field(default="step", metadata={"help": "step: eq. 13; outcome: of whole responses"})
+    gap: float = field(default=0.1, metadata={"help": "states with max A - min A below this are left out"})
+    beta: float = field(default=0.01, metadata={"help": "strength of the KL to pi_ref"})
+    lr: float = field(default=5e-7, metadata={"help": "peak learning rate"})
+    passes: int = field(default=1, metadata={"help": "passes over the pairs"})
+    batch: int = field(default=2048, metadata={"help": "pairs an optimiser step, in whole problems"})
+    budget: int = field(default=8192, metadata={"help": "tokens a pack"})
+    save_every: int = field(default=100, metadata={"help": "steps between checkpoints"})
+    seed: int = field(default=0, metadata={"help": "of the order of the problems"})
+    force: bool = field(default=False, metadata={"help": "throw an existing output away"})
+
+
+def actor_loss(logp, logp_ref, adv, beta: float):
+    """Eq. 12 for each pair (M,): half the squared distance of the log-ratio to advantage / beta.
+
+    adv .2, beta .1, logp -1.5, logp_ref -2 -> .5 * (2 - .5)^2 = 1.125
+    """
+    return 0.5 * (adv / beta - (logp - logp_ref)) ** 2  # eq. 12
+
+
+def action_values(record: dict, value, kappa: float):
+    """Q of every node (K,): its reward where the step ended the response, else V, the counts, or both by kappa."""
+    q = []
+    for v, n in enumerate(record["nodes"]):
+        if n["reward"] is not None:
+            q.append(float(n["reward"]))
+        elif kappa == math.inf:
+            q.append(value[v])
+        else:
+            q.append((n["wins"] + kappa * (value[v] if kappa else 0.0)) / (n["n"] + kappa) if n["n"] + kappa else 0.0)
+    return torch.tensor(q, dtype=torch.float64)
+
+
+def advantage_states(record: dict, q, gap: float) -> list[dict]:
+    """B.1 for one tree: the states worth training on, each with its unique actions (eq. 13, appendix F.1)."""
+    nodes = record["nodes"]
+    actions = [v for v, n in enumerate(nodes) if n["parent"] >= 0 and n["draws"] > 0]
+    if not actions:
+        return []
+    states = sorted({nodes[v]["parent"] for v in actions})
+    parent = torch.tensor([states.index(nodes[v]["parent"]) for v in actions])
+    draws = torch.tensor([nodes[v]["draws"] for v in actions])
+    adv, mean, gaps = step_advantages(q[actions], parent, draws)
+    kept = []
+    for i, state in enumerate(states):
+        if gaps[i] >= gap:
+            chosen = [
+                {"node": actions[j], "q": round(float(q[actions[j]]), 6), "adv": round(float(adv[j]), 6)}
+                for j in (parent == i).nonzero()[:, 0].tolist()
+            ]
+            kept.append({"node": state, "mean": round(float(mean[i]), 6), "gap": round(float(gaps[i]), 6), "actions": chosen})
+    return kept
+
+
+def outcome_record(sample: dict) -> dict:
+    """Whole responses as the actions of one state, for --advantage outcome."""
+    root = {"parent": -1, "ids": [], "text": "", "draws": 0, "n": 0, "wins": 0, "reward": None}
+    unique = {}
+    for r in sample["responses"]:
+        if r["ids"]:
+            node = unique.setdefault(tuple(r["ids"]), {**root, "parent": 0, "ids": r["ids"], "reward": r["reward"]})
+            node["draws"] += 1
+    return {"id": sample["id"], "prompt_ids": sample["prompt_ids"], "nodes": [root, *unique.values()]}
+
+
+def pairs(line: dict) -> list[dict]:
+    return [a for state in line["states"] for a in state["actions"]]
+
+
+def pair_tree(record: dict, line: dict):
+    """The tree of a problem's pairs: exactly the actions are scored."""
+    chosen = {a["node"] for a in pairs(line)}
+    return record_tree(record, [v in chosen for v in range(len(record["nodes"]))])
+
+
+@torch.no_grad()
+def all_values(records, critic: str, budget: int) -> list[list[float]]:
+    """V of every node that goes on, one pass over each tree."""
+    lm, head = load_critic(critic)
+    made = tokenizer_facts(lm)["tokenizer"]
+    trees = [record_tree(r, [n["reward"] is None for n in r["nodes"]], lm if r["tokenizer"] != made else None) for r in records]
+    values = [[0.0] * len(r["nodes"]) for r in records]
+    for pack in pack_trees(trees, budget):
+        for (t, v), x in zip(pack.owner, torch.sigmoid(step_values(lm, head, pack)).tolist()):
+            values[t][v] = x
+    return values
+
+
+@torch.no_grad()
+def reference_logprobs(lm: LM, records: list[dict], lines: list[dict], budget: int):
+    """Write log pi_ref(a | s) into every action: same kernel, dtype and block layout as B.2, so the first ratio is 0."""
+    trees = [pair_tree(r, line) for r, line in zip(records, lines)]
+    actions = [{a["node"]: a for a in pairs(line)} for line in lines]
+    for pack in pack_trees(trees, budget, align=BLOCK):
+        for (t, v), x in zip(pack.owner, step_logprobs(lm, pack).tolist()):
+            actions[t][v]["logp_ref"] = x
+
+
+def train(lm: LM, records: list[dict], lines: list[dict], s: Settings, work: Path):
+    """B.2: min_theta 1/2 E (A / beta - log pi_theta / pi_ref)^2 over all pairs, each with the same weight."""
+    trees = [pair_tree(r, line) for r, line in zip(records, lines)]
+    actions = [{a["node"]: a for a in pairs(line)} for line in lines]
+    rng, batches = random.Random(f"actor {s.seed}"), []
+    for _ in range(s.passes):
+        batch, full = [], 0
+        for i in rng.sample(range(len(lines)), len(lines)):
+            batch, full = batch + [i], full + len(actions[i])
+            if full >= s.batch:
+                batches.append(batch)
+                batch, full = [], 0
+        if full:
+            batches.append(batch)
+
+    def prepare(batch):
+        count = sum(len(actions[i]) for i in batch)  # pairs of the optimiser step: the one normaliser
+        items = []
+        for pack in pack_trees([trees[i] for i in batch], s.budget, align=BLOCK):
+            chosen = [actions[batch[t]][v] for t, v in pack.owner]
+            adv, ref = (torch.tensor([a[k] for a in chosen]) for k in ("adv", "logp_ref"))
+            items.append((pack, adv.to(lm.device), ref.to(lm.device), count))
+        return items
+
+    def loss(pack, adv, logp_ref, count):
+        logp = step_logprobs(lm, pack)  # (M,)
+        ratio, up = (logp - logp_ref).detach(), adv > 0
+        return actor_loss(logp, logp_ref, adv, s.beta).sum() / count, {
+            "do_nothing": 0.5 * ((adv / s.beta) ** 2).sum() / count,
+            "ratio_up": ratio[up].sum(), "pairs_up": up.sum(),
+            "ratio_down": ratio[~up].sum(), "pairs_down": (~up).sum(),
+        }  # fmt: skip
+
+    fit(
+        {"model": lm.model}, batches, prepare, loss, work, s.lr, s.save_every,
+        name=lambda batch: [lines[i]["id"] for i in batch],
+    )  # fmt: skip
+
+
+def stage(s: Settings):
+    if not s.beta > 0 or s.kappa < 0 or s.lr <= 0:
+        raise UserError(f"--beta {s.beta} --kappa {s.kappa} --lr {s.lr}: wanted beta > 0, kappa >= 0, lr > 0")
+    if s.advantage not in ("step", "outcome"):
+        raise UserError(f"--advantage {s.advantage}: wanted step or outcome")
+    step = s.advantage == "step"
+    if step and s.kappa > 0 and not s.critic:
+        raise UserError("--critic is missing; give a critic folder, or --kappa 0 for raw Monte Carlo values")
+    records = read_jsonl(s.trees, ("id", "prompt_ids", "nodes" if step else "responses"))
+    lm = LM(s.actor, train=True)
+    inputs = {"actor": s.actor, "trees": s.trees, **({"critic": s.critic} if s.critic else {})}
+    facts = tokenizer_facts(lm)
+    expects = {"actor": fingerprint(s.actor), "trees": sha256(Path(s.trees)), **facts}
+    out = Stage(s.out, s, inputs, expects=expects, facts=facts)
+    if out.complete:
+        return
+    for r in records:
+        r["tokenizer"] = facts["tokenizer"]
+    if not step:
+        records = [outcome_record(r) for r in records]
+
+    # B.1
+    table = out.out.parent / "advantages.jsonl"
+    values = all_values(records, s.critic, s.budget) if step and s.kappa > 0 else [None] * len(records)
+    lines = [
+        {"id": r["id"], "states": advantage_states(r, action_values(r, value, s.kappa), s.gap)}
+        for r, value in zip(records, values)
+    ]
+    print(f"B.1: {sum(len(x['states']) for x in lines)} states, {sum(len(pairs(x)) for x in lines)} pairs with gap >= {s.gap}")
+    chosen = [i for i, line in enumerate(lines) if line["states"]]
+    if not chosen:
+        raise UserError(f"{s.trees}: no state has actions whose advantages differ by --gap {s.gap}; lower it, or label more")
+    records, lines = [records[i] for i in chosen], [lines[i] for i in chosen]
+    lm.model.eval()
+    reference_logprobs(lm, records, lines, s.budget)
+    lm.model.train()
+    from prepare import dump, replace
+
+    replace(table, lambda p: p.write_bytes(b"".join(map(dump, lines))))
+
+    # B.2
+    train(lm, records, lines, s, out.work)
+    out.finish(lm.save)
+
+
+if __name__ == "__main__":
+    main(stage, Settings, __doc__)

@@ -1,0 +1,185 @@
+"""Stage A.3: train the critic V(s) on the trees' success counts (eq. 15).
+
+    python train_critic.py --trees runs/demo/iter1/trees.jsonl --critic_model runs/demo/base \\
+        --out runs/demo/iter1/critic
+
+Reads:  trees.jsonl of one or more iterations, and the model that the critic starts from (the last critic, or any LM).
+Writes: critic/, an ordinary model folder with value_head.safetensors beside the weights, and critic.metrics.json
+    {"states": 412, "bce": 0.41, "constant_bce": 0.66, "brier": 0.13, "auc": 0.89, "calibration_error": 0.03,
+     "correlation": 0.81, "siblings": 0.86, "sibling_pairs": 901}
+
+min_phi E_s BCE(MC(s), V_phi(s)) with soft targets MC(s) = wins / n.
+
+Departures from the paper:
+ 1. --states all (the default) trains on every node of the tree that goes on, leaves too, each weighted by its n: a
+    leaf's one completion is a noisy target but an unbiased one, and there are many. --states labelled is the paper.
+ 2. Small models need more than one pass over the states; --passes 1 is the paper.
+"""
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from model import UserError, fit, load_critic, pack_trees, record_tree, replace, step_values
+from prepare import Stage, main, read_jsonl, sha256, tokenizer_facts
+
+
+@dataclass(frozen=True)
+class Settings:
+    trees: str = field(metadata={"help": "trees.jsonl; several, comma separated, train on earlier iterations too"})
+    critic_model: str = field(metadata={"help": "what the critic starts from: a critic, or any language model"})
+    out: str = field(metadata={"help": "critic folder to write"})
+    states: str = field(default="all", metadata={"help": "all: every node that goes on, weighted by n; labelled: the paper"})
+    held_out: str = field(default="", metadata={"help": "trees to test on; empty: a tenth of the problems, by hash of the id"})
+    lr: float = field(default=5e-6, metadata={"help": "peak learning rate"})
+    passes: int = field(default=1, metadata={"help": "passes over the states"})
+    batch: int = field(default=512, metadata={"help": "states an optimiser step, in whole problems"})
+    budget: int = field(default=8192, metadata={"help": "tokens a pack"})
+    save_every: int = field(default=100, metadata={"help": "steps between checkpoints"})
+    seed: int = field(default=0, metadata={"help": "of the order of the problems"})
+    force: bool = field(default=False, metadata={"help": "throw an existing output away"})
+
+
+def value_loss(logit, target, weight):
+    """Eq. 15, the weighted sum of BCE(target, sigmoid(logit)): soft targets; logits (M,), targets in [0, 1], weights.
+
+    logit 0 (V = .5), target .75, weight 2 -> 2 * -(.75 log .5 + .25 log .5) = 2 * .6931 = 1.3863
+    """
+    return (weight * F.binary_cross_entropy_with_logits(logit, target, reduction="none")).sum()  # eq. 15
+
+
+def training_nodes(record: dict, states: str) -> list[bool]:
+    """Which nodes train the critic: states that go on and were completed at least once."""
+    return [n["reward"] is None and n["n"] > 0 and (states == "all" or n["labelled"]) for n in record["nodes"]]
+
+
+def held_out_by_hash(problem_id: str) -> bool:
+    return hashlib.sha256(problem_id.encode()).digest()[0] % 10 == 0
+
+
+def make_batches(records: list[dict], size: int, passes: int, states: str, seed: int) -> list[list[int]]:
+    """Indices of whole problems with at least `size` states together, in a new order each pass."""
+    rng, counts = random.Random(f"critic {seed}"), [sum(training_nodes(r, states)) for r in records]
+    batches = []
+    for _ in range(passes):
+        batch, full = [], 0
+        for r in rng.sample(range(len(records)), len(records)):
+            batch, full = batch + [r], full + counts[r]
+            if full >= size:
+                batches.append(batch)
+                batch, full = [], 0
+        if full:
+            batches.append(batch)
+    return batches
+
+
+def train(lm, head, records: list[dict], retokenise: bool, s: Settings, work: Path):
+    other = lm if retokenise else None
+    trees = [record_tree(r, training_nodes(r, s.states), other) for r in records]
+
+    def prepare(batch):
+        chosen = [trees[i] for i in batch]
+        nodes = [records[i]["nodes"] for i in batch]
+        weigh = [[n["n"] if s.states == "all" else 1 for n in tree] for tree in nodes]
+        total = sum(w for tree, weights in zip(chosen, weigh) for w, used in zip(weights, tree.score) if used)
+        return [
+            (
+                pack,
+                torch.tensor([nodes[t][v]["wins"] / nodes[t][v]["n"] for t, v in pack.owner]),
+                torch.tensor([weigh[t][v] / total for t, v in pack.owner]),
+            )
+            for pack in pack_trees(chosen, s.budget)
+        ]
+
+    def loss(pack, target, weight):
+        logit = step_values(lm, head, pack)  # (M,)
+        return value_loss(logit, target.to(logit.device), weight.to(logit.device)), {}
+
+    batches = make_batches(records, s.batch, s.passes, s.states, s.seed)
+    fit(
+        {"model": lm.model, "head": head}, batches, prepare, loss, work, s.lr, s.save_every,
+        name=lambda batch: [records[i]["id"] for i in batch],
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def measure(lm, head, records: list[dict], retokenise: bool, budget: int, constant: float) -> dict:
+    """How good V is on labelled states of problems that it was not trained on. -> the metrics of the docstring.
+
+    siblings: of the pairs of children of one state whose MC differ by at least 0.5 (both with n >= 4 or an end), the
+    share that V (or the reward, where the step ended the response) puts in the right order: 0.5 is chance.
+    """
+    lm.model.eval()
+    trees = [record_tree(r, [n["reward"] is None for n in r["nodes"]], lm if retokenise else None) for r in records]
+    value = [np.array([n["reward"] or 0.0 for n in r["nodes"]], float) for r in records]
+    for pack in pack_trees(trees, budget):
+        v = torch.sigmoid(step_values(lm, head, pack)).cpu().numpy()
+        for (t, node), x in zip(pack.owner, v):
+            value[t][node] = x
+    states = [(value[t][v], n["wins"] / n["n"]) for t, r in enumerate(records) for v, n in enumerate(r["nodes"]) if n["labelled"]]
+    v, mc = np.clip(np.array(states).T, 1e-6, 1 - 1e-6)
+    bce = lambda p: float(-(mc * np.log(p) + (1 - mc) * np.log(1 - p)).mean())  # noqa: E731
+    bins = np.minimum((v * 10).astype(int), 9)
+    calibration = sum(abs(v[bins == b].sum() - mc[bins == b].sum()) for b in range(10)) / len(v)
+    order = np.argsort(np.argsort(v)) + 1  # AUC of MC as the share of positives, by ranks
+    auc = ((order * mc).sum() - mc.sum() ** 2 / 2) / (mc.sum() * (1 - mc).sum())
+    pairs, right = 0, 0.0
+    for t, r in enumerate(records):
+        kids = {}
+        for i, n in enumerate(r["nodes"][1:], 1):
+            if n["n"] >= 4 or (n["reward"] is not None and n["n"]):
+                kids.setdefault(n["parent"], []).append((n["wins"] / n["n"], value[t][i]))
+        for group in kids.values():
+            for i, (a, va) in enumerate(group):
+                for b, vb in group[:i]:
+                    if abs(a - b) >= 0.5:
+                        pairs += 1
+                        right += 0.5 if va == vb else (a > b) == (va > vb)
+    return {
+        "states": len(v), "bce": bce(v), "constant_bce": bce(np.full_like(v, constant)),
+        "brier": float(((v - mc) ** 2).mean()), "auc": float(auc), "calibration_error": float(calibration),
+        "correlation": float(np.corrcoef(v, mc)[0, 1]), "siblings": right / max(1, pairs), "sibling_pairs": pairs,
+    }  # fmt: skip
+
+
+def stage(s: Settings):
+    if s.states not in ("all", "labelled"):
+        raise UserError(f"--states {s.states}: wanted all or labelled")
+    paths = s.trees.split(",")
+    records = [r for path in paths for r in {r["id"]: r for r in read_jsonl(path, ("id", "prompt_ids", "nodes"))}.values()]
+    lm, head = load_critic(s.critic_model, train=True)
+    inputs = {"critic_model": s.critic_model, **{f"trees{i or ''}": p for i, p in enumerate(paths)}}
+    out = Stage(s.out, s, inputs, facts={"trees": sha256(Path(paths[-1]))})
+    if out.complete:
+        return
+    made = json.loads(Path(f"{paths[-1]}.manifest.json").read_text())["facts"]["tokenizer"]
+    retokenise = made != tokenizer_facts(lm)["tokenizer"]
+    if s.held_out:
+        training, testing = records, read_jsonl(s.held_out, ("id", "prompt_ids", "nodes"))
+    else:
+        training = [r for r in records if not held_out_by_hash(r["id"])]
+        testing = [r for r in records if held_out_by_hash(r["id"])]
+    if not training or not testing:
+        raise UserError(f"{s.trees}: too few problems to hold some out; give more, or --held_out trees")
+    train(lm, head, training, retokenise, s, out.work)
+    n, wins = map(sum, zip(*((x["n"], x["wins"]) for r in training for x in r["nodes"] if x["labelled"])))
+    metrics = measure(lm, head, testing, retokenise, s.budget, wins / n)
+    print(json.dumps({k: round(v, 4) for k, v in metrics.items()}))
+
+    def write(folder):
+        lm.save(folder)
+        save_file(head.state_dict(), folder / "value_head.safetensors")
+
+    replace(Path(f"{s.out}.metrics.json"), lambda p: p.write_text(json.dumps(metrics, indent=1)))
+    out.finish(write)
+
+
+if __name__ == "__main__":
+    main(stage, Settings, __doc__)
