@@ -779,6 +779,7 @@ def _at_least_16(f, x):
 def replace(path: Path, write):
     """Make `path` (a file or a folder) whole or not at all: write(beside it), fsync, rename, fsync of the folder."""
     path, beside = Path(path), Path(f"{path}.new")
+    path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(beside, ignore_errors=True)
     write(beside)
     for p in (*beside.rglob("*"), beside) if beside.is_dir() else [beside]:

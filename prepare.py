@@ -15,19 +15,26 @@ knows the right way well enough to find it by sampling.
 """
 
 import fcntl
+import gzip
 import hashlib
 import json
 import os
 import random
 import re
+import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import HfArgumentParser
 
+from evaluate import exact_number, extract_answer
 from model import LM, Tree, UserError, fit, pack_trees, replace, step_logprobs
 
 # ---------------------------------------------------------------------------------------------- records and manifests
@@ -228,8 +235,6 @@ def _difference(old: dict, new: dict) -> str | None:
 
 
 def _remove(*paths: Path):
-    import shutil
-
     for path in paths:
         if path.is_dir():
             shutil.rmtree(path)
@@ -379,14 +384,14 @@ def build_tokenizer(texts: list[str]):
     return tokenizer
 
 
-def new_model(tokenizer, seed: int):
+def new_model(tokenizer, seed: int, layers: int = 3, width: int = 128):
     """A Llama of 0.5M parameters with random weights."""
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     eos = tokenizer.eos_token_id
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=eos, pad_token_id=eos, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )  # fmt: skip
@@ -424,35 +429,254 @@ def fine_tune(lm: LM, trees: list[Tree], work: Path, lr: float, batch: int, pass
     fit({"model": lm.model}, batches, prepare, loss, work, lr, save_every=200)
 
 
+# ---------------------------------------------------------------------------------------------- data sets
+
+INSTRUCTIONS = {  # by the kind of answer
+    "boxed": r"Please reason step by step, and put your final answer within \boxed{}.",
+    "####": 'Solve it step by step, one step a line. The last line is "#### " and the answer.',
+}
+
+
+class LeftOut(Exception):
+    """A row that cannot be used; the message is the reason."""
+
+
+class Loader(NamedTuple):
+    fields: str  # that every row must have
+    convert: Callable[[dict], dict]  # row -> prompt and answer; for code prompt, domain and tests
+    kind: str = "boxed"  # of INSTRUCTIONS
+
+
+def read_rows(path: str | Path) -> list[dict]:
+    """Rows of a .jsonl, .jsonl.gz, .json (a list, or a dict of columns) or .parquet file."""
+    path = Path(path)
+    if path.suffix == ".parquet":
+        try:
+            from pyarrow import parquet
+        except ImportError:
+            raise UserError(f"{path}: parquet files need pyarrow: pip install pyarrow") from None
+        return parquet.read_table(path).to_pylist()
+    data = path.read_bytes()
+    try:
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise UserError(f"{path}: not UTF-8 text: {error}") from None
+    whole = path.name.removesuffix(".gz").endswith(".json")
+    rows = []
+    for number, line in enumerate([text] if whole else text.split("\n"), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number + error.lineno - 1}: {error.msg}") from None
+    rows = rows[0] if whole and rows else rows
+    columns = list(rows.values()) if isinstance(rows, dict) else []
+    if columns and all(isinstance(c, list) and len(c) == len(columns[0]) for c in columns):
+        rows = [dict(zip(rows, values, strict=True)) for values in zip(*columns, strict=True)]
+    if not rows or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path}: no rows, or rows that are not JSON objects")
+    return rows
+
+
+def boxed(row: dict) -> dict:
+    """MATH and Minerva: the gold answer is in the solution's last box."""
+    if not re.search(r"\\(boxed|fbox)", row["solution"]):
+        raise LeftOut("no box in the solution")
+    return {"prompt": row["problem"], "answer": extract_answer(row["solution"])}
+
+
+def olympiadbench(row: dict) -> dict:
+    """Several final answers are one list; the unit is a field of its own."""
+    question = "\n".join(part for part in (row["context"], row["question"]) if part)
+    answer, unit = ", ".join(row["final_answer"] or []), row["unit"] or ""
+    unit = unit if not unit or "\\" in unit else rf"\text{{ {unit}}}"
+    return {"prompt": question, "answer": f"{answer} {unit}" if answer else ""}
+
+
+def mawps(row: dict) -> dict:
+    """43.0 -> 43; 0.6666666667 -> 2/3, because it is rounded and numbers are compared exactly."""
+    fraction = Fraction(row["target"]).limit_denominator(1000)
+    rounded = 0 < abs(fraction - Fraction(str(row["target"]))) < 1e-9
+    return {"prompt": row["input"], "answer": str(fraction) if rounded else f"{row['target']:.10g}"}
+
+
+def asdiv(row: dict) -> dict:
+    return {"prompt": f"{row['body'].strip()} {row['question'].strip()}", "answer": row["answer"]}
+
+
+def question(field: str) -> Callable[[dict], dict]:
+    return lambda row: {"prompt": row[field], "answer": row["answer"]}
+
+
+def gsm8k(row: dict) -> dict:
+    return {"prompt": row["question"], "answer": row["answer"].rpartition("####")[2]}
+
+
+LOADERS = {
+    "math": Loader("problem solution", boxed),
+    "math500": Loader("problem answer", question("problem")),
+    "gsm8k": Loader("question answer", gsm8k, "####"),
+    "minerva": Loader("problem solution", boxed),
+    "olympiadbench": Loader("question context final_answer unit", olympiadbench),
+    "college_math": Loader("question answer", question("question")),
+    "asdiv": Loader("body question answer", asdiv, "####"),
+    "mawps": Loader("input target", mawps, "####"),
+    "jsonl": Loader("prompt answer", question("prompt")),
+}
+
+
+def load_set(name: str, path: str | Path) -> tuple[list[dict], list[tuple[str, str]]]:
+    """-> problems, and (id, reason) of each row left out. A file of another layout: UserError."""
+    if name not in LOADERS:
+        raise UserError(f"no data set is called {name!r}; there are {', '.join(LOADERS)}")
+    fields, convert, _ = LOADERS[name]
+    problems, left_out = [], []
+    for index, row in enumerate(read_rows(path)):
+        if not set(fields.split()) <= row.keys():
+            found = f"row {index} has the fields {', '.join(row)}"
+            raise UserError(f"{path}: {found}; {name} wants {fields.replace(' ', ', ')}")
+        problem = {"id": f"{name}/{Path(path).name.split('.')[0]}/{index}", "source": name}
+        try:
+            problem |= {"domain": "math", "prompt": "", "answer": None, "tests": None}
+            problem |= convert(row)
+            if problem["answer"] is not None:
+                problem["answer"] = str(problem["answer"]).strip()
+            if not problem["prompt"] or not (problem["answer"] or problem["tests"]):
+                raise LeftOut("no gold answer" if problem["prompt"] else "no question")
+            problems.append(problem)
+        except LeftOut as reason:
+            left_out.append((problem["id"], str(reason)))
+    return problems, left_out
+
+
+def normalised_question(text: str) -> str:
+    """Equal for two spellings of one question. Operators stay: a+b is another question than a-b."""
+    return re.sub(r"[^\w+\-*/^=<>|%]+|_+", " ", text.casefold()).strip()
+
+
+def gsm8k_demos(row: dict) -> dict:
+    """GSM8K's own solution without its <<48/2=24>>, a step a line; it ends in "#### 72"."""
+    steps = re.sub(r"<<[^<>]*>>", "", row["answer"]).splitlines()
+    return {"prompt": row["question"], "response": "\n".join(s.strip() for s in steps if s.strip())}
+
+
+def asdiv_demos(row: dict) -> dict:
+    """'4/2 (box)=2; 2+1=3' -> "4 / 2 = 2", "2 + 1 = 3" and "#### 3", a line each."""
+    gold = row["answer"].partition("(")[0].strip()
+    formula = re.sub(r"\s*\([A-Za-z][^()]*\)|\s+", "", row["formula"])  # units and spaces
+    results = formula.rpartition("=")[2].split("r")  # 9/2=4r1: the quotient or the remainder
+    if exact_number(gold) is None or exact_number(gold) not in map(exact_number, results):
+        raise LeftOut("the formula does not end in the answer")
+    steps = re.sub(r"([-+*/=]|(?<=\d)r)", r" \1 ", formula).split(";")
+    return {"prompt": asdiv(row)["prompt"], "response": "\n".join([*steps, f"#### {gold}"])}
+
+
 # ---------------------------------------------------------------------------------------------- the stage
 
 
 @dataclass(frozen=True)
 class Settings:
     out: str = field(metadata={"help": "folder of the run"})
+    train: str = field(default="", metadata={"help": "NAME:PATH of training problems, comma separated; empty: embedded"})
+    test: str = field(default="", metadata={"help": "NAME:PATH of test problems, comma separated"})
+    instruction: str = field(default="", metadata={"help": "put after each question; default: by the set's kind of answer"})
+    limit: int = field(default=0, metadata={"help": "use at most this many training problems; 0: all"})
+    valid_share: float = field(default=0.1, metadata={"help": "share of --train held out as valid.jsonl, by hash"})
+    split_seed: int = field(default=0, metadata={"help": "of that hash"})
+    base: str = field(default="", metadata={"help": "model to fine-tune on --demos"})
+    demos: str = field(default="", metadata={"help": "NAME:PATH of demonstrations (gsm8k, asdiv or jsonl)"})
+    lr: float = field(default=2e-5, metadata={"help": "peak learning rate on --demos"})
+    passes: int = field(default=2, metadata={"help": "passes over --demos"})
     train_size: int = field(default=2000, metadata={"help": "embedded training problems"})
-    valid_size: int = field(default=500, metadata={"help": "embedded validation problems"})
+    valid_size: int = field(default=300, metadata={"help": "embedded validation problems"})
     test_size: int = field(default=500, metadata={"help": "embedded test problems"})
-    seed: int = field(default=0, metadata={"help": "of the embedded problems and base model"})
+    seed: int = field(default=0, metadata={"help": "of the embedded problems and of base training"})
     force: bool = field(default=False, metadata={"help": "throw existing outputs away"})
 
 
 def stage(s: Settings):
-    folder, problems = Path(s.out), None
-    for split in ("train", "valid", "test"):
-        out = Stage(folder / f"{split}.jsonl", s, {})
+    folder, problems, inputs = Path(s.out), None, {}
+    for spec in (s.train, s.test, s.demos):
+        for _, path in parse(spec):
+            inputs[path] = path
+    for split in ("train", "valid", "test") if s.train or not s.base else ():
+        out = Stage(folder / f"{split}.jsonl", s, inputs, facts={"split": f"{s.split_seed}"})
         if not out.complete:
-            sizes = {"train": s.train_size, "valid": s.valid_size, "test": s.test_size}
-            problems = problems or demo_problems(s.seed, sizes)
+            if problems is None:
+                sizes = {"train": s.train_size, "valid": s.valid_size, "test": s.test_size}
+                problems = real_problems(s) if s.train else demo_problems(s.seed, sizes)
             out.append(problems[split][len(out.done) :])
             out.finish()
-    base = Stage(folder / "base", s, {})
-    if not base.complete:
-        make_base(base, s.seed)
+    if s.base and s.demos or not s.train:
+        base = Stage(folder / "base", s, inputs)
+        if not base.complete:
+            tune_base(base, s) if s.base else make_base(base, s.seed)
+
+
+def parse(spec: str) -> list[tuple[str, str]]:
+    """"gsm8k:a.jsonl,asdiv:b.jsonl" -> [("gsm8k", "a.jsonl"), ("asdiv", "b.jsonl")]"""
+    pairs = [part.partition(":") for part in spec.split(",") if part]
+    if bad := next((name for name, colon, path in pairs if not colon or not path), None):
+        raise UserError(f"{bad}: NAME:PATH is wanted, such as gsm8k:train.jsonl")
+    return [(name, path) for name, _, path in pairs]
+
+
+def load(name: str, path: str, s: Settings) -> list[dict]:
+    """The problems of one set with the instruction for its kind of answer; says what was read and what left out."""
+    problems, left_out = load_set(name, path)
+    print(f"{name} {path}: {len(problems) + len(left_out)} rows, {len(problems)} used")
+    for reason in sorted({r for _, r in left_out}):
+        ids = [i for i, r in left_out if r == reason]
+        print(f"  left out, {reason}: {len(ids)} ({', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''})")
+    instruction = s.instruction or INSTRUCTIONS[LOADERS[name].kind]
+    return [{**p, "prompt": f"{p['prompt']}\n{instruction}".strip()} for p in problems]
+
+
+def real_problems(s: Settings) -> dict[str, list[dict]]:
+    """Train, validation and test problems of data sets; questions of a test set are dropped from training."""
+    test = [p for name, path in parse(s.test) for p in load(name, path, s)]
+    known, train, valid = {normalised_question(p["prompt"]) for p in test}, [], []
+    pool = [p for name, path in parse(s.train) for p in load(name, path, s)]
+    clean = [p for p in pool if normalised_question(p["prompt"]) not in known]
+    print(f"dropped from training, because the question is a test question: {len(pool) - len(clean)}")
+    for p in clean:
+        key = f"{s.split_seed} {normalised_question(p['prompt'])}"
+        share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") / 2**32
+        (valid if share < s.valid_share else train).append(p)
+    if not train:
+        raise UserError(f"{s.train}: no training problem is left; see the table above")
+    train = train[: s.limit or None]
+    print(f"first prompt:\n{train[0]['prompt']}")
+    return {"train": train, "valid": valid, "test": test}
+
+
+def tune_base(out: Stage, s: Settings):
+    """Fine-tune --base on demonstrations: what users do with a base model before RL."""
+    demos = [d for name, path in parse(s.demos) for d in load_demos(name, path, s)]
+    lm = LM(s.base, train=True)
+    trees = [demo_tree(lm, d) for d in demos]
+    fine_tune(lm, trees, out.work, s.lr, batch=32, passes=s.passes, seed=s.seed, prompt_weight=0.0)
+    out.finish(lm.save)
+
+
+def load_demos(name: str, path: str, s: Settings) -> list[dict]:
+    makers = {"gsm8k": gsm8k_demos, "asdiv": asdiv_demos, "jsonl": lambda row: row}
+    if name not in makers:
+        raise UserError(f"--demos {name}:{path}: demonstrations are made from {', '.join(makers)}")
+    demos = []
+    for row in read_rows(path):
+        try:
+            demo = makers[name](row)
+            demos.append({"prompt": demo["prompt"], "response": demo["response"]})
+        except LeftOut:
+            continue
+        except KeyError as e:
+            raise UserError(f"{path}: a row without {e}; {name} demonstrations need it") from None
+    instruction = "" if name == "jsonl" else s.instruction or INSTRUCTIONS[LOADERS[name].kind]
+    return [{**d, "prompt": f"{d['prompt']}\n{instruction}".strip()} for d in demos]
 
 
 def make_base(out: Stage, seed: int):
-    """Clean solutions first, then a short while misread ones."""
+    """The embedded base: clean solutions first, then a short while misread ones."""
     clean, misread = demonstrations(seed, 12000, False), demonstrations(seed, 3000, True)
     tokenizer = build_tokenizer([d[k] for d in clean + misread for k in ("prompt", "response")])
     model, start = new_model(tokenizer, seed), out.work / "random"

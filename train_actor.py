@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 
 from model import BLOCK, LM, UserError, fit, load_critic, pack_trees, record_tree, step_advantages, step_logprobs
-from model import step_values
-from prepare import Stage, fingerprint, main, read_jsonl, sha256, tokenizer_facts
+from model import replace, step_values
+from prepare import Stage, dump, fingerprint, main, read_jsonl, sha256, tokenizer_facts
 
 
 @dataclass(frozen=True)
@@ -209,8 +209,6 @@ def stage(s: Settings):
     lm.model.eval()
     reference_logprobs(lm, records, lines, s.budget)
     lm.model.train()
-    from prepare import dump, replace
-
     replace(table, lambda p: p.write_bytes(b"".join(map(dump, lines))))
 
     # B.2

@@ -127,9 +127,12 @@ def measure(lm, head, records: list[dict], retokenise: bool, budget: int, consta
     v, mc = np.clip(np.array(states).T, 1e-6, 1 - 1e-6)
     bce = lambda p: float(-(mc * np.log(p) + (1 - mc) * np.log(1 - p)).mean())  # noqa: E731
     bins = np.minimum((v * 10).astype(int), 9)
-    calibration = sum(abs(v[bins == b].sum() - mc[bins == b].sum()) for b in range(10)) / len(v)
-    order = np.argsort(np.argsort(v)) + 1  # AUC of MC as the share of positives, by ranks
-    auc = ((order * mc).sum() - mc.sum() ** 2 / 2) / (mc.sum() * (1 - mc).sum())
+    groups = [(v[bins == b], mc[bins == b]) for b in range(10)]
+    calibration = sum(abs(x.sum() - y.sum()) for x, y in groups) / len(v)
+    table = [{"states": len(x), "value": float(x.mean()), "mc": float(y.mean())} for x, y in groups if len(x)]
+    order = np.argsort(v)
+    below = np.cumsum(1 - mc[order]) - (1 - mc[order])  # failures that V ranks lower, for each state
+    auc = (mc[order] * below).sum() / (mc.sum() * (1 - mc).sum() - (mc * (1 - mc)).sum())
     pairs, right = 0, 0.0
     for t, r in enumerate(records):
         kids = {}
@@ -145,7 +148,8 @@ def measure(lm, head, records: list[dict], retokenise: bool, budget: int, consta
     return {
         "states": len(v), "bce": bce(v), "constant_bce": bce(np.full_like(v, constant)),
         "brier": float(((v - mc) ** 2).mean()), "auc": float(auc), "calibration_error": float(calibration),
-        "correlation": float(np.corrcoef(v, mc)[0, 1]), "siblings": right / max(1, pairs), "sibling_pairs": pairs,
+        "correlation": float(np.corrcoef(v, mc)[0, 1]), "siblings": float(right / max(1, pairs)), "sibling_pairs": pairs,
+        "bins": table,
     }  # fmt: skip
 
 
@@ -171,7 +175,7 @@ def stage(s: Settings):
     train(lm, head, training, retokenise, s, out.work)
     n, wins = map(sum, zip(*((x["n"], x["wins"]) for r in training for x in r["nodes"] if x["labelled"])))
     metrics = measure(lm, head, testing, retokenise, s.budget, wins / n)
-    print(json.dumps({k: round(v, 4) for k, v in metrics.items()}))
+    print(json.dumps({k: round(v, 4) for k, v in metrics.items() if k != "bins"}))
 
     def write(folder):
         lm.save(folder)

@@ -1,0 +1,39 @@
+"""A random model of the embedded default's kind, and the repository on the path."""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = str(ROOT)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A random 2-layer model with the embedded tokenizer, as an ordinary folder."""
+    import prepare
+
+    texts = [d[k] for d in prepare.demonstrations(0, 200, True) for k in ("prompt", "response")]
+    tokenizer = prepare.build_tokenizer(texts)
+    model = prepare.new_model(tokenizer, seed=0, layers=2, width=64)
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def lm(folder):
+    from model import LM
+
+    return LM(folder, device="cpu")
+
+
+@pytest.fixture
+def rng():
+    return random.Random(0)

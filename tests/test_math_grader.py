@@ -1,0 +1,319 @@
+"""The math grader. Cases are (gold, answer); rows from data sets name them."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import evaluate as math_grader
+from evaluate import MathVerifier, exact_number, extract_answer, grade_math, normalise
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    verifier = MathVerifier()
+    yield verifier
+    verifier.close()
+
+
+EXTRACTED = [
+    (r"so $\boxed{5}$.", "5"),
+    (r"\boxed{1}, no, \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+    (r"\boxed{1} and \boxed{2}", "2"),  # several boxes are no set
+    (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
+    (r"\boxed{\boxed{3}}", "3"),
+    (r"\fbox{7}", "7"),
+    (r"$\boxed 2$.", "2"),  # MATH train row 888
+    (r"\boxed 5.", "5"),
+    (r"\boxed5", "5"),
+    (r"\boxed{5", None),
+    (r"\boxed{4} then \boxed{5", None),
+    (r"\boxed{5 and the answer is 5", None),
+    (r"\boxed{}", None),
+    (r"\boxed{4} The answer is 5.", "4"),  # a box comes first, wherever it stands
+    ("The answer is 4.\n#### 5", "5"),
+    ("#### 4\nThe answer is 5.", "4"),
+    ("#### 17\n#### 18", "18"),
+    ("#### .5", ".5"),
+    ("####\nThe answer is 5", "5"),
+    ("The answer is 9.", "9"),
+    ("The answer is 3.5.", "3.5"),
+    ("The answer is 8. So the answer is 9. I hope it is correct.", "9"),
+    ("**Answer:** 9", "9"),
+    ("The final answer is: **9**.", "9"),
+    ("Answer:\n5", "5"),
+    ("The answer is Mrs. Hilt.", "Mrs. Hilt"),  # ASDiv row 29
+    ("I do not know", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize("text, answer", EXTRACTED)
+def test_extract_answer(text, answer):
+    assert extract_answer(text) == answer
+
+
+NUMBERS = [
+    ("42", 42), ("-7", -7), ("+5", 5), ("10.", 10), (".5", Fraction(1, 2)), ("1,234,567", 1234567),
+    ("4.5e33", 45 * 10**32), (r"4.5 \times 10^{33}", 45 * 10**32), (r"10^{-3}", Fraction(1, 1000)),
+    (r"-\frac{1}{2}", Fraction(-1, 2)), (r"\frac{-1}{2}", Fraction(-1, 2)),
+    (r"\frac12", Fraction(1, 2)),
+    ("3/4", Fraction(3, 4)), (r"3\frac18", Fraction(25, 8)), ("-1 1/2", Fraction(-3, 2)),
+    (r"10{,}000", 10000), ("x", None), ("2^{10}", None), ("1/0", None), ("1 2", None),
+    ("100, 200", None),
+    ("1e99999", None), ("", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer, number", NUMBERS)
+def test_exact_number(answer, number):
+    assert exact_number(answer) == number
+
+
+SAME = [
+    # numbers
+    ("4.5e33", r"4.5 \times 10^{33}"), ("4.5e33", r"4.5\cdot10^{33}"),
+    (r"1.09 \times 10^{0}", "1.09"),
+    ("10{,}000", "10000"), (r"10,\!000", "10,000"), (r"10\,000", "10000"),
+    ("109,200,000", "109200000"),
+    ("18", "18.00"), ("0.5", ".5"), ("0.5", r"\frac{1}{2}"), (r"\dfrac{1}{2}", "1/2"),
+    ("10", "10."),
+    (r"-(1/3)", r"-\frac13"), (r"3\frac18", "3.125"), (r"\dfrac{2469}{20,\!000}", "0.12345"),
+    ("5", "(5)"), ("5", "+5"), ("1/3", r"\frac{2}{6}"), ("4", "2^2"), ("120", "5!"),
+    # units and money
+    ("5 cm", "5"), ("5", "5 cm"), (r"5\text{ cm}", "5 centimeters"), (r"15\mbox{ cm}^2", "15"),
+    (r"15\mbox{ cm}^2", "15 square cm"), ("9 (apples)", "9"), ("9 (apples)", "9 apples"),
+    ("9 (apples)", "9 red apples"), ("12 (star-shaped stones)", "12"), ("350 (g)", "350"),
+    ("5 (times)", "5"),
+    ("3 (DS games)", "3"), ("123 (third graders)", "123"), ("18 (cm)", "18 centimeters"),
+    (r"18\text{ ways.}", "18"),
+    (r"99\pi \text{ square inches}", r"99\pi"), (r"12\sqrt{13}\text{ feet}", r"\sqrt{1872}"),
+    (r"\frac{270}7\text{ degrees}", r"\frac{270}{7}^\circ"), ("90^\\circ", "90 degrees"),
+    ("300", r"300 \mathrm{~km} / \mathrm{s}"),
+    ("7e37", r"7 \times 10^{37}\ \mathrm{erg}\cdot\mathrm{s}^{-1}"),
+    (r"\$18", "18"), ("18", "$18"), (r"-\$0.50", "-0.5"), (r"\$5", "5 dollars"), ("6th", "6"),
+    ("(6,235^\\circ)", "(6,235)"),
+    # percent
+    (r"50\%", "0.5"), (r"50\%", "50"), ("50", r"50\%"), (r"\frac{3}{4}", r"75\%"),
+    (r"237.5\%", "237.5"),
+    # words, choices, times, ratios, bases
+    (r"\text{Evelyn}", "evelyn"), (r"(\text{E})", "E"), (r"\text{(B)}", "B"), ("Yes", "yes"),
+    ("4:30 p.m.", r"4\!:\!30\text{ PM}"), ("1 : 2", "1:2"), ("1323_{4}", "1323_4"),
+    # sets, tuples, intervals
+    (r"\{1,2\}", "2, 1"), (r"12\text{ and }13", "13, 12"), ("1,3,5", "5, 3 and 1"),
+    ("(1,2)", "(1, 2.0)"),
+    ("$(45,2),(-10,-9)$", "(-10,-9), (45,2)"), (r"(1,\sqrt8),(2,3)", r"(2,3), (1, 2\sqrt2)"),
+    (r"1\pm\sqrt{2}", r"1-\sqrt2, 1+\sqrt2"),
+    (r"\{1\pm\sqrt{5},-2\}", r"\{-2, 1+\sqrt5, 1-\sqrt5\}"),
+    (r"(-\infty,2)\cup(3,\infty)", r"(3,\infty) \cup (-\infty, 2)"), (r"x \in [1,2]", "[1, 2]"),
+    ("x > 1", r"(1,\infty)"), (r"(1,\infty)", "x > 1"), (r"-1<x \leqslant 1", "(-1,1]"),
+    # algebra
+    ("x=5", "5"), ("5", "x = 5"), ("(x,y)=(1,2)", "(1,2)"), ("f(x)=2 x", "2x"), ("5", "2+3=5"),
+    ("p - q", "-q + p"), ("10-4 n", "-4n+10"), ("0.1x", r"\frac{x}{10}"), ("x^{0.5}", r"\sqrt{x}"),
+    (r"\sqrt{8}", r"2\sqrt 2"), (r"\frac{48 i-56}{85}", r"-\frac{56}{85}+\frac{48}{85}i"),
+    ("np.arcsin(10/13)", r"\arcsin\left(\frac{10}{13}\right)"),  # Minerva row 5
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{bmatrix}1\\2\end{bmatrix}"),
+]  # fmt: skip
+
+DIFFERENT = [
+    # numbers
+    ("0.0000001", "0.0000002"), ("(0.0000001,1)", "(0.0000002,1)"), ("10001", "10000"),
+    ("1,234", "234"),
+    ("-7", "7"), ("10", "100"), ("4.5e33", "4.5e32"), ("4.5e33", "4.5"), (r"\frac13", "0.333333"),
+    ("1 1/2", "11/2"), ("2 3", "5"), ("23", "2 3"), (r"\pi", "3.14159265"),
+    (r"2\pi", "6.283185307179586"),
+    (r"\sqrt2", "1.414214"), ("2^{10}", "210"), ("9!", "9"), (r"0.\overline{3}", "0.3"),
+    ("5 million", "5"), ("2 thirds", "2"),
+    (r"10^{-20}\sqrt2", r"2\cdot10^{-20}\sqrt2"), ("1", "1%"), (r"-\frac12", r"\frac12"),
+    # units and money
+    ("5 cm", "5 km"), (r"5\text{ m}", r"5\text{ cm}"), (r"8 \mathrm{~m}", r"8 \mathrm{~km}"),
+    ("5 m", "5"), ("350 (g)", "350 (kg)"),
+    (r"15\text{ cm}^2", r"15\text{ cm}^3"), ("5 dollars", "5 cents"), (r"\$5", "5 cents"),
+    ("9 am", "9 pm"),
+    ("3 hours", "3 minutes"), ("5 cm, 6 cm", "5 km, 6 km"), ("3 n", "3"), ("3x", "3"),
+    (r"3 \sin x", "3"),
+    (r"2\mathrm{i}", "2"), (r"2\mathrm{e}", "2"),
+    # percent
+    (r"50\%", r"5000\%"), ("50", "5000"), ("5000", "50"), (r"50\%", "5000"), ("0.5", r"0.5\%"),
+    # words, choices, times, ratios, bases
+    ("east", "seat"), (r"\text{eat}", r"\text{tea}"), ("A", "B"), ("2A", "2a"), ("3:45", "3:54"),
+    ("1:2", "2:1"), ("2516_8", "2516_7"), ("2516_8", "2516"), ("2516", "2516_8"), ("x_1", "x_2"),
+    # sets, tuples, intervals
+    ("(1,2)", r"\{1,2\}"), ("(1,2)", "[1,2]"), ("(1,2)", "(2,1)"), ("(1,2)", "1,2"),
+    ("[1,2)", "(1,2]"),
+    ("1,2", "1"), ("1,2,2", "1,2"), ("1,2", "1,2,3"), (r"1\pm\sqrt2", r"1+\sqrt2"),
+    ("1,234", "(1,234)"),
+    ("x>1", r"x \ge 1"), ("x > 1", "(1,2)"), (r"\infty", r"-\infty"),
+    # algebra
+    ("x=5", "y=5"), ("a-b", "b-a"), ("x^2", "x^3"), (r"\sqrt{x^2}", "x"), (r"\log 2", r"\ln 2"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"),
+    (r"\frac{1}{2}", r"\foo\bar \frac{1}{2}"), (r"\frac{1}{2}", r"\text{answer } \frac{1}{2} + 7"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("gold, answer", SAME)
+def test_the_same_answer(gold, answer, verifier):
+    assert grade_math(gold, rf"So it is \boxed{{{answer}}}.", verifier) == ("right", answer)
+
+
+@pytest.mark.parametrize("gold, answer", DIFFERENT)
+def test_a_look_alike_is_wrong(gold, answer, verifier):
+    assert grade_math(gold, rf"So it is \boxed{{{answer}}}.", verifier) == ("wrong", answer)
+
+
+@pytest.mark.parametrize("answer", sorted({answer for pair in SAME + DIFFERENT for answer in pair}))
+def test_every_answer_equals_itself_and_normalise_is_idempotent(answer, verifier):
+    assert grade_math(answer, f"#### {answer}", verifier)[0] == "right"
+    assert normalise(normalise(answer)) == normalise(answer)
+
+
+def test_no_answer(verifier):
+    assert grade_math("5", r"it is \boxed{5", verifier) == ("no answer", None)
+
+
+def test_plain_numbers_and_words_need_no_worker():
+    verifier = MathVerifier()
+    for gold, answer in [
+        ("4.5e33", "45"),
+        ("9 (apples)", "8"),
+        ("1,2", "2,3"),
+        ("Yes", "No"),
+        ("3:4", "4:3"),
+    ]:
+        assert grade_math(gold, f"#### {answer}", verifier)[0] == "wrong"
+    assert verifier.worker is None
+
+
+LATEX = st.lists(
+    st.sampled_from(
+        [r"\frac", r"\sqrt", r"\boxed", r"\text", r"\{", r"\}", r"\pm", r"\$", "cm", "1e0"]
+    )
+    | st.sampled_from("{}()[],;.10-xe%$^_=# ")
+)
+
+
+@given(st.text() | LATEX.map("".join))
+def test_no_text_makes_it_raise(text):
+    class Wrong(MathVerifier):
+        def check(self, gold, answer):
+            return "wrong"
+
+    for reply in (text, f"#### {text}", rf"\boxed{{{text}}}"):
+        assert grade_math(text, reply, Wrong())[0] in ("right", "wrong", "no answer")
+
+
+@pytest.mark.parametrize(
+    "piece", [r"\boxed{", r"\boxed{{}", "####", "answer is ", " ", "(", "1,", ". A"]
+)
+def test_a_million_characters_take_no_time(piece, verifier):
+    began = time.monotonic()
+    verdict, _ = grade_math("5", piece * (1_000_000 // len(piece)), verifier)
+    assert verdict in ("wrong", "no answer")
+    boxed = "\\boxed{" + piece * (1_000_000 // len(piece)) + "}"
+    assert grade_math("5", boxed, verifier)[0] in ("wrong", "no answer")
+    assert grade_math("5", r"\boxed{5}" + " so" * 10_000, verifier)[0] == "right"
+    assert time.monotonic() - began < 3
+
+
+def test_a_slow_answer_is_timed_out_and_the_next_is_graded():
+    verifier = MathVerifier(limit_s=1.0)
+    began = time.monotonic()
+    many = ", ".join(["9^{9^{9^9}}"] * 20)
+    assert grade_math(", ".join("1" * 20), f"#### {many}", verifier)[0] == "timed out"
+    assert time.monotonic() - began < 4
+    assert grade_math(r"2\sqrt2", r"#### \sqrt8", verifier)[0] == "right"
+    verifier.close()
+
+
+def test_a_worker_that_dies_is_an_error_or_replaced():
+    verifier = MathVerifier()
+    assert grade_math(r"2\sqrt2", r"#### \sqrt8", verifier)[0] == "right"
+    first = verifier.worker
+    first.kill()
+    first.wait()
+    assert grade_math(r"3\sqrt2", r"#### \sqrt{18}", verifier)[0] == "right"
+    threading.Timer(0.5, verifier.worker.kill).start()
+    assert grade_math("1", "#### 9^{9^{9^9}}", verifier)[0] == "error"
+    assert grade_math(r"2\sqrt2", r"#### \sqrt8", verifier)[0] == "right"
+    verifier.close()
+
+
+def test_a_worker_that_cannot_start_is_an_error(monkeypatch):
+    for program in ("/bin/false", "/no/such/program"):
+        monkeypatch.setattr(sys, "executable", program)
+        assert grade_math("2x", "#### x+x", MathVerifier())[0] == "error"
+
+
+def test_ctrl_c_leaves_no_reply_for_the_next_question():
+    verifier = MathVerifier()
+    assert grade_math("2x", "#### x+x", verifier)[0] == "right"
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        grade_math("1", "#### 9^{9^{9^9}}", verifier)
+    assert grade_math("2x", "#### x+1", verifier)[0] == "wrong"
+    verifier.close()
+
+
+def test_threads_share_one_worker_of_1_gb(verifier):
+    def grade(n):
+        return grade_math(rf"2\sqrt{{{n % 10}}}", rf"#### \sqrt{{{4 * n}}}", verifier)[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        verdicts = list(pool.map(grade, range(2, 40)))
+    assert verdicts == ["right" if n < 10 else "wrong" for n in range(2, 40)]
+    assert (
+        os.getsid(verifier.worker.pid) == verifier.worker.pid
+    )  # a terminal's Ctrl-C is not for it
+    assert resource.prlimit(verifier.worker.pid, resource.RLIMIT_AS) == (2**30, 2**30)
+
+
+SCRIPT = """
+import sys, time
+print("imported", flush=True)  # a stage without `if __name__ == "__main__"`
+sys.modules["torch"] = sys
+from evaluate import MathVerifier, grade_math
+verifier = MathVerifier()
+print(grade_math(r"2\\\\sqrt2", r"#### \\\\sqrt8", verifier)[0], verifier.worker.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_worker_does_not_import_the_script_and_dies_with_it(tmp_path):
+    script = tmp_path / "stage.py"
+    script.write_text(SCRIPT.replace("\\\\", "\\"))
+    here = os.path.dirname(math_grader.__file__)
+    stage = subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": here},
+    )
+    assert stage.stdout.readline() == "imported\n"
+    verdict, pid = stage.stdout.readline().split()
+    assert verdict == "right"
+    with open(f"/proc/{pid}/maps") as maps:
+        assert "torch" not in maps.read()
+    stage.send_signal(signal.SIGKILL)
+    stage.wait()
+    deadline = time.monotonic() + 5
+    while running(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not running(pid)
+    assert stage.stdout.read() == ""
+
+
+def running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rsplit(")")[-1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
