@@ -1,7 +1,9 @@
 """The math grader. Cases are (gold, answer); rows from data sets name them."""
 
 import os
+import random
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -11,8 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import evaluate as math_grader
 from evaluate import MathVerifier, exact_number, extract_answer, grade_math, normalise
@@ -193,16 +193,15 @@ def test_plain_numbers_and_words_need_no_worker():
     assert verifier.worker is None
 
 
-LATEX = st.lists(
-    st.sampled_from(
-        [r"\frac", r"\sqrt", r"\boxed", r"\text", r"\{", r"\}", r"\pm", r"\$", "cm", "1e0"]
-    )
-    | st.sampled_from("{}()[],;.10-xe%$^_=# ")
-)
+PIECES = [r"\frac", r"\sqrt", r"\boxed", r"\text", r"\{", r"\}", r"\pm", r"\$", "cm", "1e0"]
+PIECES += [*"{}()[],;.10-xe%$^_=# \n\t\0é٣½𝟙"]
 
 
-@given(st.text() | LATEX.map("".join))
-def test_no_text_makes_it_raise(text):
+@pytest.mark.parametrize("seed", range(300))
+def test_no_text_makes_it_raise(seed):
+    rng = random.Random(seed)
+    text = "".join(rng.choices(PIECES, k=rng.randrange(12)))
+
     class Wrong(MathVerifier):
         def check(self, gold, answer):
             return "wrong"
@@ -221,7 +220,7 @@ def test_a_million_characters_take_no_time(piece, verifier):
     boxed = "\\boxed{" + piece * (1_000_000 // len(piece)) + "}"
     assert grade_math("5", boxed, verifier)[0] in ("wrong", "no answer")
     assert grade_math("5", r"\boxed{5}" + " so" * 10_000, verifier)[0] == "right"
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 60  # quadratic work would take hours
 
 
 def test_a_slow_answer_is_timed_out_and_the_next_is_graded():
@@ -229,7 +228,7 @@ def test_a_slow_answer_is_timed_out_and_the_next_is_graded():
     began = time.monotonic()
     many = ", ".join(["9^{9^{9^9}}"] * 20)
     assert grade_math(", ".join("1" * 20), f"#### {many}", verifier)[0] == "timed out"
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 60
     assert grade_math(r"2\sqrt2", r"#### \sqrt8", verifier)[0] == "right"
     verifier.close()
 
@@ -279,7 +278,6 @@ def test_threads_share_one_worker_of_1_gb(verifier):
 SCRIPT = """
 import sys, time
 print("imported", flush=True)  # a stage without `if __name__ == "__main__"`
-sys.modules["torch"] = sys
 from evaluate import MathVerifier, grade_math
 verifier = MathVerifier()
 print(grade_math(r"2\\\\sqrt2", r"#### \\\\sqrt8", verifier)[0], verifier.worker.pid, flush=True)
@@ -302,18 +300,14 @@ def test_the_worker_does_not_import_the_script_and_dies_with_it(tmp_path):
     assert verdict == "right"
     with open(f"/proc/{pid}/maps") as maps:
         assert "torch" not in maps.read()
+    ended = watch(pid)
     stage.send_signal(signal.SIGKILL)
     stage.wait()
-    deadline = time.monotonic() + 5
-    while running(pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not running(pid)
+    assert ended(pid)
     assert stage.stdout.read() == ""
 
 
-def running(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rsplit(")")[-1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+def watch(pid):
+    """-> a function that waits for the process to end, at most 30 s, and says whether it did."""
+    fd = os.pidfd_open(int(pid))
+    return lambda *_: bool(select.select([fd], [], [], 30)[0])

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from model import UserError
 from prepare import (
     INSTRUCTIONS,
     LOADERS,
