@@ -41,7 +41,18 @@ from subprocess import DEVNULL, PIPE, Popen
 import numpy as np
 import torch
 
-from model import LM, Prefixes, Tree, UserError, draw_key, load_critic, pack_trees, replace, sample, step_values
+from model import (
+    LM,
+    Prefixes,
+    Tree,
+    UserError,
+    draw_key,
+    load_critic,
+    pack_trees,
+    replace,
+    sample,
+    step_values,
+)
 
 # ---------------------------------------------------------------------------------------------- grading math answers
 
@@ -318,7 +329,9 @@ def mcnemar(gained: int, lost: int) -> float:
 def bootstrap(difference: np.ndarray) -> tuple[float, float]:
     """95 % interval of the mean of paired differences (n,), 10,000 resamples of problems."""
     rng = np.random.default_rng(0)
-    means = [difference[rng.integers(0, len(difference), len(difference))].mean() for _ in range(10_000)]
+    means = [
+        difference[rng.integers(0, len(difference), len(difference))].mean() for _ in range(10_000)
+    ]
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
@@ -342,22 +355,34 @@ def summarise(lines: list[dict], other: dict[str, dict] | None) -> dict:
     }
     if k := len(lines[0]["sampled"]):
         wins = [sum(s["correct"] for s in x["sampled"]) for x in lines]
-        majority = [Counter(s["prediction"] for s in x["sampled"] if s["prediction"]).most_common(1) for x in lines]
+        majority = [
+            Counter(s["prediction"] for s in x["sampled"] if s["prediction"]).most_common(1)
+            for x in lines
+        ]
         voted = sum(
-            any(s["correct"] for s in x["sampled"] if best and s["prediction"] == best[0][0]) for x, best in zip(lines, majority)
+            any(s["correct"] for s in x["sampled"] if best and s["prediction"] == best[0][0])
+            for x, best in zip(lines, majority)
         )
         row |= {"k": k, "sampled": sum(wins) / (n * k), "maj": voted / n}
-        row |= {f"pass@{j}": sum(pass_at(j, k, w) for w in wins) / n for j in (1 << i for i in range(1, k.bit_length()))}
+        row |= {
+            f"pass@{j}": sum(pass_at(j, k, w) for w in wins) / n
+            for j in (1 << i for i in range(1, k.bit_length()))
+        }
         if "by_critic" in lines[0]:
             row["best_of_k_by_critic"] = sum(x["by_critic"] for x in lines) / n
     if other:
         row["against"] = {
-            "greedy": paired([x["correct"] for x in lines], [other[x["id"]]["correct"] for x in lines]),
+            "greedy": paired(
+                [x["correct"] for x in lines], [other[x["id"]]["correct"] for x in lines]
+            ),
         }
         if k and len(other[lines[0]["id"]]["sampled"]) == k:
             mean = lambda x: sum(s["correct"] for s in x["sampled"]) / k  # noqa: E731
             difference = np.array([mean(x) - mean(other[x["id"]]) for x in lines])
-            row["against"]["sampled"] = {"difference": float(difference.mean()), "interval": bootstrap(difference)}
+            row["against"]["sampled"] = {
+                "difference": float(difference.mean()),
+                "interval": bootstrap(difference),
+            }
     return row
 
 
@@ -380,29 +405,50 @@ def paired(new: list[bool], old: list[bool]) -> dict:
 class Settings:
     actor: str = field(default="", metadata={"help": "Hugging Face folder or hub id to evaluate"})
     problems: str = field(default="", metadata={"help": "problem files, comma separated"})
-    out: str = field(default="", metadata={"help": "eval.jsonl to write; summary.json goes beside it"})
-    against: str = field(default="", metadata={"help": "eval.jsonl of another actor on the same problems"})
-    samples: int = field(default=0, metadata={"help": "responses a problem at temperature 1, beside the greedy one"})
-    critic: str = field(default="", metadata={"help": "critic that picks the best of --samples (with the actor's tokenizer)"})
+    out: str = field(
+        default="", metadata={"help": "eval.jsonl to write; summary.json goes beside it"}
+    )
+    against: str = field(
+        default="", metadata={"help": "eval.jsonl of another actor on the same problems"}
+    )
+    samples: int = field(
+        default=0, metadata={"help": "responses a problem at temperature 1, beside the greedy one"}
+    )
+    critic: str = field(
+        default="",
+        metadata={"help": "critic that picks the best of --samples (with the actor's tokenizer)"},
+    )
     max_new: int = field(default=2048, metadata={"help": "length limit of a response in tokens"})
     batch: int = field(default=256, metadata={"help": "rows decoded at once"})
     seed: int = field(default=0, metadata={"help": "of the samples"})
-    report: str = field(default="", metadata={"help": "a run folder: print its table and draw its figures, nothing else"})
+    report: str = field(
+        default="",
+        metadata={"help": "a run folder: print its table and draw its figures, nothing else"},
+    )
     force: bool = field(default=False, metadata={"help": "throw an existing output away"})
 
 
 def stage(s: Settings):
-    from prepare import Stage, fingerprint, read_jsonl, tokenizer_facts  # which imports this file for its graders
+    from prepare import (
+        Stage,
+        fingerprint,
+        read_jsonl,
+        tokenizer_facts,
+    )  # which imports this file for its graders
 
     if s.report:
         return report(Path(s.report))
     if not (s.actor and s.problems and s.out):
-        raise UserError("evaluate.py: --actor, --problems and --out are wanted, or --report; --help lists the flags")
+        raise UserError(
+            "evaluate.py: --actor, --problems and --out are wanted, or --report; --help lists the flags"
+        )
     paths = s.problems.split(",")
     problems = [p for path in paths for p in read_jsonl(path, ("id", "prompt", "domain"))]
     other = {x["id"]: x for x in read_jsonl(s.against)} if s.against else None
     if other and (lacks := next((p["id"] for p in problems if p["id"] not in other), None)):
-        raise UserError(f"{s.against}: problem {lacks} is not there; compare actors on the same problems")
+        raise UserError(
+            f"{s.against}: problem {lacks} is not there; compare actors on the same problems"
+        )
     lm = LM(s.actor)
     critic = load_critic(s.critic) if s.critic and s.samples else None
     inputs = {"actor": s.actor, **{f"problems{i or ''}": p for i, p in enumerate(paths)}}
@@ -413,8 +459,12 @@ def stage(s: Settings):
         todo = [p for p in problems if p["id"] not in done]
         for i in range(0, len(todo), 64):
             chunk = todo[i : i + 64]
-            prefixes = Prefixes(lm, [Tree([lm.prompt_ids(p["prompt"])], [-1], [True]) for p in chunk])
-            greedy = sample(lm, prefixes, [(j, 0, 0, s.max_new) for j in range(len(chunk))], 0.0, s.batch)
+            prefixes = Prefixes(
+                lm, [Tree([lm.prompt_ids(p["prompt"])], [-1], [True]) for p in chunk]
+            )
+            greedy = sample(
+                lm, prefixes, [(j, 0, 0, s.max_new) for j in range(len(chunk))], 0.0, s.batch
+            )
             rows = [
                 (j, 0, draw_key(s.seed, "evaluate", p["id"], k), s.max_new)
                 for j, p in enumerate(chunk) for k in range(s.samples)
@@ -433,8 +483,13 @@ def stage(s: Settings):
         sets.setdefault(p["source"], []).append(lines[p["id"]])
     if len(sets) > 1:
         sets["pooled"] = list(lines.values())
-    summary = {"sets": {name: summarise(rows, other) for name, rows in sets.items()}, "against": s.against}
-    replace(out.out.with_name("summary.json"), lambda p: p.write_text(json.dumps(summary, indent=1)))
+    summary = {
+        "sets": {name: summarise(rows, other) for name, rows in sets.items()},
+        "against": s.against,
+    }
+    replace(
+        out.out.with_name("summary.json"), lambda p: p.write_text(json.dumps(summary, indent=1))
+    )
     for name, row in summary["sets"].items():
         low, high = row["interval"]
         sampled = f", T=1 {row['sampled']:.1%}" if s.samples else ""
@@ -448,7 +503,9 @@ def line(lm, problem: dict, responses: list[list[int]]) -> dict:
     finished = [bool(ids) and ids[-1] in lm.eos for ids in responses]
     grades = grade_all([problem] * len(texts), texts)
     correct = [f and verdict == "right" for f, (verdict, _) in zip(finished, grades)]
-    sampled = [{"text": t, "prediction": g[1], "correct": c} for t, g, c in zip(texts, grades, correct)][1:]
+    sampled = [
+        {"text": t, "prediction": g[1], "correct": c} for t, g, c in zip(texts, grades, correct)
+    ][1:]
     return {
         "id": problem["id"], "text": texts[0], "prediction": grades[0][1], "correct": correct[0],
         "verdict": grades[0][0], "finished": finished[0], "sampled": sampled,
@@ -456,13 +513,21 @@ def line(lm, problem: dict, responses: list[list[int]]) -> dict:
 
 
 @torch.no_grad()
-def best_by_critic(lm: LM, critic: LM, head, problems: list[dict], responses: list[list[list[int]]]) -> list[int]:
+def best_by_critic(
+    lm: LM, critic: LM, head, problems: list[dict], responses: list[list[list[int]]]
+) -> list[int]:
     """Which sampled response of each problem the critic prefers, by V of the state before its last step."""
     trees = []
     for problem, (_, *sampled) in zip(problems, responses):
         before = [ids[: ([0, *lm.step_ends(ids)])[-2]] for ids in sampled]
         kids = [b or [lm.eos[0]] for b in before]
-        trees.append(Tree([lm.prompt_ids(problem["prompt"]), *kids], [-1] + [0] * len(kids), [False] + [True] * len(kids)))
+        trees.append(
+            Tree(
+                [lm.prompt_ids(problem["prompt"]), *kids],
+                [-1] + [0] * len(kids),
+                [False] + [True] * len(kids),
+            )
+        )
     value = [np.zeros(len(sampled) - 1) for sampled in responses]
     for pack in pack_trees(trees, 8192):
         for (t, v), x in zip(pack.owner, step_values(critic, head, pack).tolist()):
@@ -487,31 +552,56 @@ def report(run: Path):
     for path in folders:
         name, row = list(json.loads(path.read_text())["sets"].items())[-1]
         rows.append((path.parent.name, row))
-    print(f"{'':8}{'greedy':>8} {'95 % interval':>16} {'T=1':>8} {'p vs base':>10} {'T=1 gain':>9} {'95 % interval':>18}")
+    print(
+        f"{'':8}{'greedy':>8} {'95 % interval':>16} {'T=1':>8} {'p vs base':>10} {'T=1 gain':>9} {'95 % interval':>18}"
+    )
     for name, row in rows:
         against = row.get("against", {})
         p = f"{against['greedy']['p']:10.2g}" if against else f"{'':10}"
         gain = against.get("sampled")
-        gain = f"{gain['difference']:+9.1%}    [{gain['interval'][0]:+.1%}, {gain['interval'][1]:+.1%}]" if gain else ""
+        gain = (
+            f"{gain['difference']:+9.1%}    [{gain['interval'][0]:+.1%}, {gain['interval'][1]:+.1%}]"
+            if gain
+            else ""
+        )
         low, high = row["interval"]
-        print(f"{name:8}{row['accuracy']:8.1%}   [{low:.1%}, {high:.1%}] {row.get('sampled', math.nan):8.1%} {p} {gain}")
+        print(
+            f"{name:8}{row['accuracy']:8.1%}   [{low:.1%}, {high:.1%}] {row.get('sampled', math.nan):8.1%} {p} {gain}"
+        )
 
     figure, axes = plt.subplots(2, 2, figsize=(11, 8))
     x = range(len(rows))
     accuracy = [row["accuracy"] for _, row in rows]
     bars = np.abs(np.array([row["interval"] for _, row in rows]).T - accuracy)
     axes[0, 0].errorbar(x, accuracy, bars, marker="o", capsize=4, label="greedy")
-    axes[0, 0].plot(x, [row.get("sampled", math.nan) for _, row in rows], marker="s", label="temperature 1")
-    axes[0, 0].set(title="accuracy on the test problems", xticks=list(x), xticklabels=[n for n, _ in rows], ylim=(0, 1))
+    axes[0, 0].plot(
+        x, [row.get("sampled", math.nan) for _, row in rows], marker="s", label="temperature 1"
+    )
+    axes[0, 0].set(
+        title="accuracy on the test problems",
+        xticks=list(x),
+        xticklabels=[n for n, _ in rows],
+        ylim=(0, 1),
+    )
     axes[0, 1].plot([0, 1], [0, 1], "k:", lw=1)
-    axes[0, 1].set(title="critic on held-out states", xlabel="V(s)", ylabel="success rate of the completions")
+    axes[0, 1].set(
+        title="critic on held-out states", xlabel="V(s)", ylabel="success rate of the completions"
+    )
     axes[1, 0].set(title="advantages of the pairs", xlabel="A(s, a)", ylabel="pairs", yscale="log")
-    axes[1, 1].set(title="mean log-ratio while the actor trains", xlabel="step", ylabel="log pi / pi_ref")
+    axes[1, 1].set(
+        title="mean log-ratio while the actor trains", xlabel="step", ylabel="log pi / pi_ref"
+    )
     for (name, _), color in zip(rows[1:], plt.rcParams["axes.prop_cycle"].by_key()["color"] * 9):
         folder = run / name
         if (critic := folder / "critic.metrics.json").exists():
             bins = [b for b in json.loads(critic.read_text())["bins"] if b["states"]]
-            axes[0, 1].plot([b["value"] for b in bins], [b["mc"] for b in bins], marker="o", color=color, label=name)
+            axes[0, 1].plot(
+                [b["value"] for b in bins],
+                [b["mc"] for b in bins],
+                marker="o",
+                color=color,
+                label=name,
+            )
         if (table := folder / "advantages.jsonl").exists():
             states = [state for text in table.open() for state in json.loads(text)["states"]]
             adv = [a["adv"] for state in states for a in state["actions"]]
@@ -558,8 +648,16 @@ def draw_solution(run: Path, plt):
         axis.text(0, y + 0.5, text, family="monospace", color="0.35")
     for y, (text, adv) in enumerate(path, len(prompt) + 1):
         color = plt.get_cmap("RdYlGn")(0.5 + (adv or 0.0) / 2)
-        axis.text(0, y + 0.5, text, family="monospace", bbox={"facecolor": color, "edgecolor": "none", "pad": 2})
-        axis.text(1, y + 0.5, "" if adv is None else f"A = {adv:+.2f}", family="monospace", ha="right")
+        axis.text(
+            0,
+            y + 0.5,
+            text,
+            family="monospace",
+            bbox={"facecolor": color, "edgecolor": "none", "pad": 2},
+        )
+        axis.text(
+            1, y + 0.5, "" if adv is None else f"A = {adv:+.2f}", family="monospace", ha="right"
+        )
     figure.savefig(run / "solution.png", dpi=110, bbox_inches="tight")
     print(run / "solution.png")
 

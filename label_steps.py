@@ -4,8 +4,8 @@
         --samples runs/demo/iter1/samples.jsonl --out runs/demo/iter1/trees.jsonl
 
 Reads:  samples.jsonl, its problems, and the actor that drew it.
-Writes: trees.jsonl, a step tree a problem (node 0: the prompt)
-    {"id": "demo/train/17", "prompt_ids": [1, 9], "nodes": [
+Writes: trees.jsonl, a step tree a problem (node 0: the prompt; tokens: generated for it)
+    {"id": "demo/train/17", "prompt_ids": [1, 9], "tokens": 812, "nodes": [
      {"parent": -1, "ids": [], "text": "", "draws": 0, "n": 16, "wins": 9, "reward": null, "labelled": true}]}
 
 Samples choose the states, completions measure them. A kept response was kept because of its outcome, so its own steps
@@ -36,7 +36,9 @@ class Settings:
     samples: str = field(metadata={"help": "samples.jsonl from sample.py"})
     out: str = field(metadata={"help": "trees.jsonl to write"})
     m: int = field(default=16, metadata={"help": "completions a state"})
-    max_new: int = field(default=2048, metadata={"help": "length limit of a whole response in tokens"})
+    max_new: int = field(
+        default=2048, metadata={"help": "length limit of a whole response in tokens"}
+    )
     batch: int = field(default=256, metadata={"help": "rows decoded at once"})
     seed: int = field(default=0, metadata={"help": "of the draws"})
     force: bool = field(default=False, metadata={"help": "throw an existing output away"})
@@ -48,19 +50,32 @@ class StepTree:
     def __init__(self, prompt_ids: list[int]):
         self.prompt_ids = prompt_ids
         self.nodes = [
-            {"parent": -1, "ids": [], "text": "", "draws": 0, "n": 0, "wins": 0, "reward": None, "labelled": False}
+            {
+                "parent": -1,
+                "ids": [],
+                "text": "",
+                "draws": 0,
+                "n": 0,
+                "wins": 0,
+                "reward": None,
+                "labelled": False,
+            }
         ]
-        self.child, self.kept, self.depth = {}, [True], [0]
+        self.child, self.kept, self.depth, self.tokens = {}, [True], [0], 0
 
     def step(self, parent: int, ids: list[int], reward: int | None, kept: bool) -> int:
         """The child of `parent` by the step `ids`, made if it is not there. reward: None while the response goes on."""
         v = self.child.setdefault((parent, tuple(ids)), len(self.nodes))
         if v == len(self.nodes):
-            self.nodes.append({**self.nodes[0], "parent": parent, "ids": ids, "reward": reward, "n": 0, "wins": 0})
+            self.nodes.append(
+                {**self.nodes[0], "parent": parent, "ids": ids, "reward": reward, "n": 0, "wins": 0}
+            )
             self.kept.append(kept)
             self.depth.append(self.depth[parent] + len(ids))
         elif reward is None:
-            self.nodes[v]["reward"] = None  # one response was cut off here by its length, another went on
+            self.nodes[v]["reward"] = (
+                None  # one response was cut off here by its length, another went on
+            )
         return v
 
     def keep(self, ids: list[int], ends: list[int], reward: int):
@@ -71,6 +86,7 @@ class StepTree:
 
     def complete(self, v: int, ids: list[int], ends: list[int], reward: int):
         """Count one completion drawn at node v."""
+        self.tokens += len(ids)
         self._count(v, reward)
         for a, b in zip([0, *ends], ends):
             v = self.step(v, ids[a:b], reward if b == ends[-1] else None, False)
@@ -115,10 +131,20 @@ def stage(s: Settings):
     if out.complete:
         return
     if foreign := next((r["id"] for r in samples if r["id"] not in problems), None):
-        raise UserError(f"{s.samples}: problem {foreign} is not in {s.problems}; pass the problems it was drawn from")
+        raise UserError(
+            f"{s.samples}: problem {foreign} is not in {s.problems}; pass the problems it was drawn from"
+        )
     done = {r["id"] for r in out.done}
     todo = [r for r in samples if r["id"] not in done]
-    total = {"completions": 0, "tokens": 0, "prefilled": 0, "prefixes": 0, "states": 0, "unshared": 0, "wanted": 0}
+    total = {
+        "completions": 0,
+        "tokens": 0,
+        "prefilled": 0,
+        "prefixes": 0,
+        "states": 0,
+        "unshared": 0,
+        "wanted": 0,
+    }
     with tqdm(desc="label_steps", unit=" tokens", disable=None) as progress:
         for i in range(0, len(todo), 64):
             chunk = todo[i : i + 64]
@@ -146,7 +172,9 @@ def plant(sample_record: dict) -> StepTree:
     return tree
 
 
-def label(lm: LM, s: Settings, chunk, trees: list[StepTree], problems: list[dict], total: dict, progress):
+def label(
+    lm: LM, s: Settings, chunk, trees: list[StepTree], problems: list[dict], total: dict, progress
+):
     """Top every kept state of these trees up to m completions, level by level, all problems of the chunk at once."""
     levels = [t.states() for t in trees]
     prefix_trees = []
@@ -180,7 +208,12 @@ def record(lm: LM, problem_id: str, tree: StepTree) -> dict:
     for v, node in enumerate(tree.nodes):
         node["text"] = lm.text(node["ids"] if v else tree.prompt_ids)
         node["labelled"] = tree.kept[v] and node["reward"] is None
-    return {"id": problem_id, "prompt_ids": tree.prompt_ids, "nodes": tree.nodes}
+    return {
+        "id": problem_id,
+        "prompt_ids": tree.prompt_ids,
+        "tokens": tree.tokens,
+        "nodes": tree.nodes,
+    }
 
 
 if __name__ == "__main__":

@@ -587,14 +587,14 @@ def linear_logprobs(
     return _LinearLogprobs.apply(hidden, weight, targets, scale, softcap)
 
 
-def _pack_hidden(lm: LM, pack: Pack) -> torch.Tensor:
+def pack_hidden(lm: LM, pack: Pack) -> torch.Tensor:
     view = TreeView(pack, lm.device)
     return lm.hidden(pack.ids[None].to(lm.device), pack.pos[None].to(lm.device), view)[0]  # (N, d)
 
 
 def step_logprobs(lm: LM, pack: Pack) -> torch.Tensor:
     """log pi(a | s) of every scored node: the sum over its step's tokens, line break or EOS included (eq. 12). (M,)"""
-    hidden = _pack_hidden(lm, pack)
+    hidden = pack_hidden(lm, pack)
     token = ((pack.node >= 0) & (pack.prev >= 0)).nonzero()[
         :, 0
     ]  # (n,) a prompt's first token has nothing before it
@@ -605,7 +605,7 @@ def step_logprobs(lm: LM, pack: Pack) -> torch.Tensor:
 
 def step_values(lm: LM, head: torch.nn.Linear, pack: Pack) -> torch.Tensor:
     """Logit of V(s) of every scored node, read at the state's last token (eq. 15). (M,) float32"""
-    return head(_pack_hidden(lm, pack)[pack.last.to(lm.device)].float())[:, 0]
+    return head(pack_hidden(lm, pack)[pack.last.to(lm.device)].float())[:, 0]
 
 
 def step_advantages(q, parent, draws):
@@ -683,7 +683,9 @@ class Prefixes:
 
 
 @torch.no_grad()
-def sample(lm: LM, prefixes: Prefixes, rows: list, temperature=1.0, batch=256, progress=None) -> list:
+def sample(
+    lm: LM, prefixes: Prefixes, rows: list, temperature=1.0, batch=256, progress=None
+) -> list:
     """Draw one continuation for each row (tree, node, key, room): up to an EOS (kept in the ids) or `room` tokens.
 
     -> list of token id lists, in the order of rows. A row's tokens depend on its prefix and key alone:
@@ -829,7 +831,9 @@ def fit(
         raise UserError(
             f"{work}: checkpoints need {need / 1e9:.1f} GB of disk; make room or choose another --out"
         )
-    optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimiser = torch.optim.AdamW(
+        parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
     first, log = 0, work / "metrics.jsonl"
     saved = sorted(work.glob("step-*.pt"))
     if saved:

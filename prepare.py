@@ -44,7 +44,11 @@ def sha256(path: Path) -> str:
     """Hash of a file, or of all files of a folder; remembered by size and time in .sha256.json beside it."""
     path = Path(path)
     if path.is_dir():
-        parts = [f"{p.name} {sha256(p)}" for p in sorted(path.iterdir()) if p.is_file() and p.name != ".sha256.json"]
+        parts = [
+            f"{p.name} {sha256(p)}"
+            for p in sorted(path.iterdir())
+            if p.is_file() and p.name != ".sha256.json"
+        ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
     memory, stat = path.parent / ".sha256.json", path.stat()
     known = json.loads(memory.read_text()) if memory.exists() else {}
@@ -70,7 +74,10 @@ def tokenizer_facts(lm: LM) -> dict:
     """Hashes of the vocabulary and of the chat template: records made with others do not fit."""
     vocabulary = json.dumps(sorted(lm.tokenizer.get_vocab().items()))
     template = str(lm.tokenizer.chat_template)
-    return {k: hashlib.sha256(v.encode()).hexdigest()[:16] for k, v in [("tokenizer", vocabulary), ("template", template)]}
+    return {
+        k: hashlib.sha256(v.encode()).hexdigest()[:16]
+        for k, v in [("tokenizer", vocabulary), ("template", template)]
+    }
 
 
 def read_jsonl(path: Path, needs: tuple[str, ...] = ("id",), torn_tail: bool = False) -> list[dict]:
@@ -100,9 +107,13 @@ def read_jsonl(path: Path, needs: tuple[str, ...] = ("id",), torn_tail: bool = F
         missing = [k for k in needs if not isinstance(record, dict) or record.get(k) in (None, "")]
         if missing:
             found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise UserError(f"{where}: without {', '.join(missing)} (found: {found}); is this the right file?")
+            raise UserError(
+                f"{where}: without {', '.join(missing)} (found: {found}); is this the right file?"
+            )
         if record.get("id") in seen:
-            raise UserError(f"{where}: the id {record['id']!r} stands in this file twice; make ids unique")
+            raise UserError(
+                f"{where}: the id {record['id']!r} stands in this file twice; make ids unique"
+            )
         seen.add(record.get("id"))
         records.append(record)
     if not records and not torn_tail:
@@ -125,20 +136,30 @@ class Stage:
     facts     {fact: value} that the manifest states for the stages that come after
     """
 
-    def __init__(self, out, settings, inputs: dict, expects: dict | None = None, facts: dict | None = None):
+    def __init__(
+        self, out, settings, inputs: dict, expects: dict | None = None, facts: dict | None = None
+    ):
         self.out, self.begin = Path(out), time.perf_counter()
         self.path = Path(f"{self.out}.manifest.json")
         name = Path(sys.argv[0]).stem
         if self.out.exists() and not self.path.exists():
-            raise UserError(f"{self.out}: there already, and not by this pipeline; choose another --out")
+            raise UserError(
+                f"{self.out}: there already, and not by this pipeline; choose another --out"
+            )
         hashes = {}
         for key, path in inputs.items():
             hashes[key] = _checked_input(key, str(path), expects or {})
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self._lock()
-        flags = {k: v for k, v in asdict(settings).items() if k not in ("out", "force") and k not in inputs}
+        flags = {
+            k: v
+            for k, v in asdict(settings).items()
+            if k not in ("out", "force") and k not in inputs
+        }
         files = {Path(sys.argv[0]).name, "model.py", "prepare.py", "evaluate.py"}
-        code = hashlib.sha256(b"".join((Path(__file__).parent / f).read_bytes() for f in sorted(files))).hexdigest()
+        code = hashlib.sha256(
+            b"".join((Path(__file__).parent / f).read_bytes() for f in sorted(files))
+        ).hexdigest()
         self.manifest = {
             "stage": name,
             "settings": json.loads(json.dumps(flags)),
@@ -152,7 +173,9 @@ class Stage:
         if old is None:
             replace(self.path, lambda p: p.write_text(json.dumps(self.manifest, indent=1)))
         elif difference := _difference(old, self.manifest):
-            raise UserError(f"{self.out}: {difference}; --force starts over, another --out keeps both")
+            raise UserError(
+                f"{self.out}: {difference}; --force starts over, another --out keeps both"
+            )
         self.complete = bool(old and old.get("output"))
         if self.complete:
             print(f"{self.out}: complete, nothing to do")
@@ -167,7 +190,9 @@ class Stage:
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{self.out.parent}: another stage is writing here; wait for it") from None
+            raise UserError(
+                f"{self.out.parent}: another stage is writing here; wait for it"
+            ) from None
 
     def _repair(self):
         """Keep the whole records, drop a torn last line."""
@@ -210,9 +235,13 @@ def _checked_input(key: str, path: str, expects: dict) -> str:
         return found
     made = json.loads(manifest.read_text())
     if "output" not in made:
-        raise UserError(f"{path}: unfinished; run {made['stage']}.py again with the same flags, it goes on")
+        raise UserError(
+            f"{path}: unfinished; run {made['stage']}.py again with the same flags, it goes on"
+        )
     if made["output"] != found:
-        raise UserError(f"{path}: changed since {made['stage']}.py wrote it ({made['output'][:12]}, now {found[:12]})")
+        raise UserError(
+            f"{path}: changed since {made['stage']}.py wrote it ({made['output'][:12]}, now {found[:12]})"
+        )
     for fact, value in expects.items():
         was = made["facts"].get(fact, value)
         if was != value:
@@ -258,7 +287,12 @@ def main(stage, settings_class, doc: str):
     except (FileNotFoundError, PermissionError, NotADirectoryError) as e:
         sys.exit(_say(f"{e.filename}: {e.strerror}", 2))
     except OSError as e:
-        sys.exit(_say(f"{e.filename or settings.out}: {e.strerror}; what was written is kept, the same command goes on", 1))
+        sys.exit(
+            _say(
+                f"{e.filename or settings.out}: {e.strerror}; what was written is kept, the same command goes on",
+                1,
+            )
+        )
     except KeyboardInterrupt:
         sys.exit(_say(f"stopped; to go on: python {' '.join(sys.argv)}", 130))
 
@@ -371,14 +405,19 @@ def build_tokenizer(texts: list[str]):
 
     special = ["<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>"]
     pieces = r"<\|\w+\|>|\n| ?[A-Za-z]+| ?-?\d+| ?[^\sA-Za-z\d]"
-    words = sorted({w for text in texts for w in re.findall(pieces, text)} | {f" {i}" for i in range(-20, 100)})
+    words = sorted(
+        {w for text in texts for w in re.findall(pieces, text)} | {f" {i}" for i in range(-20, 100)}
+    )
     vocabulary = {w: i for i, w in enumerate([*special, "\n", *(w for w in words if w != "\n")])}
     model = tk.Tokenizer(tk.models.WordLevel(vocabulary, unk_token="<|unknown|>"))
     model.pre_tokenizer = tk.pre_tokenizers.Split(tk.Regex(pieces), "isolated")
     model.decoder = tk.decoders.Fuse()
     names = {"eos_token": "<|end|>", "pad_token": "<|end|>", "unk_token": "<|unknown|>"}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=model, additional_special_tokens=special[1:3], clean_up_tokenization_spaces=False, **names
+        tokenizer_object=model,
+        additional_special_tokens=special[1:3],
+        clean_up_tokenization_spaces=False,
+        **names,
     )
     tokenizer.chat_template = TEMPLATE
     return tokenizer
@@ -396,7 +435,9 @@ def new_model(tokenizer, seed: int, layers: int = 3, width: int = 128):
         eos_token_id=eos, pad_token_id=eos, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=eos, do_sample=True, temperature=1.0)
+    model.generation_config = GenerationConfig(
+        eos_token_id=eos, pad_token_id=eos, do_sample=True, temperature=1.0
+    )
     return model
 
 
@@ -409,7 +450,16 @@ def demo_tree(lm: LM, demo: dict) -> Tree:
     return Tree(ids, [-1, 0], [True, True])
 
 
-def fine_tune(lm: LM, trees: list[Tree], work: Path, lr: float, batch: int, passes: int, seed: int, prompt_weight: float):
+def fine_tune(
+    lm: LM,
+    trees: list[Tree],
+    work: Path,
+    lr: float,
+    batch: int,
+    passes: int,
+    seed: int,
+    prompt_weight: float,
+):
     """Next-token training on demonstrations; a prompt's tokens count `prompt_weight`, a response's 1."""
     rng, batches = random.Random(f"fine_tune {seed}"), []
     for _ in range(passes):
@@ -423,8 +473,12 @@ def fine_tune(lm: LM, trees: list[Tree], work: Path, lr: float, batch: int, pass
 
     def loss(pack, weight):
         logp = step_logprobs(lm, pack)  # (M,)
-        weights = torch.tensor([1.0 if v else prompt_weight for _, v in pack.owner], device=logp.device)
-        return -(weights * logp).sum() / weight, {"response_nll": -float(logp.detach()[weights == 1].sum()) / weight}
+        weights = torch.tensor(
+            [1.0 if v else prompt_weight for _, v in pack.owner], device=logp.device
+        )
+        return -(weights * logp).sum() / weight, {
+            "response_nll": -float(logp.detach()[weights == 1].sum()) / weight
+        }
 
     fit({"model": lm.model}, batches, prepare, loss, work, lr, save_every=200)
 
@@ -576,14 +630,29 @@ def asdiv_demos(row: dict) -> dict:
 @dataclass(frozen=True)
 class Settings:
     out: str = field(metadata={"help": "folder of the run"})
-    train: str = field(default="", metadata={"help": "NAME:PATH of training problems, comma separated; empty: embedded"})
+    train: str = field(
+        default="",
+        metadata={"help": "NAME:PATH of training problems, comma separated; empty: embedded"},
+    )
     test: str = field(default="", metadata={"help": "NAME:PATH of test problems, comma separated"})
-    instruction: str = field(default="", metadata={"help": "put after each question; default: by the set's kind of answer"})
-    limit: int = field(default=0, metadata={"help": "use at most this many training problems; 0: all"})
-    valid_share: float = field(default=0.1, metadata={"help": "share of --train held out as valid.jsonl, by hash"})
+    instruction: str = field(
+        default="",
+        metadata={"help": "put after each question; default: by the set's kind of answer"},
+    )
+    limit: int = field(
+        default=0, metadata={"help": "use at most this many training problems; 0: all"}
+    )
+    valid_share: float = field(
+        default=0.1, metadata={"help": "share of --train held out as valid.jsonl, by hash"}
+    )
     split_seed: int = field(default=0, metadata={"help": "of that hash"})
+    make_base: bool = field(
+        default=True, metadata={"help": "make base/: embedded, or --base fine-tuned on --demos"}
+    )
     base: str = field(default="", metadata={"help": "model to fine-tune on --demos"})
-    demos: str = field(default="", metadata={"help": "NAME:PATH of demonstrations (gsm8k, asdiv or jsonl)"})
+    demos: str = field(
+        default="", metadata={"help": "NAME:PATH of demonstrations (gsm8k, asdiv or jsonl)"}
+    )
     lr: float = field(default=2e-5, metadata={"help": "peak learning rate on --demos"})
     passes: int = field(default=2, metadata={"help": "passes over --demos"})
     train_size: int = field(default=2000, metadata={"help": "embedded training problems"})
@@ -598,7 +667,7 @@ def stage(s: Settings):
     for spec in (s.train, s.test, s.demos):
         for _, path in parse(spec):
             inputs[path] = path
-    for split in ("train", "valid", "test") if s.train or not s.base else ():
+    for split in ("train", "valid", "test"):
         out = Stage(folder / f"{split}.jsonl", s, inputs, facts={"split": f"{s.split_seed}"})
         if not out.complete:
             if problems is None:
@@ -606,14 +675,14 @@ def stage(s: Settings):
                 problems = real_problems(s) if s.train else demo_problems(s.seed, sizes)
             out.append(problems[split][len(out.done) :])
             out.finish()
-    if s.base and s.demos or not s.train:
+    if s.make_base and (s.demos or not s.train):
         base = Stage(folder / "base", s, inputs)
         if not base.complete:
-            tune_base(base, s) if s.base else make_base(base, s.seed)
+            tune_base(base, s) if s.demos else make_base(base, s.seed)
 
 
 def parse(spec: str) -> list[tuple[str, str]]:
-    """"gsm8k:a.jsonl,asdiv:b.jsonl" -> [("gsm8k", "a.jsonl"), ("asdiv", "b.jsonl")]"""
+    """ "gsm8k:a.jsonl,asdiv:b.jsonl" -> [("gsm8k", "a.jsonl"), ("asdiv", "b.jsonl")]"""
     pairs = [part.partition(":") for part in spec.split(",") if part]
     if bad := next((name for name, colon, path in pairs if not colon or not path), None):
         raise UserError(f"{bad}: NAME:PATH is wanted, such as gsm8k:train.jsonl")
@@ -626,7 +695,9 @@ def load(name: str, path: str, s: Settings) -> list[dict]:
     print(f"{name} {path}: {len(problems) + len(left_out)} rows, {len(problems)} used")
     for reason in sorted({r for _, r in left_out}):
         ids = [i for i, r in left_out if r == reason]
-        print(f"  left out, {reason}: {len(ids)} ({', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''})")
+        print(
+            f"  left out, {reason}: {len(ids)} ({', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''})"
+        )
     instruction = s.instruction or INSTRUCTIONS[LOADERS[name].kind]
     return [{**p, "prompt": f"{p['prompt']}\n{instruction}".strip()} for p in problems]
 
@@ -637,7 +708,9 @@ def real_problems(s: Settings) -> dict[str, list[dict]]:
     known, train, valid = {normalised_question(p["prompt"]) for p in test}, [], []
     pool = [p for name, path in parse(s.train) for p in load(name, path, s)]
     clean = [p for p in pool if normalised_question(p["prompt"]) not in known]
-    print(f"dropped from training, because the question is a test question: {len(pool) - len(clean)}")
+    print(
+        f"dropped from training, because the question is a test question: {len(pool) - len(clean)}"
+    )
     for p in clean:
         key = f"{s.split_seed} {normalised_question(p['prompt'])}"
         share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") / 2**32

@@ -18,11 +18,12 @@ PROBLEMS=${PROBLEMS-1000}     # new training problems an iteration; 0: all of th
 LENGTH=${LENGTH-"--max_new 60"}
 SAMPLE=${SAMPLE-"--n1 8 --n 4 --batch 512"}
 LABEL=${LABEL-"--m 4 --batch 512"}
-CRITIC=${CRITIC-"--lr 1e-3 --passes 8 --batch 256"}
-ACTOR=${ACTOR-"--kappa 2 --beta 0.1 --lr 1e-4 --passes 4 --batch 256"}
+CRITIC=${CRITIC-"--lr 1e-3 --passes 8 --batch 128"}
+ACTOR=${ACTOR-"--kappa 4 --beta 0.05 --lr 1e-4 --passes 4 --batch 256"}
 EVALUATE=${EVALUATE-"--samples 8 --batch 512"}
 
-python prepare.py --out "$RUN" --seed "$SEED" ${TRAIN:+--train "$TRAIN"} ${TEST:+--test "$TEST"} ${PREPARE-}
+python prepare.py --out "$RUN" --seed "$SEED" ${TRAIN:+--train "$TRAIN"} ${TEST:+--test "$TEST"} \
+  ${BASE:+--no_make_base} ${PREPARE-}
 actor=${BASE:-$RUN/base}
 critic=${CRITIC_MODEL:-$actor}
 python evaluate.py --actor "$actor" --problems "$RUN/test.jsonl" --out "$RUN/iter0/eval.jsonl" $LENGTH $EVALUATE

@@ -64,9 +64,13 @@ def stage(s: Settings):
     with tqdm(desc="sample", unit=" tokens", disable=None) as progress:
         for i in range(0, len(todo), 64):
             chunk = todo[i : i + 64]
-            prefixes = Prefixes(lm, [Tree([lm.prompt_ids(p["prompt"])], [-1], [True]) for p in chunk])
+            prefixes = Prefixes(
+                lm, [Tree([lm.prompt_ids(p["prompt"])], [-1], [True]) for p in chunk]
+            )
             rows = [
-                (j, 0, draw_key(s.seed, "sample", p["id"], k), s.max_new) for j, p in enumerate(chunk) for k in range(s.n1)
+                (j, 0, draw_key(s.seed, "sample", p["id"], k), s.max_new)
+                for j, p in enumerate(chunk)
+                for k in range(s.n1)
             ]
             drawn = sample(lm, prefixes, rows, batch=s.batch, progress=progress)
             texts = [lm.text(ids) for ids in drawn]
@@ -84,11 +88,18 @@ def stage(s: Settings):
                     tokens, right = tokens + len(drawn[r]), right + reward
                 kept = keep_balanced([r["reward"] for r in responses], s.n)
                 records.append(
-                    {"id": p["id"], "prompt_ids": lm.prompt_ids(p["prompt"]), "kept": kept, "responses": responses}
+                    {
+                        "id": p["id"],
+                        "prompt_ids": lm.prompt_ids(p["prompt"]),
+                        "kept": kept,
+                        "responses": responses,
+                    }
                 )
             out.append(records)
     out.finish()
-    print(f"{len(todo)} problems, {tokens} tokens, {right / max(1, len(todo) * s.n1):.3f} of the responses right")
+    print(
+        f"{len(todo)} problems, {tokens} tokens, {right / max(1, len(todo) * s.n1):.3f} of the responses right"
+    )
 
 
 if __name__ == "__main__":

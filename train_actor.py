@@ -24,24 +24,47 @@ from pathlib import Path
 
 import torch
 
-from model import BLOCK, LM, UserError, fit, load_critic, pack_trees, record_tree, step_advantages, step_logprobs
+from model import (
+    BLOCK,
+    LM,
+    UserError,
+    fit,
+    load_critic,
+    pack_trees,
+    record_tree,
+    step_advantages,
+    step_logprobs,
+)
 from model import replace, step_values
 from prepare import Stage, dump, fingerprint, main, read_jsonl, sha256, tokenizer_facts
 
 
 @dataclass(frozen=True)
 class Settings:
-    actor: str = field(metadata={"help": "the policy that drew the trees: pi_ref, and where the actor starts"})
+    actor: str = field(
+        metadata={"help": "the policy that drew the trees: pi_ref, and where the actor starts"}
+    )
     trees: str = field(metadata={"help": "trees.jsonl (with --advantage outcome: samples.jsonl)"})
     out: str = field(metadata={"help": "actor folder to write"})
-    critic: str = field(default="", metadata={"help": "critic folder; not needed with --kappa 0 or outcome"})
-    kappa: float = field(default=math.inf, metadata={"help": "completions that the critic's opinion is worth; inf: Q = V"})
-    advantage: str = field(default="step", metadata={"help": "step: eq. 13; outcome: of whole responses"})
-    gap: float = field(default=0.1, metadata={"help": "states with max A - min A below this are left out"})
+    critic: str = field(
+        default="", metadata={"help": "critic folder; not needed with --kappa 0 or outcome"}
+    )
+    kappa: float = field(
+        default=math.inf,
+        metadata={"help": "completions that the critic's opinion is worth; inf: Q = V"},
+    )
+    advantage: str = field(
+        default="step", metadata={"help": "step: eq. 13; outcome: of whole responses"}
+    )
+    gap: float = field(
+        default=0.1, metadata={"help": "states with max A - min A below this are left out"}
+    )
     beta: float = field(default=0.01, metadata={"help": "strength of the KL to pi_ref"})
     lr: float = field(default=5e-7, metadata={"help": "peak learning rate"})
     passes: int = field(default=1, metadata={"help": "passes over the pairs"})
-    batch: int = field(default=2048, metadata={"help": "pairs an optimiser step, in whole problems"})
+    batch: int = field(
+        default=2048, metadata={"help": "pairs an optimiser step, in whole problems"}
+    )
     budget: int = field(default=8192, metadata={"help": "tokens a pack"})
     save_every: int = field(default=100, metadata={"help": "steps between checkpoints"})
     seed: int = field(default=0, metadata={"help": "of the order of the problems"})
@@ -65,7 +88,11 @@ def action_values(record: dict, value, kappa: float):
         elif kappa == math.inf:
             q.append(value[v])
         else:
-            q.append((n["wins"] + kappa * (value[v] if kappa else 0.0)) / (n["n"] + kappa) if n["n"] + kappa else 0.0)
+            q.append(
+                (n["wins"] + kappa * (value[v] if kappa else 0.0)) / (n["n"] + kappa)
+                if n["n"] + kappa
+                else 0.0
+            )
     return torch.tensor(q, dtype=torch.float64)
 
 
@@ -83,10 +110,21 @@ def advantage_states(record: dict, q, gap: float) -> list[dict]:
     for i, state in enumerate(states):
         if gaps[i] >= gap:
             chosen = [
-                {"node": actions[j], "q": round(float(q[actions[j]]), 6), "adv": round(float(adv[j]), 6)}
+                {
+                    "node": actions[j],
+                    "q": round(float(q[actions[j]]), 6),
+                    "adv": round(float(adv[j]), 6),
+                }
                 for j in (parent == i).nonzero()[:, 0].tolist()
             ]
-            kept.append({"node": state, "mean": round(float(mean[i]), 6), "gap": round(float(gaps[i]), 6), "actions": chosen})
+            kept.append(
+                {
+                    "node": state,
+                    "mean": round(float(mean[i]), 6),
+                    "gap": round(float(gaps[i]), 6),
+                    "actions": chosen,
+                }
+            )
     return kept
 
 
@@ -96,9 +134,15 @@ def outcome_record(sample: dict) -> dict:
     unique = {}
     for r in sample["responses"]:
         if r["ids"]:
-            node = unique.setdefault(tuple(r["ids"]), {**root, "parent": 0, "ids": r["ids"], "reward": r["reward"]})
+            node = unique.setdefault(
+                tuple(r["ids"]), {**root, "parent": 0, "ids": r["ids"], "reward": r["reward"]}
+            )
             node["draws"] += 1
-    return {"id": sample["id"], "prompt_ids": sample["prompt_ids"], "nodes": [root, *unique.values()]}
+    return {
+        "id": sample["id"],
+        "prompt_ids": sample["prompt_ids"],
+        "nodes": [root, *unique.values()],
+    }
 
 
 def pairs(line: dict) -> list[dict]:
@@ -116,7 +160,12 @@ def all_values(records, critic: str, budget: int) -> list[list[float]]:
     """V of every node that goes on, one pass over each tree."""
     lm, head = load_critic(critic)
     made = tokenizer_facts(lm)["tokenizer"]
-    trees = [record_tree(r, [n["reward"] is None for n in r["nodes"]], lm if r["tokenizer"] != made else None) for r in records]
+    trees = [
+        record_tree(
+            r, [n["reward"] is None for n in r["nodes"]], lm if r["tokenizer"] != made else None
+        )
+        for r in records
+    ]
     values = [[0.0] * len(r["nodes"]) for r in records]
     for pack in pack_trees(trees, budget):
         for (t, v), x in zip(pack.owner, torch.sigmoid(step_values(lm, head, pack)).tolist()):
@@ -150,7 +199,9 @@ def train(lm: LM, records: list[dict], lines: list[dict], s: Settings, work: Pat
             batches.append(batch)
 
     def prepare(batch):
-        count = sum(len(actions[i]) for i in batch)  # pairs of the optimiser step: the one normaliser
+        count = sum(
+            len(actions[i]) for i in batch
+        )  # pairs of the optimiser step: the one normaliser
         items = []
         for pack in pack_trees([trees[i] for i in batch], s.budget, align=BLOCK):
             chosen = [actions[batch[t]][v] for t, v in pack.owner]
@@ -175,12 +226,16 @@ def train(lm: LM, records: list[dict], lines: list[dict], s: Settings, work: Pat
 
 def stage(s: Settings):
     if not s.beta > 0 or s.kappa < 0 or s.lr <= 0:
-        raise UserError(f"--beta {s.beta} --kappa {s.kappa} --lr {s.lr}: wanted beta > 0, kappa >= 0, lr > 0")
+        raise UserError(
+            f"--beta {s.beta} --kappa {s.kappa} --lr {s.lr}: wanted beta > 0, kappa >= 0, lr > 0"
+        )
     if s.advantage not in ("step", "outcome"):
         raise UserError(f"--advantage {s.advantage}: wanted step or outcome")
     step = s.advantage == "step"
     if step and s.kappa > 0 and not s.critic:
-        raise UserError("--critic is missing; give a critic folder, or --kappa 0 for raw Monte Carlo values")
+        raise UserError(
+            "--critic is missing; give a critic folder, or --kappa 0 for raw Monte Carlo values"
+        )
     records = read_jsonl(s.trees, ("id", "prompt_ids", "nodes" if step else "responses"))
     lm = LM(s.actor, train=True)
     inputs = {"actor": s.actor, "trees": s.trees, **({"critic": s.critic} if s.critic else {})}
@@ -196,15 +251,21 @@ def stage(s: Settings):
 
     # B.1
     table = out.out.parent / "advantages.jsonl"
-    values = all_values(records, s.critic, s.budget) if step and s.kappa > 0 else [None] * len(records)
+    values = (
+        all_values(records, s.critic, s.budget) if step and s.kappa > 0 else [None] * len(records)
+    )
     lines = [
         {"id": r["id"], "states": advantage_states(r, action_values(r, value, s.kappa), s.gap)}
         for r, value in zip(records, values)
     ]
-    print(f"B.1: {sum(len(x['states']) for x in lines)} states, {sum(len(pairs(x)) for x in lines)} pairs with gap >= {s.gap}")
+    print(
+        f"B.1: {sum(len(x['states']) for x in lines)} states, {sum(len(pairs(x)) for x in lines)} pairs with gap >= {s.gap}"
+    )
     chosen = [i for i, line in enumerate(lines) if line["states"]]
     if not chosen:
-        raise UserError(f"{s.trees}: no state has actions whose advantages differ by --gap {s.gap}; lower it, or label more")
+        raise UserError(
+            f"{s.trees}: no state has actions whose advantages differ by --gap {s.gap}; lower it, or label more"
+        )
     records, lines = [records[i] for i in chosen], [lines[i] for i in chosen]
     lm.model.eval()
     reference_logprobs(lm, records, lines, s.budget)

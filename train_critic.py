@@ -27,20 +27,44 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from model import UserError, fit, load_critic, pack_trees, record_tree, replace, step_values
+from model import (
+    UserError,
+    fit,
+    load_critic,
+    pack_hidden,
+    pack_trees,
+    record_tree,
+    replace,
+    step_values,
+)
 from prepare import Stage, main, read_jsonl, sha256, tokenizer_facts
 
 
 @dataclass(frozen=True)
 class Settings:
-    trees: str = field(metadata={"help": "trees.jsonl; several, comma separated, train on earlier iterations too"})
-    critic_model: str = field(metadata={"help": "what the critic starts from: a critic, or any language model"})
+    trees: str = field(
+        metadata={"help": "trees.jsonl; several, comma separated, train on earlier iterations too"}
+    )
+    critic_model: str = field(
+        metadata={"help": "what the critic starts from: a critic, or any language model"}
+    )
     out: str = field(metadata={"help": "critic folder to write"})
-    states: str = field(default="all", metadata={"help": "all: every node that goes on, weighted by n; labelled: the paper"})
-    held_out: str = field(default="", metadata={"help": "trees to test on; empty: a tenth of the problems, by hash of the id"})
+    states: str = field(
+        default="all",
+        metadata={"help": "all: every node that goes on, weighted by n; labelled: the paper"},
+    )
+    held_out: str = field(
+        default="",
+        metadata={"help": "trees to test on; empty: a tenth of the problems, by hash of the id"},
+    )
+    token_share: float = field(
+        default=0.5, metadata={"help": "share of the loss read at every token; 0: the paper"}
+    )
     lr: float = field(default=5e-6, metadata={"help": "peak learning rate"})
     passes: int = field(default=1, metadata={"help": "passes over the states"})
-    batch: int = field(default=512, metadata={"help": "states an optimiser step, in whole problems"})
+    batch: int = field(
+        default=512, metadata={"help": "states an optimiser step, in whole problems"}
+    )
     budget: int = field(default=8192, metadata={"help": "tokens a pack"})
     save_every: int = field(default=100, metadata={"help": "steps between checkpoints"})
     seed: int = field(default=0, metadata={"help": "of the order of the problems"})
@@ -52,19 +76,26 @@ def value_loss(logit, target, weight):
 
     logit 0 (V = .5), target .75, weight 2 -> 2 * -(.75 log .5 + .25 log .5) = 2 * .6931 = 1.3863
     """
-    return (weight * F.binary_cross_entropy_with_logits(logit, target, reduction="none")).sum()  # eq. 15
+    return (
+        weight * F.binary_cross_entropy_with_logits(logit, target, reduction="none")
+    ).sum()  # eq. 15
 
 
 def training_nodes(record: dict, states: str) -> list[bool]:
     """Which nodes train the critic: states that go on and were completed at least once."""
-    return [n["reward"] is None and n["n"] > 0 and (states == "all" or n["labelled"]) for n in record["nodes"]]
+    return [
+        n["reward"] is None and n["n"] > 0 and (states == "all" or n["labelled"])
+        for n in record["nodes"]
+    ]
 
 
 def held_out_by_hash(problem_id: str) -> bool:
     return hashlib.sha256(problem_id.encode()).digest()[0] % 10 == 0
 
 
-def make_batches(records: list[dict], size: int, passes: int, states: str, seed: int) -> list[list[int]]:
+def make_batches(
+    records: list[dict], size: int, passes: int, states: str, seed: int
+) -> list[list[int]]:
     """Indices of whole problems with at least `size` states together, in a new order each pass."""
     rng, counts = random.Random(f"critic {seed}"), [sum(training_nodes(r, states)) for r in records]
     batches = []
@@ -80,33 +111,57 @@ def make_batches(records: list[dict], size: int, passes: int, states: str, seed:
     return batches
 
 
+def critic_loss(lm, head, pack, target, weight, token_share: float):
+    """Eq. 15 on one pack, V read at the last token of each state and, for token_share of it, at every token.
+
+    A token's target is the MC of the state that its step leads to. Steps that begin alike share those targets by their
+    n, so a token's expected target is the success rate from that token on: the same value, one token at a time.
+    """
+    logit = head(pack_hidden(lm, pack).float())[:, 0]  # (N,)
+    target, weight = target.to(logit.device), weight.to(logit.device)
+    loss = (1 - token_share) * value_loss(logit[pack.last], target, weight)
+    if token_share:
+        token = ((pack.node >= 0) & (pack.pos > 0)).nonzero()[:, 0]
+        node = pack.node[token]
+        length = torch.bincount(node, minlength=len(target)).to(logit.device)
+        each = (weight / length)[node]
+        loss = loss + token_share * value_loss(logit[token], target[node], each)
+    return loss
+
+
 def train(lm, head, records: list[dict], retokenise: bool, s: Settings, work: Path):
-    other = lm if retokenise else None
-    trees = [record_tree(r, training_nodes(r, s.states), other) for r in records]
+    trees = [
+        record_tree(r, training_nodes(r, s.states), lm if retokenise else None) for r in records
+    ]
 
     def prepare(batch):
-        chosen = [trees[i] for i in batch]
-        nodes = [records[i]["nodes"] for i in batch]
-        weigh = [[n["n"] if s.states == "all" else 1 for n in tree] for tree in nodes]
-        total = sum(w for tree, weights in zip(chosen, weigh) for w, used in zip(weights, tree.score) if used)
+        packs = pack_trees([trees[i] for i in batch], s.budget)
+        nodes = [[records[batch[t]]["nodes"][v] for t, v in pack.owner] for pack in packs]
+        weight = [[n["n"] if s.states == "all" else 1 for n in row] for row in nodes]
+        total = sum(map(sum, weight))  # over the whole batch: the one normaliser
         return [
             (
                 pack,
-                torch.tensor([nodes[t][v]["wins"] / nodes[t][v]["n"] for t, v in pack.owner]),
-                torch.tensor([weigh[t][v] / total for t, v in pack.owner]),
+                torch.tensor([n["wins"] / n["n"] for n in row]),
+                torch.tensor(w) / total,
             )
-            for pack in pack_trees(chosen, s.budget)
+            for pack, row, w in zip(packs, nodes, weight)
         ]
 
     def loss(pack, target, weight):
-        logit = step_values(lm, head, pack)  # (M,)
-        return value_loss(logit, target.to(logit.device), weight.to(logit.device)), {}
+        return critic_loss(lm, head, pack, target, weight, s.token_share), {}
 
     batches = make_batches(records, s.batch, s.passes, s.states, s.seed)
     fit(
-        {"model": lm.model, "head": head}, batches, prepare, loss, work, s.lr, s.save_every,
+        {"model": lm.model, "head": head},
+        batches,
+        prepare,
+        loss,
+        work,
+        s.lr,
+        s.save_every,
         name=lambda batch: [records[i]["id"] for i in batch],
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()
@@ -117,21 +172,35 @@ def measure(lm, head, records: list[dict], retokenise: bool, budget: int, consta
     share that V (or the reward, where the step ended the response) puts in the right order: 0.5 is chance.
     """
     lm.model.eval()
-    trees = [record_tree(r, [n["reward"] is None for n in r["nodes"]], lm if retokenise else None) for r in records]
+    trees = [
+        record_tree(r, [n["reward"] is None for n in r["nodes"]], lm if retokenise else None)
+        for r in records
+    ]
     value = [np.array([n["reward"] or 0.0 for n in r["nodes"]], float) for r in records]
     for pack in pack_trees(trees, budget):
         v = torch.sigmoid(step_values(lm, head, pack)).cpu().numpy()
         for (t, node), x in zip(pack.owner, v):
             value[t][node] = x
-    states = [(value[t][v], n["wins"] / n["n"]) for t, r in enumerate(records) for v, n in enumerate(r["nodes"]) if n["labelled"]]
+    states = [
+        (value[t][v], n["wins"] / n["n"])
+        for t, r in enumerate(records)
+        for v, n in enumerate(r["nodes"])
+        if n["labelled"]
+    ]
     v, mc = np.clip(np.array(states).T, 1e-6, 1 - 1e-6)
     bce = lambda p: float(-(mc * np.log(p) + (1 - mc) * np.log(1 - p)).mean())  # noqa: E731
     bins = np.minimum((v * 10).astype(int), 9)
     groups = [(v[bins == b], mc[bins == b]) for b in range(10)]
     calibration = sum(abs(x.sum() - y.sum()) for x, y in groups) / len(v)
-    table = [{"states": len(x), "value": float(x.mean()), "mc": float(y.mean())} for x, y in groups if len(x)]
+    table = [
+        {"states": len(x), "value": float(x.mean()), "mc": float(y.mean())}
+        for x, y in groups
+        if len(x)
+    ]
     order = np.argsort(v)
-    below = np.cumsum(1 - mc[order]) - (1 - mc[order])  # failures that V ranks lower, for each state
+    below = np.cumsum(1 - mc[order]) - (
+        1 - mc[order]
+    )  # failures that V ranks lower, for each state
     auc = (mc[order] * below).sum() / (mc.sum() * (1 - mc).sum() - (mc * (1 - mc)).sum())
     pairs, right = 0, 0.0
     for t, r in enumerate(records):
@@ -157,7 +226,11 @@ def stage(s: Settings):
     if s.states not in ("all", "labelled"):
         raise UserError(f"--states {s.states}: wanted all or labelled")
     paths = s.trees.split(",")
-    records = [r for path in paths for r in {r["id"]: r for r in read_jsonl(path, ("id", "prompt_ids", "nodes"))}.values()]
+    records = [
+        r
+        for path in paths
+        for r in {r["id"]: r for r in read_jsonl(path, ("id", "prompt_ids", "nodes"))}.values()
+    ]
     lm, head = load_critic(s.critic_model, train=True)
     inputs = {"critic_model": s.critic_model, **{f"trees{i or ''}": p for i, p in enumerate(paths)}}
     out = Stage(s.out, s, inputs, facts={"trees": sha256(Path(paths[-1]))})
@@ -171,9 +244,13 @@ def stage(s: Settings):
         training = [r for r in records if not held_out_by_hash(r["id"])]
         testing = [r for r in records if held_out_by_hash(r["id"])]
     if not training or not testing:
-        raise UserError(f"{s.trees}: too few problems to hold some out; give more, or --held_out trees")
+        raise UserError(
+            f"{s.trees}: too few problems to hold some out; give more, or --held_out trees"
+        )
     train(lm, head, training, retokenise, s, out.work)
-    n, wins = map(sum, zip(*((x["n"], x["wins"]) for r in training for x in r["nodes"] if x["labelled"])))
+    n, wins = map(
+        sum, zip(*((x["n"], x["wins"]) for r in training for x in r["nodes"] if x["labelled"]))
+    )
     metrics = measure(lm, head, testing, retokenise, s.budget, wins / n)
     print(json.dumps({k: round(v, 4) for k, v in metrics.items() if k != "bins"}))
 

@@ -13,6 +13,10 @@ os.environ["PYTHONPATH"] = str(ROOT)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", default=0, type=int, help="random kills a stage in test_crash.py")
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """A random 2-layer model with the embedded tokenizer, as an ordinary folder."""

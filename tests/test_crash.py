@@ -1,0 +1,126 @@
+"""Each stage is killed with SIGKILL, started again with the same command, and ends with the files of a run left alone.
+
+The short version kills at every kind of point that changes the disk, in an order and at an occurrence drawn by a seed,
+and at a few random Python calls. `pytest tests/test_crash.py --kills 100` adds that many random kills a stage, half of
+them from outside at a random time.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import toy
+
+STAGES = list(toy.FLAGS)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Uninterrupted runs: {script: (folder before it, folder after it, {point: how often it is passed})}"""
+    folder = tmp_path_factory.mktemp("crash") / "alone"
+    folder.mkdir()
+    toy.build(folder)
+    child, runs = toy.Child(folder), {}
+    for script in STAGES:
+        if script == "prepare.py":
+            shutil.rmtree(folder / "run")
+        copies = [folder.parent / f"{script} {when}" for when in ("before", "after")]
+        shutil.copytree(folder, copies[0])
+        assert child(script, point=("none", 0)) == 0, child.log
+        shutil.copytree(folder, copies[1])
+        runs[script] = (*copies, child.log["points"])
+    return runs
+
+
+def finished(folder, script) -> set[str]:
+    """Ids of the whole lines of a stage's output."""
+    path = folder / "run" / toy.OUTPUT[script]
+    if path.suffix != ".jsonl" or not path.exists():
+        return set()
+    return {json.loads(line)["id"] for line in path.read_bytes().split(b"\n")[:-1]}
+
+
+def newest_checkpoint(folder, script) -> int:
+    work = folder / "run" / f"{toy.OUTPUT[script]}.work"
+    return max((int(p.stem[5:]) for p in work.glob("step-*.pt")), default=0)
+
+
+def survive(script, alone, folder, kills):
+    """Die at each of `kills` (keywords of Child) on the way; whenever the stage gets through, compare and start anew."""
+    start, end, _ = alone[script]
+    child, died, wanted = toy.Child(folder), 0, toy.hashes(end)
+    shutil.copytree(start, folder)
+    for kill in [*kills, {}]:
+        done, step = finished(folder, script), newest_checkpoint(folder, script)
+        code = child(script, **kill)
+        assert not done & child.drawn, (kill, "finished records were generated again")
+        if code == -signal.SIGKILL:
+            died += 1
+            assert done <= finished(folder, script), (kill, "finished records are gone")
+            continue
+        assert code == 0, (kill, child.log)
+        if step:
+            assert f"at step {step} of" in child.log["out"], (kill, child.log)
+        assert toy.hashes(folder) == wanted, kill
+        assert child(script) == 0 and not child.drawn
+        if script != "evaluate.py":
+            assert child.log["out"].count("complete, nothing to do") == child.log["out"].count("\n")
+        assert toy.hashes(folder) == wanted, kill
+        shutil.rmtree(folder)
+        shutil.copytree(start, folder)
+    shutil.rmtree(folder)
+    assert died > 0
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_killed_anywhere(script, alone, tmp_path, pytestconfig):
+    points = alone[script][2]
+    more, rng = int(pytestconfig.getoption("--kills")), random.Random(script)
+    kills = []
+    for name, count in points.items():
+        kills.append({"point": (name, rng.randint(1, count))})
+    kills += [{"call": int(10 ** rng.uniform(4, 5.5))} for _ in range(1 + more // 2)]
+    kills += [{"timeout": rng.uniform(0, 1.5)} for _ in range(more // 2)]
+    rng.shuffle(kills)
+    survive(script, alone, tmp_path / "work", kills)
+
+
+@pytest.mark.parametrize("script", ["sample.py", "train_actor.py"])
+def test_killed_at_each_last_step(script, alone, tmp_path):
+    """The moments between the last record or checkpoint and the word that all is done."""
+    points = alone[script][2]
+    last = ["after fsync", "before replace", "after replace"]
+    kills = [{"point": (name, points[name] - back)} for back in (1, 0) for name in last]
+    for kill in kills:
+        survive(script, alone, tmp_path / "work", [kill])
+
+
+def test_as_a_user_would(alone, tmp_path):
+    """The real command line: killed in the middle of a line, then started again, then once more."""
+    folder, (start, end, _) = tmp_path / "work", alone["sample.py"]
+    shutil.copytree(start, folder)
+    flags = toy.FLAGS["sample.py"].split()
+    code = (
+        "import toy, os, signal, sys, runpy\n"
+        "writes = []\n"
+        "def tick(name):\n"
+        "    writes.append(name)\n"
+        "    if writes.count('mid-write') == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "toy.install(tick)\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    script = str(toy.ROOT / "sample.py")
+    path = os.pathsep.join([str(toy.ROOT), str(toy.ROOT / "tests")])
+    options = {"cwd": folder, "capture_output": True, "text": True}
+    options["env"] = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    prefix = f"import sys; sys.argv = {[script, *flags]!r}\n"
+    killed = subprocess.run([sys.executable, "-c", prefix + code], **options)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    again = subprocess.run([sys.executable, script, *flags], **options)
+    assert again.returncode == 0 and "torn last line" in again.stdout, again.stderr
+    assert toy.hashes(folder) == toy.hashes(end)

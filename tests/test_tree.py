@@ -1,0 +1,428 @@
+"""Where steps end, and what the step tree counts: the rules of the design as properties."""
+
+import json
+import random
+import sys
+from collections import Counter
+
+import pytest
+import tokenizers as tk
+import torch
+import transformers as hf
+
+import label_steps
+import sample as sample_stage
+from label_steps import StepTree
+from model import LM
+
+# ---------------------------------------------------------------- where steps end
+
+
+def save_model(tokenizer, path, **fields):
+    eos = tokenizer.eos_token_id
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, max_position_embeddings=128, bos_token_id=None, eos_token_id=eos,
+        pad_token_id=eos, **fields,
+    )  # fmt: skip
+    hf.LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return LM(path, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    """A byte-level BPE whose tokens run over line breaks, as Llama 3's and Qwen's do: ".\\n\\n", ")\\n", "\\n\\n"."""
+    base = tk.Tokenizer(tk.models.BPE())
+    pieces = r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
+    base.pre_tokenizer = tk.pre_tokenizers.Sequence([
+        tk.pre_tokenizers.Split(tk.Regex(pieces), "isolated"),
+        tk.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    base.decoder = tk.decoders.ByteLevel()
+    trainer = tk.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|end|>"], show_progress=False,
+        initial_alphabet=tk.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    text = "So we add.\n\nThen (1 + 2)\nis 3.\nThe answer:\n\n\n 9 \n\n  \nAnd.\r\nno\r\n\r\n"
+    base.train_from_iterator([text] * 20, trainer)
+    fast = hf.PreTrainedTokenizerFast(tokenizer_object=base, eos_token="<|end|>")
+    return save_model(fast, tmp_path_factory.mktemp("model") / "bpe")
+
+
+def cut(lm, ids) -> list[str]:
+    ends = lm.step_ends(ids)
+    return [lm.tokenizer.decode(ids[a:b]) for a, b in zip([0, *ends], ends)]
+
+
+E = "<|end|>"
+STEPS = [  # what was sampled, cut into steps
+    ["Ben: 6 * 2 = 12\n", "The answer is 9." + E],
+    ["Ben: 6 * 2 = 12\n\n", "The answer is 9.\n" + E],  # a bare EOS belongs to the line before it
+    ["Ben: 6 * 2 = 12\n\n\n \n", "The answer is 9.\n\n" + E],  # so do blank lines
+    ["\n\nBen: 6 * 2 = 12\n", "The answer is 9." + E],  # at the very start there is none before
+    ["Ben: 6 * 2 = 12" + E],  # no line break
+    ["Ben: 6 * 2 = 12\n", "The answer is 9"],  # cut off within a step
+    ["Ben: 6 * 2 = 12\n", "The answer is 9.\n"],  # cut off right behind one
+    ["Ben: 6 * 2 = 12\n\n"],  # cut off in blank lines
+    ["Ben: 6 * 2 = 12\n", "The answer is" + E],
+    ["\n\n"],  # white space only
+    ["\n" + E],
+    [E],
+]
+
+
+@pytest.mark.parametrize("steps", STEPS, ids=repr)
+def test_steps_end_at_line_breaks(lm, bpe, steps):
+    for model in (lm, bpe):
+        if model is lm:  # every line break is a token of its own, and there are no bare blanks
+            steps = [s.replace("\n \n", "\n\n") for s in steps]
+        ids = model.tokenizer("".join(steps), add_special_tokens=False)["input_ids"]
+        assert cut(model, ids) == steps
+        assert model.step_ends(ids)[-1] == len(ids)
+
+
+def test_tokens_with_a_line_break_inside_are_one_boundary(bpe):
+    for text in (".\n\n", ")\n", ".\r\n"):
+        (token,) = bpe.tokenizer(text)["input_ids"]  # or this test says nothing
+        assert bpe.breaks[token] and not bpe.blank[token]
+    ids = bpe.tokenizer("So we add.\n\nThen (1 + 2)\nis 3.\r\nno")["input_ids"]
+    assert cut(bpe, ids) == ["So we add.\n\n", "Then (1 + 2)\n", "is 3.\r\n", "no"]
+
+
+def test_a_special_token_s_name_is_no_text(lm):
+    assert not any(lm.breaks[i] for i in lm.tokenizer.all_special_ids)
+    assert all(lm.blank[i] for i in lm.tokenizer.all_special_ids)
+    assert lm.step_ends([]) == []
+
+
+def slow_ends(lm, ids) -> list[int]:
+    """Cut after every token with a line break, then hand blank pieces to the piece before them."""
+    special = {*lm.tokenizer.all_special_ids, *lm.eos}
+    text = ["" if i in special else lm.tokenizer.decode([i]) for i in ids]
+    pieces, piece = [], []
+    for at, t in enumerate(text):
+        piece.append(at)
+        if "\n" in t or at == len(ids) - 1:
+            pieces.append(piece)
+            piece = []
+    steps = []
+    for piece in pieces:
+        blank = not "".join(text[at] for at in piece).strip()
+        lead = len(steps) == 1 and not "".join(text[at] for at in steps[0]).strip()
+        if steps and (blank or lead):
+            steps[-1] += piece
+        else:
+            steps.append(piece)
+    return [step[-1] + 1 for step in steps]
+
+
+def test_steps_partition_a_response(lm, bpe, rng):
+    for model in (lm, bpe):
+        breaks = [int(i) for i in model.breaks.nonzero()[0]]
+        for _ in range(400):
+            ids = [
+                rng.choice(breaks) if rng.random() < 0.4 else rng.randrange(len(model.tokenizer))
+                for _ in range(rng.randint(1, 12))
+            ]
+            ends = model.step_ends(ids)
+            assert ends == slow_ends(model, ids), [model.tokenizer.decode([i]) for i in ids]
+            assert ends == sorted(set(ends)) and ends[0] > 0 and ends[-1] == len(ids)
+
+
+# ---------------------------------------------------------------- the tree's counts
+
+
+class Bandit:
+    """A tabular policy over steps: at each state a few steps, each of which ends the response or goes on.
+
+    State = the tuple of steps so far. Limit: a response is cut off, and wrong, after `limit` steps.
+    """
+
+    def __init__(self, seed: int, limit=4):
+        self.seed, self.limit = seed, limit
+
+    def actions(self, state) -> list[tuple[float, tuple, int | None]]:
+        """(chance, step's tokens, reward or None) at a state."""
+        rng = random.Random(f"{self.seed} {state}")
+        weights = [rng.uniform(0.3, 1) for _ in range(3)]
+        out = []
+        for k, w in enumerate(weights):
+            step = tuple(10 * len(state) + k for _ in range(rng.randint(1, 2)))
+            reward = int(rng.random() < 0.4) if rng.random() < 0.3 else None
+            if reward is None and len(state) == self.limit - 1:
+                reward = 0
+            out.append((w / sum(weights), step, reward))
+        return out
+
+    def draw(self, rng, state) -> tuple[list[tuple], int]:
+        steps, reward = [], None
+        while reward is None:
+            options = self.actions((*state, *steps))
+            (_, step, reward), *_ = rng.choices(options, [p for p, *_ in options])
+            steps.append(step)
+        return steps, reward
+
+    def value(self, state=()) -> float:
+        return sum(
+            p * (self.value((*state, step)) if reward is None else reward)
+            for p, step, reward in self.actions(state)
+        )
+
+
+def flat(steps) -> tuple[list[int], list[int]]:
+    """Token ids and step ends of a list of steps."""
+    ids = [i for step in steps for i in step]
+    return ids, [sum(map(len, steps[: k + 1])) for k in range(len(steps))]
+
+
+def steps_to(tree: StepTree, v: int) -> tuple:
+    steps = ()
+    while v:
+        steps, v = (tuple(tree.nodes[v]["ids"]), *steps), tree.nodes[v]["parent"]
+    return steps
+
+
+def grow(bandit: Bandit, rng, n1=12, n=4, m=5):
+    """A tree grown as label_steps grows it; also the kept responses and all completions (state, steps, reward)."""
+    drawn = [bandit.draw(rng, ()) for _ in range(n1)]
+    kept = [drawn[i] for i in sample_stage.keep_balanced([r for _, r in drawn], n)]
+    tree, log = StepTree([1, 2]), []
+    for steps, reward in kept:
+        tree.keep(*flat(steps), reward)
+    for level in tree.states():
+        for v in level:
+            for _ in range(m - tree.nodes[v]["n"]):
+                state = steps_to(tree, v)
+                steps, reward = bandit.draw(rng, state)
+                tree.complete(v, *flat(steps), reward)
+                log.append((state, steps, reward))
+    return tree, kept, log
+
+
+def twin(kept, log) -> dict:
+    """{path of steps: [draws, n, wins, reward]} by the design's words: for each completion look at every prefix."""
+    inside = {tuple(steps[:k]) for steps, _ in kept for k in range(len(steps) + 1)}
+    nodes = {p: [0, 0, 0, None] for p in inside}
+    for steps, reward in kept:
+        nodes[tuple(steps)][3] = reward
+    for state, steps, reward in log:
+        nodes[state][1] += 1
+        nodes[state][2] += reward
+        for k in range(1, len(steps) + 1):
+            here = (*state, *steps[:k])
+            if here[:-1] not in inside:
+                break  # it left the kept responses a step ago
+            ends = reward if k == len(steps) else None
+            node = nodes.setdefault(here, [0, 0, 0, ends])
+            node[0] += 1
+            node[1] += 1
+            node[2] += reward
+    return nodes
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_the_tree_counts_as_its_dictionary_twin(seed):
+    bandit, m = Bandit(seed % 5), 5
+    tree, kept, log = grow(bandit, random.Random(seed), m=m)
+    mine = {
+        steps_to(tree, v): [node["draws"], node["n"], node["wins"], node["reward"]]
+        for v, node in enumerate(tree.nodes)
+    }
+    assert len(mine) == len(tree.nodes)  # a state is one node
+    assert mine == twin(kept, log)
+    states = [v for level in tree.states() for v in level]
+    assert len(set(states)) == len(states)  # shared states are labelled once
+    assert {steps_to(tree, v) for v in states} == {
+        tuple(steps[:k]) for steps, _ in kept for k in range(len(steps))
+    }
+    depths = [len(steps_to(tree, v)) for v in states]
+    assert depths == sorted(depths)  # shallow ones first
+    for v in states:
+        assert tree.nodes[v]["n"] >= m
+        draws = [node["draws"] for node in tree.nodes if node["parent"] == v]
+        assert sum(draws) == tree.nodes[v]["n"]
+    for v, node in enumerate(tree.nodes):
+        assert node["parent"] < v
+        if v:
+            assert node["n"] >= node["draws"]
+            assert tree.response(v) == [i for step in steps_to(tree, v) for i in step]
+            assert tree.depth[v] == len(tree.response(v))
+            if v not in states:  # leaves, ended steps: what was drawn is all that is known
+                assert node["n"] == node["draws"]
+
+
+def test_hand_worked_tree():
+    tree = StepTree([1])
+    tree.keep([5, 6, 7], [1, 3], 1)  # 5 | 6 7
+    tree.keep([5, 8], [1, 2], 0)  # 5 | 8
+    assert [(n["draws"], n["n"], n["wins"]) for n in tree.nodes] == [(0, 0, 0)] * 4
+    assert [n["reward"] for n in tree.nodes] == [None, None, 1, 0]
+    assert tree.states() == [[0], [1]]
+    tree.complete(0, [5, 6, 7], [1, 3], 1)  # along a kept response to its end
+    tree.complete(0, [5, 9, 9], [1, 2, 3], 1)  # leaves it after the first step; 9 is a leaf
+    tree.complete(0, [4, 5, 6, 7], [1, 2, 4], 0)  # leaves at once
+    tree.complete(1, [9, 8], [1, 2], 0)  # meets the leaf
+    rows = [(n["parent"], n["ids"], n["draws"], n["n"], n["wins"], n["reward"]) for n in tree.nodes]
+    assert rows == [
+        (-1, [], 0, 3, 2, None),
+        (0, [5], 2, 3, 2, None),
+        (1, [6, 7], 1, 1, 1, 1),
+        (1, [8], 0, 0, 0, 0),
+        (1, [9], 2, 2, 1, None),
+        (0, [4], 1, 1, 0, None),
+    ]
+
+
+def test_a_response_cut_off_where_another_goes_on():
+    """The longer one decides: the state goes on, and is labelled."""
+    for order in (0, 1):
+        tree = StepTree([1])
+        tree.keep(*[([5], [1], 0), ([5, 6], [1, 2], 1)][order])
+        tree.keep(*[([5, 6], [1, 2], 1), ([5], [1], 0)][order])
+        assert [n["reward"] for n in tree.nodes] == [None, None, 1]
+        assert tree.states() == [[0], [1]]
+
+
+def test_pooled_monte_carlo_values_are_unbiased():
+    """E[wins - n V] = 0 at every state, although kept responses are chosen by their outcome.
+
+    Counting the kept responses, or labelling a state only from what passes it, would show as a z of 5 and more.
+    """
+    bandit, rng, value, sums = Bandit(4), random.Random(0), {}, {}
+    for _ in range(800):
+        tree, _, _ = grow(bandit, rng, n1=8, n=4, m=4)
+        for v, node in enumerate(tree.nodes):
+            state = steps_to(tree, v)
+            if node["reward"] is not None or not node["n"]:
+                continue
+            if state not in value:
+                value[state] = bandit.value(state)
+            error = node["wins"] - node["n"] * value[state]
+            total = sums.setdefault(state, [0.0, 0.0, 0])
+            total[0] += error
+            total[1] += error**2
+            total[2] += 1
+    tested = {s: a / b**0.5 for s, (a, b, n) in sums.items() if n > 100 and b > 1}
+    assert len(tested) > 15 and len({round(value[s], 6) for s in tested}) > 10
+    assert max(map(abs, tested.values())) < 3.5, tested
+    assert sum(z * z for z in tested.values()) < 2.5 * len(tested)
+
+
+def test_means_over_draws_are_unbiased():
+    """The mean of eq. 13 over a state's draws, Q of each child exact, estimates E_{a ~ pi_ref} Q = V."""
+    bandit, rng = Bandit(4), random.Random(1)
+    errors = {}
+    for _ in range(800):
+        tree, _, _ = grow(bandit, rng, n1=8, n=4, m=4)
+        kids = {}
+        for v, node in enumerate(tree.nodes):
+            if node["draws"]:
+                state = steps_to(tree, v)
+                q = bandit.value(state) if node["reward"] is None else node["reward"]
+                kids.setdefault(state[:-1], []).append((node["draws"], q))
+        for state, draws in kids.items():
+            error = sum(n * q for n, q in draws) - sum(n for n, _ in draws) * bandit.value(state)
+            errors.setdefault(state, []).append(error)
+    z = {
+        s: sum(x) / sum(e * e for e in x) ** 0.5
+        for s, x in errors.items()
+        if len(x) > 100 and any(x)
+    }
+    assert len(z) > 4 and max(map(abs, z.values())) < 3.5, z
+
+
+# ---------------------------------------------------------------- the stages themselves
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """sample.py and label_steps.py on a model of five words that hardly knows one from another.
+
+    Line breaks, blank lines, ends and answers come at random, so trees share, branch, end and are cut off a lot.
+    """
+    words = [E, "?", "\n", "go", "#### 1"]
+    base = tk.Tokenizer(tk.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="?"))
+    base.pre_tokenizer = tk.pre_tokenizers.Split(tk.Regex(r"<\|end\|>|\n|go|#### 1"), "isolated")
+    base.decoder = tk.decoders.Fuse()
+    fast = hf.PreTrainedTokenizerFast(tokenizer_object=base, eos_token=E, unk_token="?")
+    run = tmp_path_factory.mktemp("run")
+    lm = save_model(fast, run / "base", initializer_range=0.1)
+    problems = [
+        {"id": f"p/{k}", "source": "p", "domain": "math", "prompt": "go" * (k + 1), "answer": "1", "tests": None}
+        for k in range(30)
+    ]  # fmt: skip
+    (run / "train.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
+    where = {"actor": str(run / "base"), "problems": str(run / "train.jsonl"), "max_new": 10}
+    samples, trees = str(run / "samples.jsonl"), str(run / "trees.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["sample.py"])
+        sample_stage.stage(sample_stage.Settings(**where, out=samples, n1=12, n=4))
+        patch.setattr(sys, "argv", ["label_steps.py"])
+        label_steps.stage(label_steps.Settings(**where, samples=samples, out=trees, m=6))
+    read = lambda path: [json.loads(x) for x in open(path)]  # noqa: SIM115
+    return lm, read(samples), read(trees)
+
+
+def test_samples_of_the_stage(labelled):
+    lm, samples, _ = labelled
+    seen = Counter()
+    for record in samples:
+        assert record["prompt_ids"] == lm.prompt_ids("go" * (int(record["id"][2:]) + 1))
+        rewards = [r["reward"] for r in record["responses"]]
+        assert len(rewards) == 12
+        assert record["kept"] == sample_stage.keep_balanced(rewards, 4)
+        for r in record["responses"]:
+            assert r["finished"] == (r["ids"][-1] in lm.eos) and (
+                r["finished"] or len(r["ids"]) == 10
+            )
+            assert r["ends"] == lm.step_ends(r["ids"]) and r["text"] == lm.text(r["ids"])
+            right = "#### 1" in r["text"] and r["finished"]
+            assert r["reward"] <= right
+            seen.update(right=r["reward"], cut=not r["finished"], steps=len(r["ends"]) > 2)
+    assert min(seen["right"], seen["cut"], seen["steps"]) > 3, seen
+
+
+def test_trees_of_the_stage(labelled):
+    lm, samples, trees = labelled
+    seen = Counter()
+    for record, tree in zip(samples, trees, strict=True):
+        assert (tree["id"], tree["prompt_ids"]) == (record["id"], record["prompt_ids"])
+        nodes, paths, ends = tree["nodes"], [()], {}
+        for v, node in enumerate(nodes[1:], 1):
+            assert node["parent"] < v and node["ids"] and node["text"] == lm.text(node["ids"])
+            paths.append((*paths[node["parent"]], tuple(node["ids"])))
+        assert len(set(paths)) == len(paths)
+        inside = set()
+        for k in record["kept"]:
+            r = record["responses"][k]
+            steps = [tuple(r["ids"][a:b]) for a, b in zip([0, *r["ends"]], r["ends"])]
+            inside |= {tuple(steps[:j]) for j in range(len(steps))}
+            ends[tuple(steps)] = r["reward"]
+        for v, (node, path) in enumerate(zip(nodes, paths)):
+            assert node["labelled"] == (path in inside)
+            assert 0 <= node["wins"] <= node["n"] and 0 <= node["draws"] <= node["n"] or v == 0
+            draws = sum(x["draws"] for x in nodes if x["parent"] == v)
+            if node["labelled"]:
+                assert node["n"] >= 6 and draws == node["n"] and node["reward"] is None
+                seen["topped up"] += 0 < node["draws"] < 6 == node["n"]
+                seen["shared"] += sum(p[: len(path)] == path for p in ends) > 1
+                continue
+            assert draws == 0 and node["n"] == node["draws"]
+            if path in ends:
+                assert node["reward"] == ends[path]
+                seen["kept ends drawn"] += node["draws"] > 0
+                seen["kept ends not drawn"] += node["draws"] == 0
+            else:
+                assert node["n"] > 0 and paths[node["parent"]] in inside
+            length = sum(map(len, path))
+            assert length <= 10
+            if node["reward"] is not None:
+                assert node["wins"] == node["n"] * node["reward"]
+                assert node["ids"][-1] in lm.eos or (length == 10 and node["reward"] == 0)
+                seen["cut off"] += node["ids"][-1] not in lm.eos
+            else:
+                assert not set(node["ids"]) & set(lm.eos)
+    wanted = {"topped up", "shared", "kept ends drawn", "kept ends not drawn", "cut off"}
+    assert wanted == {k for k in seen if seen[k] > 1}, seen
