@@ -285,6 +285,10 @@ def grade_math(gold: str, text: str, verifier: MathVerifier) -> tuple[str, str |
     prediction = extract_answer(text)
     if prediction is None:
         return "no answer", None
+    if prediction == gold:  # most answers end here or, as two integers, below: no worker, no regex
+        return "right", prediction
+    if re.fullmatch(r"-?\d+", gold) and re.fullmatch(r"-?\d+", prediction):
+        return "right" if int(gold) == int(prediction) else "wrong", prediction
     if max(len(gold), len(prediction)) > MAX_ANSWER:
         return "right" if gold.strip() == prediction else "wrong", prediction
     with verifier.lock:
@@ -377,7 +381,7 @@ def summarise(lines: list[dict], other: dict[str, dict] | None) -> dict:
             ),
         }
         if k and len(other[lines[0]["id"]]["sampled"]) == k:
-            mean = lambda x: sum(s["correct"] for s in x["sampled"]) / k  # noqa: E731
+            mean = lambda x: sum(s["correct"] for s in x["sampled"]) / k
             difference = np.array([mean(x) - mean(other[x["id"]]) for x in lines])
             row["against"]["sampled"] = {
                 "difference": float(difference.mean()),

@@ -1,18 +1,19 @@
-"""The language model of every stage: loading, tree packing, log-probs without logits, advantages, the sampler, the loop.
+"""The language model of every stage: loading, packing, log-probs, advantages, the sampler, the loop.
 
 Read from top to bottom:
-  LM                 any Hugging Face decoder with its tokenizer; prompts; where steps end
-  pack_trees         many step trees -> one row of tokens; `end` is causal mask, tree mask and problem boundary at once
-  attend             the attention every model is loaded with; a pack or a key/value cache decides who sees whom
-  linear_logprobs    log-probs from hidden states without holding [tokens, vocabulary]
-  step_logprobs, step_values, step_advantages     the three quantities of the paper, a number a step
-  Prefixes, sample   prefill a tree once, then draw any number of continuations from any of its states
-  fit                the training loop: accumulation, NaN check, metrics, exact resume
+  LM                any Hugging Face decoder with its tokenizer; prompts; where steps end
+  pack_trees        step trees -> one row of tokens; `end` is causal mask, tree mask and boundary at once
+  attend            the attention every model is loaded with; a pack or a cache decides who sees whom
+  linear_logprobs   log-probs from hidden states without holding [tokens, vocabulary]
+  step_logprobs, step_values, step_advantages   the three quantities of the paper, a number a step
+  Prefixes, sample  prefill a tree once, then draw any number of continuations from any of its states
+  fit               the training loop: accumulation, NaN check, metrics, exact resume
 
-Sizes: N tokens of a pack, M scored nodes, S states, B rows of a batch, T columns, V vocabulary, d width, L layers,
-G key/value heads, R query heads a key/value head, D head size.
+Sizes: N tokens of a pack, M scored nodes, S states, B rows of a batch, T columns, V vocabulary,
+d width, L layers, G key/value heads, R query heads a key/value head, D head size.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -37,7 +38,7 @@ BLOCK = 64  # queries that share one gathered key set (tree attention on the CPU
 
 
 class UserError(Exception):
-    """A user's mistake: one line that says what, where and how to mend. Stages print it and exit with code 2."""
+    """A user's mistake: one line that says what, where and how to mend; exit code 2."""
 
 
 # ---------------------------------------------------------------------------------------------- the language model
@@ -46,47 +47,32 @@ class UserError(Exception):
 class LM:
     """A decoder and its tokenizer, from a Hugging Face folder or hub id.
 
-    train=True holds the weights in float32 (AdamW at the paper's learning rates is below bfloat16's resolution) and,
-    on CUDA, computes in bfloat16 by autocast; train=False loads them in the dtype that they compute in.
-    Raises UserError for what cannot work: no tokenizer, no EOS, no line break, attention that the tree mask would break.
+    train=True holds the weights in float32 (bfloat16 cannot hold AdamW's updates at the paper's
+    learning rates) and computes in bfloat16 by autocast on CUDA; train=False loads them in the
+    dtype that they compute in. Raises UserError for what cannot work: no tokenizer, no EOS, no
+    line break, attention that a tree mask would break.
     """
 
-    def __init__(
-        self, path: str, train: bool = False, device: str | None = None, check: bool = True
-    ):
-        self.path, self.device = (
-            str(path),
-            device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        )
-        self.compute = torch.bfloat16 if self.device == "cuda" else torch.float32
+    def __init__(self, path: str, train: bool = False, device: str | None = None):
+        self.path = str(path)
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        compute = torch.bfloat16 if self.device == "cuda" else torch.float32
+        dtype = torch.float32 if train else compute
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
-            config = AutoConfig.from_pretrained(path)
-            self.model = AutoModelForCausalLM.from_pretrained(
-                path,
-                config=config,
-                dtype=torch.float32 if train else self.compute,
-                attn_implementation="dapo",
-            ).to(self.device)
-        except (
-            Exception
-        ) as e:  # whatever a broken folder makes the library raise, the user needs one line
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, attn_implementation="dapo"
+            )
+        except Exception as e:  # a broken folder raises all kinds; the user needs one line
             reason = str(e).strip().split("\n")[0]
-            raise UserError(
-                f"{path}: not a loadable Hugging Face model folder with a tokenizer ({reason})"
-            ) from e
-        self.model.train(train)
-        self.decoder, self.config = self.model.base_model, self.model.config.get_text_config()
-        self.scale = (
-            1.0
-            / getattr(self.config, "logits_scaling", 1.0)
-            * (getattr(self.config, "logit_scale", None) or 1.0)
-        )
+            raise UserError(f"{path}: not a model folder with a tokenizer ({reason})") from e
+        self.model = model.to(self.device).eval()  # no dropout: the log-ratio starts at exactly 0
+        self.decoder, self.config = model.base_model, model.config.get_text_config()
+        self.scale = getattr(self.config, "logit_scale", None) or 1.0
+        self.scale /= getattr(self.config, "logits_scaling", None) or 1.0
         self.softcap = getattr(self.config, "final_logit_softcapping", None)
         self._read_tokenizer()
         self._refuse_other_attention()
-        if check:
-            self._check_tree_forward()
 
     @property
     def head(self) -> torch.Tensor:
@@ -97,63 +83,48 @@ class LM:
         return getattr(self.config, "max_position_embeddings", None) or 1 << 30
 
     def _read_tokenizer(self):
-        """breaks[id]: the token's text has a line break; blank[id]: nothing but white space (or a special token)."""
+        """breaks[id]: the token's text has a line break; blank[id]: white space or special."""
         eos = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
         if eos is None:
-            raise UserError(
-                f"{self.path}: no EOS in generation_config.json or the tokenizer; add eos_token_id"
-            )
+            raise UserError(f"{self.path}: no EOS; add eos_token_id to generation_config.json")
         self.eos = sorted({eos} if isinstance(eos, int) else set(eos))
-        size = max(self.config.vocab_size, len(self.tokenizer))
         texts = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
-        texts += [""] * (size - len(texts))
+        texts += [""] * (self.config.vocab_size - len(texts))
         special = set(self.tokenizer.all_special_ids) | set(self.eos)
         self.breaks = np.array(["\n" in t and i not in special for i, t in enumerate(texts)])
         self.blank = np.array([not t.strip() or i in special for i, t in enumerate(texts)])
         if not self.breaks.any():
-            raise UserError(
-                f"{self.path}: no token of this tokenizer holds a line break, so steps cannot be cut"
-            )
-
-    def _refuse_other_attention(self):
-        kinds = set(getattr(self.config, "layer_types", None) or []) - {"full_attention"}
-        window = (
-            getattr(self.config, "sliding_window", None)
-            if getattr(self.config, "use_sliding_window", True)
-            else None
-        )
-        if kinds or window:
-            what = ", ".join(sorted(kinds)) or f"a sliding window of {window}"
-            raise UserError(
-                f"{self.path}: {self.config.model_type} has {what}; tree packing needs full attention"
-            )
+            raise UserError(f"{self.path}: no token holds a line break, so steps cannot be cut")
 
     @torch.no_grad()
-    def _check_tree_forward(self):
-        """A prompt with two branches in one pack must give what each path gives alone; ALiBi, say, does not."""
+    def _refuse_other_attention(self):
+        """By its config, and by trying: two branches in a pack must score as each path does alone."""
+        kind = self.config.model_type
+        if getattr(self.model.get_output_embeddings(), "bias", None) is not None:
+            raise UserError(f"{self.path}: {kind} has a bias on its logits, which is not supported")
+        other = set(getattr(self.config, "layer_types", None) or []) - {"full_attention"}
+        windows = getattr(self.config, "use_sliding_window", True)
+        if other or (windows and getattr(self.config, "sliding_window", None)):
+            what = ", ".join(sorted(other)) or "a sliding window"
+            raise UserError(f"{self.path}: {kind} has {what}; tree packing needs full attention")
         ids = [i % self.config.vocab_size for i in range(3, 12)]
         tree = Tree([ids[:4], ids[4:6], ids[6:]], [-1, 0, 0], [False, True, True])
-        was, _ = self.model.training, self.model.eval()
-        (both,) = pack_trees([tree], 99)
-        alone = [tree._replace(score=[False, v == 1, v == 2]) for _, v in both.owner]
-        logp = step_logprobs(self, both)
-        one_by_one = torch.cat([step_logprobs(self, *pack_trees([t], 99)) for t in alone])
-        self.model.train(was)
-        if not torch.allclose(
-            logp, one_by_one, atol=1e-3 if self.compute is torch.float32 else 0.5
-        ):
+        (pack,) = pack_trees([tree], 99)
+        together = step_logprobs(self, pack)
+        alone = [tree._replace(score=[False, v == 1, v == 2]) for _, v in pack.owner]
+        apart = torch.cat([step_logprobs(self, *pack_trees([t], 99)) for t in alone])
+        if not torch.allclose(together, apart, atol=0.5 if self.device == "cuda" else 1e-3):
             raise UserError(
-                f"{self.path}: {self.config.model_type} does not honour the tree mask; it cannot be used here"
+                f"{self.path}: {kind} does not honour a tree mask, so it cannot be used"
             )
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Token ids of a user message: the model's chat template if it has one, else plain text; BOS exactly once."""
+        """Token ids of a user message: the chat template if there is one, else plain text; one BOS."""
         if self.tokenizer.chat_template is None:
             return self.tokenizer(prompt)["input_ids"]
         message = [{"role": "user", "content": prompt}]
-        text = self.tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, tokenize=False
-        )
+        chat = self.tokenizer.apply_chat_template
+        text = chat(message, add_generation_prompt=True, tokenize=False)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def response_ids(self, text: str) -> list[int]:
@@ -161,33 +132,30 @@ class LM:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.eos[0]]
 
     def text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def step_ends(self, ids: list[int]) -> list[int]:
-        """Offsets one past each step's last token; the last is len(ids) (section 3: steps end at line breaks).
+        """Offsets one past each step's last token; the last is len(ids) (section 3).
 
-        A step ends after a token whose text has a line break; a step of white space alone belongs to the one before it
-        (at the very start, where there is none, to the one after it).
-        "5 + 3 = 8\\n" "\\n" "So 8.\\n" EOS -> two steps: the blank line joins the first, the bare EOS the second.
+        A step ends after a token whose text has a line break. A step of white space alone belongs
+        to the one before it (at the very start, where there is none, to the one after it).
+        "5 + 3 = 8\\n" "\\n" "So 8.\\n" EOS -> two steps: the blank line joins the first, EOS the second.
         """
         if not ids:
             return []
         ids = np.asarray(ids)
         ends = np.append(np.flatnonzero(self.breaks[ids[:-1]]) + 1, len(ids))  # (steps,)
         blank = np.logical_and.reduceat(self.blank[ids], np.append(0, ends[:-1]))
-        # the end of step i stays an end if step i + 1 is not blank and something before it is not blank either
+        # step i ends if step i + 1 is not blank, and something up to here is not blank either
         inner = ~blank[1:] & (np.cumsum(~blank)[:-1] > 0)
         return np.append(ends[:-1][inner], len(ids)).tolist()
 
     def hidden(self, ids: torch.Tensor, pos: torch.Tensor, view) -> torch.Tensor:
-        """Last hidden states (B, T, d) of token ids (B, T) at positions (B, T); `view` says what attends to what."""
+        """Last hidden states (B, T, d) of ids (B, T) at positions (B, T); `view`: who sees whom."""
         autocast = self.device == "cuda" and self.head.dtype is torch.float32
         with torch.autocast(self.device, torch.bfloat16, enabled=autocast):
-            return self.decoder(
-                input_ids=ids, position_ids=pos, use_cache=False, view=view
-            ).last_hidden_state
+            out = self.decoder(input_ids=ids, position_ids=pos, use_cache=False, view=view)
+        return out.last_hidden_state
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         z = F.linear(hidden, self.head.to(hidden.dtype)).float() * self.scale  # (B, V)
@@ -199,7 +167,7 @@ class LM:
 
 
 def load_critic(path: str, train: bool = False) -> tuple[LM, torch.nn.Linear]:
-    """A critic: a decoder and its value head; a model without value_head.safetensors gets a new head of zeros."""
+    """A decoder and its value head; without value_head.safetensors the head starts at zero."""
     lm = LM(path, train)
     head = torch.nn.Linear(lm.config.hidden_size, 1).to(lm.device)
     file = Path(path) / "value_head.safetensors"
@@ -215,15 +183,15 @@ def load_critic(path: str, train: bool = False) -> tuple[LM, torch.nn.Linear]:
 
 
 class Tree(NamedTuple):
-    """One problem's tokens: node 0 is the prompt, node v > 0 the step that leads to state v; parents come first."""
+    """One problem's tokens: node 0 the prompt, node v > 0 the step that leads to state v."""
 
     ids: list[list[int]]
-    parent: list[int]  # parent[0] = -1
-    score: list[bool]  # which nodes are asked for; others are there only as somebody's path
+    parent: list[int]  # parent[0] = -1, parent[v] < v
+    score: list[bool]  # which nodes are asked for; others are only somebody's path
 
 
 def record_tree(record: dict, score: list[bool], lm: LM | None = None) -> Tree:
-    """The Tree of a line of trees.jsonl. With `lm`, a critic of another tokenizer, texts are tokenised node by node."""
+    """The Tree of a line of trees.jsonl; `lm`, of another tokenizer, tokenises texts node by node."""
     nodes = record["nodes"]
     if lm is None:
         ids = [record["prompt_ids"]] + [node["ids"] for node in nodes[1:]]
@@ -240,82 +208,45 @@ class Pack(NamedTuple):
 
     ids: torch.Tensor  # (N,)
     pos: torch.Tensor  # (N,) depth in the tree = position id
-    end: torch.Tensor  # (N,) one past the last token of the subtree that the token's node roots
-    prev: (
-        torch.Tensor
-    )  # (N,) the token before it in its tree: the parent's last, for a step's first; -1 at a root
+    end: torch.Tensor  # (N,) one past the subtree that the token's node roots
+    prev: torch.Tensor  # (N,) the token before it in its tree, -1 at a root's first
     node: torch.Tensor  # (N,) index into owner, -1 for a token that is context only
     last: torch.Tensor  # (M,) the last token of each scored node
     owner: list[tuple[int, int]]  # (M,) (tree, node)
 
 
 def _fragments(tree: Tree, budget: int) -> list[list[tuple[int, bool]]]:
-    """Cut a tree into depth-first runs of nodes of at most `budget` tokens, each with the path to its root.
+    """Cut a tree into depth-first runs of at most `budget` tokens, each with the path to its root.
 
-    -> lists of (node, scored here). A repeated ancestor is context; a path that is longer than the budget stays whole.
+    -> lists of (node, scored here); a repeated ancestor is context. A path longer than the budget
+    stays whole.
     """
     need, children = list(tree.score), [[] for _ in tree.ids]
     for v in range(len(tree.ids) - 1, 0, -1):
         need[tree.parent[v]] |= need[v]
-        children[tree.parent[v]].append(
-            v
-        )  # descending, so that the stack below pops them in ascending order
-    runs, run, inside, size, stack = [], [], set(), 0, [0] if need[0] else []
+        children[tree.parent[v]].append(v)
+    runs, inside, size, stack = [], set(), budget, [0] if need[0] else []
     while stack:
         v = stack.pop()
         stack += [c for c in children[v] if need[c]]
-        if run and size + len(tree.ids[v]) > budget:
-            runs.append(run)
-            run, inside, size = [], set(), 0
-        path, u = [], tree.parent[v]
+        if size + len(tree.ids[v]) > budget:
+            runs.append([])
+            inside, size = set(), 0
+        path, u = [(v, tree.score[v])], tree.parent[v]
         while u >= 0 and u not in inside:
-            path.append(u)
+            path.append((u, False))
             u = tree.parent[u]
-        run += [(u, False) for u in reversed(path)] + [(v, tree.score[v])]
-        inside.update(path, [v])
-        size += sum(len(tree.ids[u]) for u in path) + len(tree.ids[v])
-    return runs + [run] if run else runs
-
-
-def _layout(tree: Tree, run: list[tuple[int, bool]]) -> tuple[np.ndarray, ...]:
-    """Arrays ids, pos, end, prev, node (N,) and last (M,) of one fragment, offsets relative to its start."""
-    nodes = [v for v, _ in run]
-    where = {v: i for i, v in enumerate(nodes)}
-    lens = np.array([len(tree.ids[v]) for v in nodes])
-    stop = np.cumsum(lens)
-    start, depth, before, end = (
-        stop - lens,
-        np.zeros(len(nodes), int),
-        np.full(len(nodes), -1),
-        stop.copy(),
-    )
-    up = [where.get(tree.parent[v], -1) for v in nodes]
-    for i, u in enumerate(up):
-        if u >= 0:
-            depth[i], before[i] = depth[u] + lens[u], stop[u] - 1
-    for i in range(len(nodes) - 1, 0, -1):
-        end[up[i]] = max(end[up[i]], end[i])
-    scored = np.array([s for _, s in run])
-    index = np.where(scored, np.cumsum(scored) - 1, -1)
-    token = np.arange(stop[-1])
-    within = token - np.repeat(start, lens)
-    ids = np.concatenate([np.asarray(tree.ids[v]) for v in nodes])
-    prev = np.where(within == 0, np.repeat(before, lens), token - 1)
-    return (
-        ids,
-        np.repeat(depth, lens) + within,
-        np.repeat(end, lens),
-        prev,
-        np.repeat(index, lens),
-        stop[scored] - 1,
-    )
+        runs[-1] += reversed(path)
+        inside.update(u for u, _ in path)
+        size += sum(len(tree.ids[u]) for u, _ in path)
+    return runs
 
 
 def pack_trees(trees: list[Tree], budget: int, align: int = 1) -> list[Pack]:
-    """Pack every scored node of the trees into as few rows of about `budget` tokens as length order gives.
+    """Packs of about `budget` tokens that score every node asked for; like lengths go together.
 
-    align: each fragment starts at a multiple of it. With align=BLOCK a tree's numbers do not depend, even in the last
-    bit, on what else is in the pack (on the CPU); the sampler's prefill relies on this for exact resume.
+    align: each tree starts at a multiple of it. With align=BLOCK a tree's numbers do not depend,
+    even in the last bit, on what else is in its pack (on the CPU): exact resume relies on it.
     """
     pieces = [(t, run) for t, tree in enumerate(trees) for run in _fragments(tree, budget)]
     sizes = [sum(len(trees[t].ids[v]) for v, _ in run) for t, run in pieces]
@@ -327,50 +258,56 @@ def pack_trees(trees: list[Tree], budget: int, align: int = 1) -> list[Pack]:
             size = 0
         groups[-1].append(pieces[i])
         size += room
-    return [_join(trees, group, align) for group in groups]
+    return [_pack(trees, group, align) for group in groups]
 
 
-def _join(trees: list[Tree], group: list[tuple[int, list]], align: int) -> Pack:
-    columns, owner, offset = [], [], 0
-    for i, (t, run) in enumerate(group):
-        ids, pos, end, prev, node, last = _layout(trees[t], run)
-        unit = BLOCK if i == len(group) - 1 else align  # the pack itself ends on a whole block
-        pad = -len(ids) % unit if unit == align else -(offset + len(ids)) % unit
-        own = (
-            offset + len(ids) + np.arange(pad)
-        )  # a padding token sees itself alone, so that no row is all masked
-        zero, none = np.zeros(pad, int), np.full(pad, -1)
-        columns.append(
-            (
-                np.append(ids, zero),
-                np.append(pos, zero),
-                np.append(end + offset, own + 1),
-                np.append(np.where(prev < 0, -1, prev + offset), none),
-                np.append(np.where(node < 0, -1, node + len(owner)), none),
-                last + offset,
-            )
-        )
-        owner += [(t, v) for v, scored in run if scored]
-        offset += len(ids) + pad
-    return Pack(*(torch.from_numpy(np.concatenate(c)) for c in zip(*columns)), owner)
+def _pack(trees: list[Tree], group: list[tuple[int, list]], align: int) -> Pack:
+    ids, up, scored, owner, size = [], [], [], [], 0  # up: a node's parent in this pack
+
+    def pad(unit):  # with roots of one token, which see themselves alone: no row is all masked
+        nonlocal size
+        up.extend([-1] * (-size % unit))
+        ids.extend([[0]] * (-size % unit))
+        size += -size % unit
+
+    for t, run in group:
+        where = {-1: -1}
+        for v, score in run:
+            where[v] = len(ids)
+            ids.append(trees[t].ids[v])
+            up.append(where[trees[t].parent[v]])
+            size += len(ids[-1])
+            if score:
+                scored.append(where[v])
+                owner.append((t, v))
+        pad(align)
+    pad(BLOCK)
+    lens, up = np.array([len(x) for x in ids]), np.array(up)  # (nodes,)
+    stop, depth, which = np.cumsum(lens), np.zeros(len(ids), int), np.full(len(ids), -1)
+    end, before = stop.copy(), np.where(up < 0, -1, stop[up] - 1)
+    which[scored] = np.arange(len(scored))
+    for i in np.flatnonzero(up >= 0):
+        depth[i] = depth[up[i]] + lens[up[i]]
+    for i in np.flatnonzero(up >= 0)[::-1]:
+        end[up[i]] = max(end[up[i]], end[i])
+    token = np.arange(size)
+    within = token - np.repeat(stop - lens, lens)  # offset in its node
+    prev = np.where(within == 0, np.repeat(before, lens), token - 1)
+    pos, end, which = np.repeat(depth, lens) + within, np.repeat(end, lens), np.repeat(which, lens)
+    columns = (np.concatenate(ids), pos, end, prev, which, stop[scored] - 1)
+    return Pack(*map(torch.from_numpy, columns), owner)
 
 
 # ---------------------------------------------------------------------------------------------- attention
 
 
 def attend(module, query, key, value, attention_mask=None, scaling=None, view=None, **kwargs):
-    """The attention function that models are loaded with; query (B, G * R, T, D), key and value (B, G, T, D).
+    """The attention that models are loaded with; query (B, G * R, T, D), key and value (B, G, T, D).
 
-    `view` (TreeView or CacheView) comes through the model's own forward to every layer and does the work.
+    `view` (TreeView or CacheView) comes through the model's own forward and does the work.
     """
-    if (
-        kwargs.get("softcap") is not None
-        or kwargs.get("sliding_window") is not None
-        or view is None
-    ):
-        raise UserError(
-            "this model's attention (soft-cap or sliding window) is not one that a tree can be packed for"
-        )
+    if kwargs.get("softcap") or kwargs.get("sliding_window"):
+        raise UserError("attention with a soft-cap or a sliding window cannot be packed")
     return view(module.layer_idx, query, key, value, scaling).transpose(1, 2).contiguous(), None
 
 
@@ -378,10 +315,10 @@ transformers.AttentionInterface.register("dapo", attend)
 
 
 def _attention(query, key, value, bias, scaling):
-    """softmax(q k' * scaling + bias) v for query (b, G, Q, D), key and value (b, G, K, D), bias (b, 1, Q, K).
+    """softmax(q k' * scaling + bias) v; query (b, G, Q, D), key, value (b, G, K, D), bias (b, 1, Q, K).
 
-    Written out on purpose: on the CPU it is as fast as the fused kernel and, unlike it, gives a row the same bits
-    whatever the batch and however many masked columns follow.
+    Written out on purpose: on the CPU as fast as the fused kernel and, unlike it, the same bits for
+    a row whatever the batch and however many masked columns follow.
     """
     return ((query * scaling) @ key.transpose(-1, -2) + bias).softmax(-1) @ value
 
@@ -389,98 +326,70 @@ def _attention(query, key, value, bias, scaling):
 class TreeView:
     """Who sees whom in a pack: j <= i < end[j].
 
-    CPU: each block of BLOCK queries gathers just the keys that any of them may see (its path and itself), so the cost
-    grows with depth, not with the pack. CUDA: flex_attention skips the blocks that the same rule leaves empty.
+    CPU: each block of queries gathers just the keys that any of them may see (its path and
+    itself), so the cost grows with depth, not with the pack. CUDA: flex_attention skips the blocks
+    that the same rule leaves empty.
     """
 
     def __init__(self, pack: Pack, device: str, keep: bool = False):
         self.kept = [] if keep else None  # (key, value), each (G, N, D), a layer
+        size = len(pack.end)
         if device == "cuda":
-            self.mask, end = None, pack.end.to(device)
-            self.mask = _flex()[1](
-                lambda b, h, i, j: (j <= i) & (i < end[j]),
-                None,
-                None,
-                len(end),
-                len(end),
-                device=device,
-            )
+            end = pack.end.to(device)
+            rule = lambda b, h, i, j: (j <= i) & (i < end[j])
+            self.mask = _flex()[1](rule, None, None, size, size, device=device)
             return
         end = pack.end.numpy()
-        sets = [
-            np.append(np.flatnonzero(end[:a] > a), np.arange(a, a + BLOCK))
-            for a in range(0, len(end), BLOCK)
-        ]
-        table = np.full(
-            (len(sets), -(-max(map(len, sets)) // 16) * 16), len(end)
-        )  # (blocks, K); len(end) = nothing
+        sets = []
+        for a in range(0, size, BLOCK):
+            sets.append(np.append(np.flatnonzero(end[:a] > a), np.arange(a, a + BLOCK)))
+        width = -(-max(map(len, sets)) // 16) * 16
+        table = np.full((len(sets), width), size)  # (blocks, K) keys of a block; `size`: none
         for row, keys in zip(table, sets):
             row[: len(keys)] = keys
-        i, j = (
-            np.arange(len(end)).reshape(-1, BLOCK, 1),
-            table[:, None],
-        )  # (blocks, BLOCK, 1), (blocks, 1, K)
-        seen = (j <= i) & (i < np.append(end, 0)[j])
-        self.table = torch.from_numpy(np.minimum(table, len(end) - 1))
-        self.bias = torch.where(torch.from_numpy(seen), 0.0, -torch.inf)[
-            :, None
-        ]  # (blocks, 1, BLOCK, K)
+        i, j = np.arange(size).reshape(-1, BLOCK, 1), table[:, None]
+        seen = torch.from_numpy((j <= i) & (i < np.append(end, 0)[j]))
+        self.table = torch.from_numpy(np.minimum(table, size - 1))
+        self.bias = torch.where(seen, 0.0, -torch.inf)[:, None, None]  # (blocks, 1, 1, BLOCK, K)
 
     def __call__(self, layer, query, key, value, scaling):
         if self.kept is not None:
             self.kept.append((key[0].detach(), value[0].detach()))
         if query.is_cuda:
-            return _flex()[0](
-                query, key, value, block_mask=self.mask, scale=scaling, enable_gqa=True
-            )
-        heads, (groups, _, size), (blocks, _, _, width) = (
-            query.shape[1],
-            key.shape[1:],
-            self.bias.shape,
+            flags = {"block_mask": self.mask, "scale": scaling, "enable_gqa": True}
+            return _flex()[0](query, key, value, **flags)
+        groups, size, (blocks, width) = key.shape[1], key.shape[3], self.table.shape
+        q = query[0].view(groups, -1, blocks, BLOCK, size)  # (G, R, blocks, BLOCK, D)
+        shape = (groups, blocks, 1, width, size)
+        k, v = (x[0].index_select(1, self.table.view(-1)).view(shape) for x in (key, value))
+        out = _attention(
+            q.permute(2, 0, 1, 3, 4), k.transpose(0, 1), v.transpose(0, 1), self.bias, scaling
         )
-        q = (
-            query[0].view(groups, -1, blocks, BLOCK, size).permute(2, 0, 1, 3, 4)
-        )  # (blocks, G, R, BLOCK, D)
-        k, v = (
-            x[0].index_select(1, self.table.view(-1)).view(groups, blocks, 1, width, size)
-            for x in (key, value)
-        )
-        out = _attention(q, k.transpose(0, 1), v.transpose(0, 1), self.bias[:, None], scaling)
-        return out.permute(1, 2, 0, 3, 4).reshape(1, heads, -1, size)
+        return out.permute(1, 2, 0, 3, 4).reshape(query.shape)
 
 
+@functools.cache
 def _flex():
     """(flex_attention, create_block_mask), compiled once; only CUDA comes here."""
-    if not hasattr(_flex, "made"):
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        _flex.made = (
-            torch.compile(flex_attention, dynamic=True),
-            torch.compile(create_block_mask, dynamic=True),
-        )
-    return _flex.made
+    return tuple(torch.compile(f, dynamic=True) for f in (flex_attention, create_block_mask))
 
 
 class CacheView:
     """Keys and values of B rows, allocated once; row b has written columns 0 .. length[b] - 1."""
 
     def __init__(self, layers: int, shape: tuple[int, ...], dtype: torch.dtype, device: str):
-        self.keys, self.values = (
-            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-            for _ in range(2)
-        )  # L x (B, G, T, D)
+        empty = functools.partial(torch.zeros, shape, dtype=dtype, device=device)  # (B, G, T, D)
+        self.keys, self.values = ([empty() for _ in range(layers)] for _ in range(2))
 
     def at(self, length: torch.Tensor, width: int):
-        """Let the next token of rows 0 .. len(length) - 1 go to column `length` and see columns 0 .. length < width."""
-        self.rows, self.length, self.width = (
-            torch.arange(len(length), device=length.device),
-            length,
-            width,
-        )
+        """The next token of each row goes to column `length` and sees columns 0 .. length < width."""
+        self.rows = torch.arange(len(length), device=length.device)
+        self.length, self.width = length, width
         seen = torch.arange(width, device=length.device) <= length[:, None]
-        self.bias = torch.where(seen, 0.0, -torch.inf).to(self.keys[0].dtype)[
-            :, None, None
-        ]  # (B, 1, 1, T)
+        bias = torch.where(seen, 0.0, -torch.inf).to(self.keys[0].dtype)
+        self.bias = bias[:, None, None]  # (B, 1, 1, T)
         return self
 
     def __call__(self, layer, query, key, value, scaling):
@@ -489,7 +398,7 @@ class CacheView:
         k, v = k[: len(query), :, : self.width], v[: len(query), :, : self.width]
         q = query.view(
             len(query), k.shape[1], -1, query.shape[-1]
-        )  # (B, G, R, D): grouped heads share their keys
+        )  # (B, G, R, D): heads share keys
         return _attention(q, k, v, self.bias, scaling).view(query.shape)
 
 
@@ -497,7 +406,7 @@ class CacheView:
 
 
 def _logits32(hidden, weight):
-    """hidden (n, d) @ weight (v, d)' in float32 (n, v), without rounding the products to bfloat16 where that can be had."""
+    """hidden (n, d) @ weight (v, d)' in float32 (n, v); on CUDA no product is rounded to bfloat16."""
     if hidden.is_cuda and hidden.dtype is not torch.float32:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     return (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
@@ -509,13 +418,9 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, scale, softcap):
         high = torch.promote_types(hidden.dtype, torch.float32)
-        top = torch.full(
-            (len(hidden),), -torch.inf, dtype=high, device=hidden.device
-        )  # running maximum
-        total, target = (
-            torch.zeros_like(top),
-            torch.zeros_like(top),
-        )  # running sum of exp(logit - top); target's logit
+        top = hidden.new_full((len(hidden),), -torch.inf, dtype=high)  # running maximum
+        total = torch.zeros_like(top)  # running sum of exp(logit - top)
+        target = torch.zeros_like(top)  # the target's logit
         for w, first in _chunks(weight, _LinearLogprobs.VOCAB):
             for h, row in _chunks(hidden, _LinearLogprobs.TOKENS):
                 z = _logits32(h, w) * scale
@@ -525,12 +430,10 @@ class _LinearLogprobs(torch.autograd.Function):
                 new = torch.maximum(top[rows], z.amax(-1))
                 local = targets[rows] - first
                 inside = (local >= 0) & (local < len(w))
-                target[rows] += torch.where(
-                    inside, z.gather(1, local.clamp(0, len(w) - 1)[:, None])[:, 0], 0
-                )
-                total[rows] = total[rows] * (top[rows] - new).exp() + z.sub_(
-                    new[:, None]
-                ).exp_().sum(-1)
+                own = z.gather(1, local.clamp(0, len(w) - 1)[:, None])[:, 0]
+                target[rows] += torch.where(inside, own, 0)
+                total[rows] *= (top[rows] - new).exp()
+                total[rows] += z.sub_(new[:, None]).exp_().sum(-1)
                 top[rows] = new
         lse = top + total.log()
         ctx.save_for_backward(hidden, weight, targets, lse)
@@ -539,12 +442,13 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """d logp_t / d logit_v = [v = t] - softmax_v, recomputed block by block; vocabulary outside, tokens inside."""
+        """d logp_t / d logit_v = [v = t] - softmax_v, recomputed block by block.
+
+        Vocabulary outside, tokens inside: one float32 [VOCAB, d] accumulator instead of [V, d].
+        """
         hidden, weight, targets, lse = ctx.saved_tensors
         need_h, need_w = ctx.needs_input_grad[:2]
-        grad_h = (
-            torch.zeros(hidden.shape, dtype=lse.dtype, device=hidden.device) if need_h else None
-        )
+        grad_h = torch.zeros_like(hidden, dtype=lse.dtype) if need_h else None
         grad_w = torch.empty_like(weight) if need_w else None
         for w, first in _chunks(weight, _LinearLogprobs.VOCAB):
             acc = torch.zeros(w.shape, dtype=lse.dtype, device=w.device) if need_w else None
@@ -558,9 +462,8 @@ class _LinearLogprobs(torch.autograd.Function):
                 g = z.sub_(lse[rows, None]).exp_().mul_(-grad[rows, None])  # (n, v)
                 local = targets[rows] - first
                 inside = ((local >= 0) & (local < len(w))).nonzero()[:, 0]
-                g[inside, local[inside]] += grad[rows][
-                    inside
-                ]  # the one-hot, in float32, before any rounding
+                # the one-hot, in float32, before any rounding
+                g[inside, local[inside]] += grad[rows][inside]
                 g = (g * slope).to(hidden.dtype)
                 if need_h:
                     grad_h[rows] += _logits32(g, w.T)
@@ -575,46 +478,46 @@ def _chunks(x, size):
     return ((x[i : i + size], i) for i in range(0, len(x), size))
 
 
-def linear_logprobs(
-    hidden, weight, targets, scale: float = 1.0, softcap: float | None = None
-) -> torch.Tensor:
+def linear_logprobs(hidden, weight, targets, scale: float = 1.0, softcap: float | None = None):
     """log softmax(hidden @ weight')[targets] without ever holding [N, V].
 
-    hidden (N, d), weight (V, d) of one dtype, targets (N,) int64 -> (N,) float32 (float64 for float64 input).
-    An online logsumexp over vocabulary chunks; backward recomputes them. scale and softcap: the model's logit
-    transforms, softcap * tanh(scale * logit / softcap).
+    hidden (N, d), weight (V, d) of one dtype, targets (N,) int64 -> (N,) float32 (or float64). An
+    online logsumexp over vocabulary chunks; backward recomputes them. The model's logit transforms:
+    softcap * tanh(scale * logit / softcap).
     """
     return _LinearLogprobs.apply(hidden, weight, targets, scale, softcap)
 
 
 def pack_hidden(lm: LM, pack: Pack) -> torch.Tensor:
-    view = TreeView(pack, lm.device)
-    return lm.hidden(pack.ids[None].to(lm.device), pack.pos[None].to(lm.device), view)[0]  # (N, d)
+    """Last hidden states (N, d) of a pack's tokens, every path at once."""
+    ids, pos = pack.ids[None].to(lm.device), pack.pos[None].to(lm.device)
+    return lm.hidden(ids, pos, TreeView(pack, lm.device))[0]
 
 
 def step_logprobs(lm: LM, pack: Pack) -> torch.Tensor:
-    """log pi(a | s) of every scored node: the sum over its step's tokens, line break or EOS included (eq. 12). (M,)"""
+    """log pi(a | s) of every scored node: its tokens' sum, line break or EOS included (eq. 12). (M,)"""
     hidden = pack_hidden(lm, pack)
     token = ((pack.node >= 0) & (pack.prev >= 0)).nonzero()[
         :, 0
-    ]  # (n,) a prompt's first token has nothing before it
+    ]  # a prompt's first has none before
     source, target, node = (x[token].to(lm.device) for x in (pack.prev, pack.ids, pack.node))
     logp = linear_logprobs(hidden[source], lm.head.to(hidden.dtype), target, lm.scale, lm.softcap)
     return torch.zeros(len(pack.owner), device=lm.device).index_add(0, node, logp)
 
 
 def step_values(lm: LM, head: torch.nn.Linear, pack: Pack) -> torch.Tensor:
-    """Logit of V(s) of every scored node, read at the state's last token (eq. 15). (M,) float32"""
+    """Logit of V(s) of every scored node, read at the state's last token (eq. 15). (M,)"""
     return head(pack_hidden(lm, pack)[pack.last.to(lm.device)].float())[:, 0]
 
 
 def step_advantages(q, parent, draws):
     """Eq. 13, A(s, a) = Q(s, a) - 1/M sum_j Q(s, a_j), for every action of every state at once.
 
-    q (K,) value of each action, parent (K,) its state in 0 .. S-1, draws (K,) how often it was drawn there: duplicates
-    count in the mean, since it estimates E_{a ~ pi_ref} Q. -> adv (K,), mean (S,), gap (S,) = max A - min A (app. F.1).
+    q (K,) value of each action, parent (K,) its state in 0 .. S-1, draws (K,) how often it was
+    drawn there: duplicates count in the mean, since it estimates E_{a ~ pi_ref} Q.
+    -> adv (K,), mean (S,), gap (S,) = max A - min A (appendix F.1).
 
-    q = [1, 0, .5] of one state with draws [1, 2, 1]: mean = (1 + 0 + 0 + .5) / 4 = .375, adv = [.625, -.375, .125].
+    One state, q = [1, 0, .5], draws [1, 2, 1]: mean = 1.5 / 4 = .375, adv = [.625, -.375, .125].
     """
     states = int(parent.max()) + 1
     total = q.new_zeros(states).index_add(0, parent, q * draws)
@@ -629,10 +532,9 @@ def step_advantages(q, parent, draws):
 
 
 def draw_key(*what) -> int:
-    """The 64-bit key of one draw, a hash of (seed, stage, problem, state, number): who asks decides, not the batch."""
-    return int.from_bytes(
-        hashlib.blake2b(repr(what).encode(), digest_size=8).digest(), "little", signed=True
-    )
+    """The 64-bit key of a draw, a hash of (seed, stage, problem, state, number): not of the batch."""
+    digest = hashlib.blake2b(repr(what).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def uniforms(key: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
@@ -779,7 +681,7 @@ def _at_least_16(f, x):
 
 
 def replace(path: Path, write):
-    """Make `path` (a file or a folder) whole or not at all: write(beside it), fsync, rename, fsync of the folder."""
+    """Make `path`, a file or a folder, whole or not at all: write beside, fsync, rename, fsync."""
     path, beside = Path(path), Path(f"{path}.new")
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(beside, ignore_errors=True)
@@ -808,32 +710,27 @@ def fit(
     work: Path,
     lr: float,
     save_every: int,
-    warmup=0.05,
-    clip=1.0,
     name=str,
 ):
-    """One optimiser step (AdamW, gradient norm clipped to `clip`) a batch; resumes exactly from `work`.
+    """One optimiser step (AdamW, gradient norm clipped to 1) a batch; resumes exactly from `work`.
 
-    modules   {name: torch.nn.Module} to train; batches: what step i trains on, a list fixed by the stage's seed
-    prepare   batch -> list of argument tuples, one a pack; runs in a thread while the step before it computes
-    loss      (*arguments) -> (the pack's share of the batch's mean loss, {metric: sum over the pack}); shares add up, so
-              the gradient does not depend on how a batch was cut into packs (batch 8 x 1 = 1 x 8)
+    modules   {name: torch.nn.Module} to train
+    batches   what step i trains on, a list that the stage's seed fixes
+    prepare   batch -> a list of argument tuples, one a pack; runs in a thread, a step ahead
+    loss      (*arguments) -> (the pack's share of the batch's mean loss, {metric: its sum}); shares
+              add up, so gradients do not depend on how a batch is cut into packs (8 x 1 = 1 x 8)
     name      batch -> what to call it in the report on a loss that is not finite
-    The rate rises over the first `warmup` share of the steps and then falls linearly to a tenth.
-    `work` holds the two newest checkpoints and metrics.jsonl, a line a step; seconds go to timing.jsonl apart.
+    The rate rises over the first 5 % of the steps, then falls linearly to a tenth. `work` holds the
+    two newest checkpoints and metrics.jsonl, a line a step; seconds go to timing.jsonl apart.
     """
     work.mkdir(parents=True, exist_ok=True)
     parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
-    need = (
-        3 * 3 * sum(p.numel() * p.element_size() for p in parameters)
-    )  # weights and two moments; two kept, one new
+    # weights and two moments; two checkpoints are kept while a third is written
+    need = 3 * 3 * sum(p.numel() * p.element_size() for p in parameters)
     if shutil.disk_usage(work).free < need:
-        raise UserError(
-            f"{work}: checkpoints need {need / 1e9:.1f} GB of disk; make room or choose another --out"
-        )
-    optimiser = torch.optim.AdamW(
-        parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-    )
+        raise UserError(f"{work}: checkpoints need {need / 1e9:.1f} GB of disk; make room there")
+    flags = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
+    optimiser = torch.optim.AdamW(parameters, lr=lr, **flags)
     first, log = 0, work / "metrics.jsonl"
     saved = sorted(work.glob("step-*.pt"))
     if saved:
@@ -847,42 +744,38 @@ def fit(
     lines = log.read_text().splitlines(keepends=True)[:first] if first else []
     log.write_text("".join(lines))
 
+    steps = range(first, len(batches))
+    bar = tqdm(steps, initial=first, total=len(batches), disable=None, desc=work.stem)
     with (
         ThreadPoolExecutor(1) as ahead,
         log.open("a") as metrics,
         (work / "timing.jsonl").open("a") as timing,
     ):
-        packs = ahead.submit(prepare, batches[first]) if first < len(batches) else None
-        for i in tqdm(
-            range(first, len(batches)),
-            initial=first,
-            total=len(batches),
-            disable=None,
-            desc=work.stem,
-        ):
-            begin, work_items = perf_counter(), packs.result()
+        packs = ahead.submit(prepare, batches[first]) if steps else None
+        for i in bar:
+            begin, items = perf_counter(), packs.result()
             if i + 1 < len(batches):
                 packs = ahead.submit(prepare, batches[i + 1])
-            rate = min((i + 1) / max(1, warmup * len(batches)), 1 - 0.9 * i / len(batches), 1.0)
+            rate = min((i + 1) / (0.05 * len(batches)), 1 - 0.9 * i / len(batches))
             for group in optimiser.param_groups:
                 group["lr"] = lr * rate
             sums = {"loss": 0.0}
-            for arguments in work_items:
+            for arguments in items:
                 share, parts = loss(*arguments)
                 share.backward()
                 for key, value in {"loss": share.detach(), **parts}.items():
                     sums[key] = sums.get(key, 0.0) + float(value)
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
             if not np.isfinite([norm, *sums.values()]).all():
                 bad = work / "non_finite.json"
-                bad.write_text(
-                    json.dumps(
-                        {"step": i, "batch": name(batches[i]), "norm": str(norm), "sums": str(sums)}
-                    )
-                )
-                raise UserError(
-                    f"step {i}: loss or gradient is not finite; the batch is in {bad}; try a lower --lr"
-                )
+                report = {
+                    "step": i,
+                    "batch": name(batches[i]),
+                    "norm": str(norm),
+                    "sums": str(sums),
+                }
+                bad.write_text(json.dumps(report))
+                raise UserError(f"step {i}: loss or gradient not finite, see {bad}; lower --lr")
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             metrics.write(json.dumps({"step": i, **sums, "norm": norm, "lr": lr * rate}) + "\n")
@@ -895,6 +788,6 @@ def fit(
                     "optimiser": optimiser.state_dict(),
                     "rng": torch.get_rng_state(),
                 }
-                replace(work / f"step-{i + 1:08d}.pt", lambda p: torch.save(state, p))
+                replace(work / f"step-{i + 1:08d}.pt", functools.partial(torch.save, state))
                 for old in sorted(work.glob("step-*.pt"))[:-2]:
                     old.unlink()

@@ -304,7 +304,7 @@ def _say(message, code: int) -> int:
 
 # ---------------------------------------------------------------------------------------------- the embedded problems
 
-NAMES = "Ann Ben Cai Dia Eli".split()
+NAMES = ["Ann", "Ben", "Cai", "Dia", "Eli"]
 # phrase, sign and operand of the right reading, of the misreading, share of demonstrations that misread it
 RELATIONS = {
     "more": ("{k} more than {a}", "+", "-", 0.03),

@@ -32,10 +32,11 @@ from model import (
     load_critic,
     pack_trees,
     record_tree,
+    replace,
     step_advantages,
     step_logprobs,
+    step_values,
 )
-from model import replace, step_values
 from prepare import Stage, dump, fingerprint, main, read_jsonl, sha256, tokenizer_facts
 
 
@@ -267,9 +268,7 @@ def stage(s: Settings):
             f"{s.trees}: no state has actions whose advantages differ by --gap {s.gap}; lower it, or label more"
         )
     records, lines = [records[i] for i in chosen], [lines[i] for i in chosen]
-    lm.model.eval()
     reference_logprobs(lm, records, lines, s.budget)
-    lm.model.train()
     replace(table, lambda p: p.write_bytes(b"".join(map(dump, lines))))
 
     # B.2

@@ -171,7 +171,6 @@ def measure(lm, head, records: list[dict], retokenise: bool, budget: int, consta
     siblings: of the pairs of children of one state whose MC differ by at least 0.5 (both with n >= 4 or an end), the
     share that V (or the reward, where the step ended the response) puts in the right order: 0.5 is chance.
     """
-    lm.model.eval()
     trees = [
         record_tree(r, [n["reward"] is None for n in r["nodes"]], lm if retokenise else None)
         for r in records
@@ -188,7 +187,7 @@ def measure(lm, head, records: list[dict], retokenise: bool, budget: int, consta
         if n["labelled"]
     ]
     v, mc = np.clip(np.array(states).T, 1e-6, 1 - 1e-6)
-    bce = lambda p: float(-(mc * np.log(p) + (1 - mc) * np.log(1 - p)).mean())  # noqa: E731
+    bce = lambda p: float(-(mc * np.log(p) + (1 - mc) * np.log(1 - p)).mean())
     bins = np.minimum((v * 10).astype(int), 9)
     groups = [(v[bins == b], mc[bins == b]) for b in range(10)]
     calibration = sum(abs(x.sum() - y.sum()) for x, y in groups) / len(v)

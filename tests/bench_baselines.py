@@ -6,7 +6,6 @@ batch), rejection-sampling SFT on the run's own samples, and outcome-level advan
 did; the two others see iteration 1's samples only, which cost nothing further.
 """
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +20,6 @@ from prepare import fine_tune, read_jsonl
 
 def accuracy(lm, problems, k=8):
     """(greedy, temperature 1) shares of right responses."""
-    lm.model.eval()
     prefixes = Prefixes(lm, [Tree([lm.prompt_ids(p["prompt"])], [-1], [True]) for p in problems])
     shares = []
     for temperature, n in ((0.0, 1), (1.0, k)):
@@ -42,7 +40,6 @@ def grpo(lm, problems, tokens, group=16, prompts=8, lr=3e-4):
     used = step = 0
     while used < tokens:
         chunk = [problems[(step * prompts + i) % len(problems)] for i in range(prompts)]
-        lm.model.eval()
         prefixes = Prefixes(lm, [Tree([lm.prompt_ids(p["prompt"])], [-1], [True]) for p in chunk])
         rows = [
             (j, 0, draw_key("grpo", step, j, i), 60) for j in range(prompts) for i in range(group)
@@ -60,7 +57,6 @@ def grpo(lm, problems, tokens, group=16, prompts=8, lr=3e-4):
             )
             for j, p in enumerate(chunk)
         ]
-        lm.model.train()
         for pack in pack_trees(trees, 8192):
             weight = torch.stack([adv[t, v - 1] for t, v in pack.owner])
             (-(weight * step_logprobs(lm, pack)).sum() / sum(map(len, drawn))).backward()
@@ -84,36 +80,31 @@ def sampled_tokens(run):
 
 def main(run):
     base, problems = str(run / "base"), read_jsonl(run / "test.jsonl")
-    samples = run / "iter1" / "samples.jsonl"
-    budget = sampled_tokens(run)
-    print(f"base                 greedy %.3f  T=1 %.3f" % tuple(accuracy(LM(base), problems)))
-    actors = sorted(run.glob("iter*/actor"))
-    for actor in actors:
+    samples, train = run / "iter1" / "samples.jsonl", read_jsonl(run / "train.jsonl")
+
+    def show(name, lm):
         print(
-            f"DAPO {actor.parent.name}           greedy %.3f  T=1 %.3f"
-            % tuple(accuracy(LM(str(actor)), problems))
+            f"{name:<32} greedy {{:.3f}}  T=1 {{:.3f}}".format(*accuracy(lm, problems)), flush=True
         )
+
+    show("base", LM(base))
+    for actor in sorted(run.glob("iter*/actor")):
+        show(f"DAPO {actor.parent.name}", LM(str(actor)))
     lm = LM(base, train=True)
-    train = read_jsonl(run / "train.jsonl")
-    used = grpo(lm, train, budget)
-    print(f"GRPO, {used} tokens  greedy %.3f  T=1 %.3f" % tuple(accuracy(lm, problems)), flush=True)
+    show(f"GRPO, {grpo(lm, train, sampled_tokens(run))} tokens", lm)
     lm = LM(base, train=True)
-    trees = [
+    right = [
         Tree([x["prompt_ids"], r["ids"]], [-1, 0], [True, True])
         for x in read_jsonl(samples)
         for r in x["responses"]
         if r["reward"]
     ]
-    fine_tune(lm, trees, run / "rft.work", 3e-4, 32, 2, 0, 0.0)
-    print("rejection sampling   greedy %.3f  T=1 %.3f" % tuple(accuracy(lm, problems)), flush=True)
-    flags = "--advantage outcome --beta 1 --lr 1e-4 --passes 4 --batch 256".split()
-    subprocess.run(
-        [sys.executable, "train_actor.py", "--actor", base, "--trees", str(samples)]
-        + ["--out", str(run / "outcome" / "actor"), *flags],
-        check=True,
-    )
-    lm = LM(str(run / "outcome" / "actor"))
-    print("outcome advantages   greedy %.3f  T=1 %.3f" % tuple(accuracy(lm, problems)))
+    fine_tune(lm, right, run / "rft.work", 3e-4, 32, 2, 0, 0.0)
+    show("rejection-sampling SFT", lm)
+    flags = "--advantage outcome --beta 1 --lr 1e-4 --passes 4 --batch 256".split()  # noqa: SIM905
+    paths = ["--actor", base, "--trees", samples, "--out", run / "outcome" / "actor"]
+    subprocess.run([sys.executable, "train_actor.py", *paths, *flags], check=True)
+    show("outcome advantages", LM(str(run / "outcome" / "actor")))
 
 
 if __name__ == "__main__":

@@ -314,7 +314,7 @@ def test_batch_8x1_equals_1x8(actor_job, models, monkeypatch):
         shares = [work["loss"](*arguments)[0] for arguments in packs]
         for share in shares:
             share.backward()
-        got[budget] = float(sum(shares)), gradients(lm.model)
+        got[budget] = sum(shares).item(), gradients(lm.model)
     trees = [train_actor.pair_tree(r, x) for r, x in zip(records, lines)]
     logp, plain = slow(models("llama, MHA, untied"), trees)
     terms = [
@@ -329,26 +329,37 @@ def test_batch_8x1_equals_1x8(actor_job, models, monkeypatch):
         same_gradients(grads, gradients(plain))
 
 
-def test_the_critic_s_batch_too(models, monkeypatch):
+@pytest.mark.parametrize("token_share", [0.0, 0.3])
+def test_the_critic_s_batch_too(models, monkeypatch, token_share):
     rng, name = random.Random(6), "llama, GQA, tied"
     lm, head = load_critic(models(name), train=True)
     torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))
     twin = torch.nn.Linear(lm.config.hidden_size, 1).double()
     twin.load_state_dict(head.state_dict())
     records = [pairs_record(random_tree(rng, n, 9, 90), rng)[0] for n in (3, 8, 12)]
-    trees = [model.record_tree(r, [True] * len(r["nodes"])) for r in records]
-    logit, plain = slow(models(name), trees, twin)
+    _, plain = slow(models(name), [])
     total = wanted = 0
-    for (t, v), z in logit.items():  # eq. 15, a state's weight is what is known of it
-        n, wins = records[t]["nodes"][v]["n"], records[t]["nodes"][v]["wins"]
-        p = torch.sigmoid(z)
-        wanted = wanted - n * (wins / n * p.log() + (1 - wins / n) * (1 - p).log())
-        total += n
-    (wanted / total).backward()
+    for record in records:
+        tree = model.record_tree(record, [True] * len(record["nodes"]))
+        for v, node in enumerate(record["nodes"]):
+            ids, first = path(tree, v)
+            p = torch.sigmoid(twin(plain.base_model(torch.tensor([ids])).last_hidden_state[0]))[
+                :, 0
+            ]
+            mc = node["wins"] / node["n"]
+            bce = -(mc * p.log() + (1 - mc) * (1 - p).log())  # at each token
+            inner = bce[max(first, 1) :]
+            state = (1 - token_share) * bce[-1] + token_share * inner.sum() / max(1, len(inner))
+            wanted = wanted + node["n"] * state  # a state's weight is what is known of it
+            total += node["n"]
+    wanted = wanted / total
+    wanted.backward()
+    caught = {}
     monkeypatch.setattr(train_critic, "fit", lambda *args, **more: caught.update(args=args))
     for budget in (8192, 40):
-        caught = {}
-        s = train_critic.Settings("t", "c", "o", states="all", budget=budget)
+        s = train_critic.Settings(
+            "t", "c", "o", states="all", token_share=token_share, budget=budget
+        )
         train_critic.train(lm, head, records, False, s, None)
         _, batches, prepare, loss = caught["args"][:4]
         (batch,) = batches
@@ -358,7 +369,7 @@ def test_the_critic_s_batch_too(models, monkeypatch):
         for share in shares:
             share.backward()
         assert len(shares) > 3 or budget == 8192
-        assert float(sum(shares)) == pytest.approx((wanted / total).item(), rel=1e-5)
+        assert sum(shares).item() == pytest.approx(wanted.item(), rel=1e-5)
         same_gradients(gradients(head), gradients(twin))
         same_gradients(gradients(lm.decoder), gradients(plain.base_model))
 

@@ -17,10 +17,10 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SAMPLE = "--actor tiny --problems problems.jsonl --out run/samples.jsonl --n1 6 --n 4 --max_new 12"
+SAMPLE = "--actor tiny --problems problems.jsonl --out run/samples.jsonl --n1 5 --n 4 --max_new 10"
 LABEL = (
     "--actor tiny --problems problems.jsonl --samples run/samples.jsonl --out run/trees.jsonl "
-    "--m 3 --max_new 12"
+    "--m 3 --max_new 10"
 )
 CRITIC = (
     "--trees run/trees.jsonl --critic_model tiny --out run/critic --lr 1e-2 --passes 1 --batch 40 "
@@ -30,7 +30,7 @@ ACTOR = (
     "--actor tiny --trees run/trees.jsonl --critic run/critic --out run/actor --kappa 1 --lr 1e-2 "
     "--batch 200 --save_every 3"
 )
-EVALUATE = "--actor run/actor --problems test.jsonl --out run/eval.jsonl --samples 2 --max_new 12"
+EVALUATE = "--actor run/actor --problems test.jsonl --out run/eval.jsonl --samples 2 --max_new 10"
 PREPARE = (
     "--out run --train jsonl:rows.jsonl --test jsonl:test_rows.jsonl --base tiny "
     "--demos jsonl:demos.jsonl --passes 1"
@@ -58,9 +58,9 @@ def tokenizer(extra=()):
     from transformers import PreTrainedTokenizerFast
 
     words = ["<|end|>", "<|user|>", "\n", "?", *(f" {i}" for i in range(10)), *extra]
-    words += [f"The answer is {i}." for i in range(3)]
+    words += [f"The answer is {i}.\n" for i in range(3)]  # numbers only: no grader process to start
     model = tk.Tokenizer(tk.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="?"))
-    pieces = tk.Regex(r"<\|\w+\|>|The answer is \d\.|\n| \d|.")
+    pieces = tk.Regex(r"<\|\w+\|>|The answer is \d\.\n|\n| \d|.")
     model.pre_tokenizer = tk.pre_tokenizers.Split(pieces, "isolated")
     model.decoder = tk.decoders.Fuse()
     names = {"eos_token": "<|end|>", "pad_token": "<|end|>", "unk_token": "?"}
@@ -69,7 +69,7 @@ def tokenizer(extra=()):
     return made
 
 
-def build(folder: Path, problems: int = 72):
+def build(folder: Path):
     """tiny/ and the problem files, in `folder`."""
     from prepare import dump, new_model
 
@@ -85,7 +85,7 @@ def build(folder: Path, problems: int = 72):
         return f" {i // 10 % 10} {i % 10} {i // 100}"
 
     base = {"source": "toy", "domain": "math", "tests": None}
-    for name, start, count in (("problems.jsonl", 0, problems), ("test.jsonl", 500, 66)):
+    for name, start, count in (("problems.jsonl", 0, 70), ("test.jsonl", 500, 66)):
         rows = [
             {"id": f"toy/{start + i}", **base, "prompt": digits(start + i), "answer": str(i % 3)}
             for i in range(count)
@@ -93,7 +93,7 @@ def build(folder: Path, problems: int = 72):
         write(name, rows)
     write("rows.jsonl", [{"prompt": digits(i), "answer": "1"} for i in range(40)])
     write("test_rows.jsonl", [{"prompt": digits(i), "answer": "1"} for i in range(200, 210)])
-    demos = [{"prompt": digits(i), "response": f" {i % 10}\nThe answer is 1."} for i in range(96)]
+    demos = [{"prompt": digits(i), "response": f" {i % 10}\nThe answer is 1.\n"} for i in range(96)]
     write("demos.jsonl", demos)
 
 
@@ -131,18 +131,18 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 class Halves:
-    """A file whose every write happens in two halves, with a point to die between them."""
+    """A file whose every write happens in two halves, with points to die between and after them."""
 
     def __init__(self, file, tick):
-        self.file, self.tick = file, tick
+        self.file, self.tick, self.name = file, tick, Path(file.name).name
 
     def write(self, data):
         self.file.write(data[: len(data) // 2])
         self.file.flush()
-        self.tick("mid-write")
+        self.tick(f"mid {self.name}")
         self.file.write(data[len(data) // 2 :])
         self.file.flush()
-        self.tick("written")
+        self.tick(f"after {self.name}")
         return len(data)
 
     def __getattr__(self, name):
@@ -178,7 +178,7 @@ def install(tick):
         def wrapper(data, path, *args, **kwargs):
             real(data, path, *args, **kwargs)
             whole = Path(path).read_bytes()
-            with io.open(path, "wb") as f:
+            with open(path, "wb") as f:
                 f.write(whole[: len(whole) // 2])
                 f.flush()
                 tick(f"half a {name}")
