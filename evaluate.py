@@ -31,7 +31,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from importlib.metadata import version
 from itertools import accumulate, pairwise
@@ -47,6 +47,7 @@ from model import (
     Tree,
     UserError,
     draw_key,
+    flag,
     load_critic,
     pack_trees,
     replace,
@@ -54,7 +55,7 @@ from model import (
     step_values,
 )
 
-# ---------------------------------------------------------------------------------------------- grading math answers
+# ------------------------------------------------------------ grading math answers
 
 MAX_ANSWER = 1000  # characters; a longer answer must be the gold answer's very text
 UNITS = """millimeter mm, centimeter cm, meter m, kilometer km, inch inche in, foot ft feet,
@@ -299,7 +300,7 @@ def grade_math(gold: str, text: str, verifier: MathVerifier) -> tuple[str, str |
             return "error", prediction
 
 
-# ---------------------------------------------------------------------------------------------- grading
+# ------------------------------------------------------------ grading
 
 _math = MathVerifier()
 
@@ -313,7 +314,7 @@ def grade_all(problems: list[dict], texts: list[str]) -> list[tuple[str, str | N
     return [seen[problem["id"], text] for problem, text in zip(problems, texts)]
 
 
-# ---------------------------------------------------------------------------------------------- statistics
+# ------------------------------------------------------------ statistics
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
@@ -402,34 +403,22 @@ def paired(new: list[bool], old: list[bool]) -> dict:
     }
 
 
-# ---------------------------------------------------------------------------------------------- the stage
+# ------------------------------------------------------------ the stage
 
 
 @dataclass(frozen=True)
 class Settings:
-    actor: str = field(default="", metadata={"help": "Hugging Face folder or hub id to evaluate"})
-    problems: str = field(default="", metadata={"help": "problem files, comma separated"})
-    out: str = field(
-        default="", metadata={"help": "eval.jsonl to write; summary.json goes beside it"}
-    )
-    against: str = field(
-        default="", metadata={"help": "eval.jsonl of another actor on the same problems"}
-    )
-    samples: int = field(
-        default=0, metadata={"help": "responses a problem at temperature 1, beside the greedy one"}
-    )
-    critic: str = field(
-        default="",
-        metadata={"help": "critic that picks the best of --samples (with the actor's tokenizer)"},
-    )
-    max_new: int = field(default=2048, metadata={"help": "length limit of a response in tokens"})
-    batch: int = field(default=256, metadata={"help": "rows decoded at once"})
-    seed: int = field(default=0, metadata={"help": "of the samples"})
-    report: str = field(
-        default="",
-        metadata={"help": "a run folder: print its table and draw its figures, nothing else"},
-    )
-    force: bool = field(default=False, metadata={"help": "throw an existing output away"})
+    actor: str = flag("Hugging Face folder or hub id to evaluate", "")
+    problems: str = flag("problem files, comma separated", "")
+    out: str = flag("eval.jsonl to write; summary.json goes beside it", "")
+    against: str = flag("eval.jsonl of another actor on the same problems", "")
+    samples: int = flag("responses a problem at temperature 1, beside the greedy one", 0)
+    critic: str = flag("critic that picks the best of --samples (with the actor's tokenizer)", "")
+    max_new: int = flag("length limit of a response in tokens", 2048)
+    batch: int = flag("rows decoded at once", 256)
+    seed: int = flag("of the samples", 0)
+    report: str = flag("a run folder: print its table and draw its figures, nothing else", "")
+    force: bool = flag("throw an existing output away", False)
 
 
 def stage(s: Settings):
@@ -539,7 +528,7 @@ def best_by_critic(
     return [int(v.argmax()) for v in value]
 
 
-# ---------------------------------------------------------------------------------------------- the report of a run
+# ------------------------------------------------------------ the report of a run
 
 
 def report(run: Path):

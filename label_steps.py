@@ -19,29 +19,27 @@ Departures from the paper:
  2. A completion counts at the deeper kept states that it passes, so those need fewer of their own: only m - n.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from evaluate import grade_all
-from model import LM, Prefixes, Tree, UserError, draw_key, sample
+from model import LM, Prefixes, Tree, UserError, draw_key, flag, sample
 from prepare import Stage, fingerprint, main, read_jsonl, tokenizer_facts
 
 
 @dataclass(frozen=True)
 class Settings:
-    actor: str = field(metadata={"help": "the policy that drew the samples, pi_ref"})
-    problems: str = field(metadata={"help": "the problems that the samples are of"})
-    samples: str = field(metadata={"help": "samples.jsonl from sample.py"})
-    out: str = field(metadata={"help": "trees.jsonl to write"})
-    m: int = field(default=16, metadata={"help": "completions a state"})
-    max_new: int = field(
-        default=2048, metadata={"help": "length limit of a whole response in tokens"}
-    )
-    batch: int = field(default=256, metadata={"help": "rows decoded at once"})
-    seed: int = field(default=0, metadata={"help": "of the draws"})
-    force: bool = field(default=False, metadata={"help": "throw an existing output away"})
+    actor: str = flag("the policy that drew the samples, pi_ref")
+    problems: str = flag("the problems that the samples are of")
+    samples: str = flag("samples.jsonl from sample.py")
+    out: str = flag("trees.jsonl to write")
+    m: int = flag("completions a state", 16)
+    max_new: int = flag("length limit of a whole response in tokens", 2048)
+    batch: int = flag("rows decoded at once", 256)
+    seed: int = flag("of the draws", 0)
+    force: bool = flag("throw an existing output away", False)
 
 
 class StepTree:

@@ -17,8 +17,10 @@ import functools
 import hashlib
 import json
 import os
+import random
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import MISSING, field
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
@@ -41,7 +43,12 @@ class UserError(Exception):
     """A user's mistake: one line that says what, where and how to mend; exit code 2."""
 
 
-# ---------------------------------------------------------------------------------------------- the language model
+def flag(help: str, default=MISSING):
+    """A field of a stage's Settings: its line in --help, and the paper's value."""
+    return field(default=default, metadata={"help": help})
+
+
+# ------------------------------------------------------------ the language model
 
 
 class LM:
@@ -179,7 +186,7 @@ def load_critic(path: str, train: bool = False) -> tuple[LM, torch.nn.Linear]:
     return lm, head
 
 
-# ---------------------------------------------------------------------------------------------- tree packing
+# ------------------------------------------------------------ tree packing
 
 
 class Tree(NamedTuple):
@@ -298,7 +305,7 @@ def _pack(trees: list[Tree], group: list[tuple[int, list]], align: int) -> Pack:
     return Pack(*map(torch.from_numpy, columns), owner)
 
 
-# ---------------------------------------------------------------------------------------------- attention
+# ------------------------------------------------------------ attention
 
 
 def attend(module, query, key, value, attention_mask=None, scaling=None, view=None, **kwargs):
@@ -402,7 +409,7 @@ class CacheView:
         return _attention(q, k, v, self.bias, scaling).view(query.shape)
 
 
-# ---------------------------------------------------------------------------------------------- log-probs and values
+# ------------------------------------------------------------ log-probs and values
 
 
 def _logits32(hidden, weight):
@@ -528,7 +535,7 @@ def step_advantages(q, parent, draws):
     return adv, mean, high - low
 
 
-# ---------------------------------------------------------------------------------------------- the sampler
+# ------------------------------------------------------------ the sampler
 
 
 def draw_key(*what) -> int:
@@ -677,7 +684,7 @@ def _at_least_16(f, x):
     return f(x) if len(x) >= 16 else f(F.pad(x, (0, 0, 0, 16 - len(x))))[: len(x)]
 
 
-# ---------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------ training
 
 
 def replace(path: Path, write):
@@ -700,6 +707,20 @@ def _fsync(path):
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def whole_batches(counts: list[int], size: int, passes: int, seed: str) -> list[list[int]]:
+    """Indices of whole problems whose counts reach `size` together, in a new order each pass."""
+    rng, batches = random.Random(seed), []
+    for _ in range(passes):
+        batch, full = [], 0
+        for i in rng.sample(range(len(counts)), len(counts)):
+            batch, full = [*batch, i], full + counts[i]
+            if full >= size:
+                batches.append(batch)
+                batch, full = [], 0
+        batches += [batch] if full else []
+    return batches
 
 
 def fit(

@@ -26,7 +26,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -35,9 +35,9 @@ import torch
 from transformers import HfArgumentParser
 
 from evaluate import exact_number, extract_answer
-from model import LM, Tree, UserError, fit, pack_trees, replace, step_logprobs
+from model import LM, Tree, UserError, fit, flag, pack_trees, replace, step_logprobs
 
-# ---------------------------------------------------------------------------------------------- records and manifests
+# ------------------------------------------------------------ records and manifests
 
 
 def sha256(path: Path) -> str:
@@ -302,7 +302,7 @@ def _say(message, code: int) -> int:
     return code
 
 
-# ---------------------------------------------------------------------------------------------- the embedded problems
+# ------------------------------------------------------------ the embedded problems
 
 NAMES = ["Ann", "Ben", "Cai", "Dia", "Eli"]
 # phrase, sign and operand of the right reading, of the misreading, share of demonstrations that misread it
@@ -441,7 +441,7 @@ def new_model(tokenizer, seed: int, layers: int = 3, width: int = 128):
     return model
 
 
-# ---------------------------------------------------------------------------------------------- fine-tuning on demonstrations
+# ------------------------------------------------------------ fine-tuning on demonstrations
 
 
 def demo_tree(lm: LM, demo: dict) -> Tree:
@@ -483,7 +483,7 @@ def fine_tune(
     fit({"model": lm.model}, batches, prepare, loss, work, lr, save_every=200)
 
 
-# ---------------------------------------------------------------------------------------------- data sets
+# ------------------------------------------------------------ data sets
 
 INSTRUCTIONS = {  # by the kind of answer
     "boxed": r"Please reason step by step, and put your final answer within \boxed{}.",
@@ -624,42 +624,28 @@ def asdiv_demos(row: dict) -> dict:
     return {"prompt": asdiv(row)["prompt"], "response": "\n".join([*steps, f"#### {gold}"])}
 
 
-# ---------------------------------------------------------------------------------------------- the stage
+# ------------------------------------------------------------ the stage
 
 
 @dataclass(frozen=True)
 class Settings:
-    out: str = field(metadata={"help": "folder of the run"})
-    train: str = field(
-        default="",
-        metadata={"help": "NAME:PATH of training problems, comma separated; empty: embedded"},
-    )
-    test: str = field(default="", metadata={"help": "NAME:PATH of test problems, comma separated"})
-    instruction: str = field(
-        default="",
-        metadata={"help": "put after each question; default: by the set's kind of answer"},
-    )
-    limit: int = field(
-        default=0, metadata={"help": "use at most this many training problems; 0: all"}
-    )
-    valid_share: float = field(
-        default=0.1, metadata={"help": "share of --train held out as valid.jsonl, by hash"}
-    )
-    split_seed: int = field(default=0, metadata={"help": "of that hash"})
-    make_base: bool = field(
-        default=True, metadata={"help": "make base/: embedded, or --base fine-tuned on --demos"}
-    )
-    base: str = field(default="", metadata={"help": "model to fine-tune on --demos"})
-    demos: str = field(
-        default="", metadata={"help": "NAME:PATH of demonstrations (gsm8k, asdiv or jsonl)"}
-    )
-    lr: float = field(default=2e-5, metadata={"help": "peak learning rate on --demos"})
-    passes: int = field(default=2, metadata={"help": "passes over --demos"})
-    train_size: int = field(default=2000, metadata={"help": "embedded training problems"})
-    valid_size: int = field(default=300, metadata={"help": "embedded validation problems"})
-    test_size: int = field(default=500, metadata={"help": "embedded test problems"})
-    seed: int = field(default=0, metadata={"help": "of the embedded problems and of base training"})
-    force: bool = field(default=False, metadata={"help": "throw existing outputs away"})
+    out: str = flag("folder of the run")
+    train: str = flag("NAME:PATH of training problems, comma separated; empty: embedded", "")
+    test: str = flag("NAME:PATH of test problems, comma separated", "")
+    instruction: str = flag("put after each question; default: by the set's kind of answer", "")
+    limit: int = flag("use at most this many training problems; 0: all", 0)
+    valid_share: float = flag("share of --train held out as valid.jsonl, by hash", 0.1)
+    split_seed: int = flag("of that hash", 0)
+    make_base: bool = flag("make base/: embedded, or --base fine-tuned on --demos", True)
+    base: str = flag("model to fine-tune on --demos", "")
+    demos: str = flag("NAME:PATH of demonstrations (gsm8k, asdiv or jsonl)", "")
+    lr: float = flag("peak learning rate on --demos", 2e-5)
+    passes: int = flag("passes over --demos", 2)
+    train_size: int = flag("embedded training problems", 2000)
+    valid_size: int = flag("embedded validation problems", 300)
+    test_size: int = flag("embedded test problems", 500)
+    seed: int = flag("of the embedded problems and of base training", 0)
+    force: bool = flag("throw existing outputs away", False)
 
 
 def stage(s: Settings):

@@ -13,29 +13,29 @@ Departures from the paper:
     runs short. A problem whose kept responses would all be alike is kept too: its steps may still differ in value.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from evaluate import grade_all
-from model import LM, Prefixes, Tree, UserError, draw_key, sample
+from model import LM, Prefixes, Tree, UserError, draw_key, flag, sample
 from prepare import Stage, fingerprint, main, read_jsonl, tokenizer_facts
 
 
 @dataclass(frozen=True)
 class Settings:
-    actor: str = field(metadata={"help": "Hugging Face folder or hub id of the current policy"})
-    problems: str = field(metadata={"help": "problems.jsonl from prepare.py"})
-    out: str = field(metadata={"help": "samples.jsonl to write"})
-    n1: int = field(default=32, metadata={"help": "responses drawn a problem"})
-    n: int = field(default=6, metadata={"help": "responses kept a problem"})
-    first: int = field(default=0, metadata={"help": "skip this many problems"})
-    limit: int = field(default=0, metadata={"help": "use at most this many problems; 0: all"})
-    max_new: int = field(default=2048, metadata={"help": "length limit of a response in tokens"})
-    batch: int = field(default=256, metadata={"help": "rows decoded at once"})
-    seed: int = field(default=0, metadata={"help": "of the draws"})
-    force: bool = field(default=False, metadata={"help": "throw an existing output away"})
+    actor: str = flag("Hugging Face folder or hub id of the current policy")
+    problems: str = flag("problems.jsonl from prepare.py")
+    out: str = flag("samples.jsonl to write")
+    n1: int = flag("responses drawn a problem", 32)
+    n: int = flag("responses kept a problem", 6)
+    first: int = flag("skip this many problems", 0)
+    limit: int = flag("use at most this many problems; 0: all", 0)
+    max_new: int = flag("length limit of a response in tokens", 2048)
+    batch: int = flag("rows decoded at once", 256)
+    seed: int = flag("of the draws", 0)
+    force: bool = flag("throw an existing output away", False)
 
 
 def keep_balanced(rewards: list[int], n: int) -> list[int]:

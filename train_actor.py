@@ -18,8 +18,7 @@ Departures from the paper:
 """
 
 import math
-import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,6 +28,7 @@ from model import (
     LM,
     UserError,
     fit,
+    flag,
     load_critic,
     pack_trees,
     record_tree,
@@ -36,40 +36,28 @@ from model import (
     step_advantages,
     step_logprobs,
     step_values,
+    whole_batches,
 )
 from prepare import Stage, dump, fingerprint, main, read_jsonl, sha256, tokenizer_facts
 
 
 @dataclass(frozen=True)
 class Settings:
-    actor: str = field(
-        metadata={"help": "the policy that drew the trees: pi_ref, and where the actor starts"}
-    )
-    trees: str = field(metadata={"help": "trees.jsonl (with --advantage outcome: samples.jsonl)"})
-    out: str = field(metadata={"help": "actor folder to write"})
-    critic: str = field(
-        default="", metadata={"help": "critic folder; not needed with --kappa 0 or outcome"}
-    )
-    kappa: float = field(
-        default=math.inf,
-        metadata={"help": "completions that the critic's opinion is worth; inf: Q = V"},
-    )
-    advantage: str = field(
-        default="step", metadata={"help": "step: eq. 13; outcome: of whole responses"}
-    )
-    gap: float = field(
-        default=0.1, metadata={"help": "states with max A - min A below this are left out"}
-    )
-    beta: float = field(default=0.01, metadata={"help": "strength of the KL to pi_ref"})
-    lr: float = field(default=5e-7, metadata={"help": "peak learning rate"})
-    passes: int = field(default=1, metadata={"help": "passes over the pairs"})
-    batch: int = field(
-        default=2048, metadata={"help": "pairs an optimiser step, in whole problems"}
-    )
-    budget: int = field(default=8192, metadata={"help": "tokens a pack"})
-    save_every: int = field(default=100, metadata={"help": "steps between checkpoints"})
-    seed: int = field(default=0, metadata={"help": "of the order of the problems"})
-    force: bool = field(default=False, metadata={"help": "throw an existing output away"})
+    actor: str = flag("the policy that drew the trees: pi_ref, and where the actor starts")
+    trees: str = flag("trees.jsonl (with --advantage outcome: samples.jsonl)")
+    out: str = flag("actor folder to write")
+    critic: str = flag("critic folder; not needed with --kappa 0 or outcome", "")
+    kappa: float = flag("completions that the critic's opinion is worth; inf: Q = V", math.inf)
+    advantage: str = flag("step: eq. 13; outcome: of whole responses", "step")
+    gap: float = flag("states with max A - min A below this are left out", 0.1)
+    beta: float = flag("strength of the KL to pi_ref", 0.01)
+    lr: float = flag("peak learning rate", 5e-7)
+    passes: int = flag("passes over the pairs", 1)
+    batch: int = flag("pairs an optimiser step, in whole problems", 2048)
+    budget: int = flag("tokens a pack", 8192)
+    save_every: int = flag("steps between checkpoints", 100)
+    seed: int = flag("of the order of the problems", 0)
+    force: bool = flag("throw an existing output away", False)
 
 
 def actor_loss(logp, logp_ref, adv, beta: float):
@@ -80,20 +68,20 @@ def actor_loss(logp, logp_ref, adv, beta: float):
     return 0.5 * (adv / beta - (logp - logp_ref)) ** 2  # eq. 12
 
 
-def action_values(record: dict, value, kappa: float):
-    """Q of every node (K,): its reward where the step ended the response, else V, the counts, or both by kappa."""
-    q = []
-    for v, n in enumerate(record["nodes"]):
+def action_values(record: dict, value: list[float] | None, kappa: float):
+    """Q of every node (K,): its reward where the step ended the response, else V, counts or both.
+
+    wins 3 of n 4, V .5: kappa inf -> .5, kappa 0 -> .75, kappa 4 -> (3 + 4 * .5) / (4 + 4) = .625
+    """
+    q = [0.0]  # the prompt is nobody's action
+    for v, n in enumerate(record["nodes"][1:], 1):
         if n["reward"] is not None:
             q.append(float(n["reward"]))
         elif kappa == math.inf:
             q.append(value[v])
         else:
-            q.append(
-                (n["wins"] + kappa * (value[v] if kappa else 0.0)) / (n["n"] + kappa)
-                if n["n"] + kappa
-                else 0.0
-            )
+            prior = kappa * value[v] if kappa else 0.0
+            q.append((n["wins"] + prior) / max(n["n"] + kappa, 1e-9))
     return torch.tensor(q, dtype=torch.float64)
 
 
@@ -188,21 +176,10 @@ def train(lm: LM, records: list[dict], lines: list[dict], s: Settings, work: Pat
     """B.2: min_theta 1/2 E (A / beta - log pi_theta / pi_ref)^2 over all pairs, each with the same weight."""
     trees = [pair_tree(r, line) for r, line in zip(records, lines)]
     actions = [{a["node"]: a for a in pairs(line)} for line in lines]
-    rng, batches = random.Random(f"actor {s.seed}"), []
-    for _ in range(s.passes):
-        batch, full = [], 0
-        for i in rng.sample(range(len(lines)), len(lines)):
-            batch, full = batch + [i], full + len(actions[i])
-            if full >= s.batch:
-                batches.append(batch)
-                batch, full = [], 0
-        if full:
-            batches.append(batch)
+    batches = whole_batches([len(a) for a in actions], s.batch, s.passes, f"actor {s.seed}")
 
     def prepare(batch):
-        count = sum(
-            len(actions[i]) for i in batch
-        )  # pairs of the optimiser step: the one normaliser
+        count = sum(len(actions[i]) for i in batch)  # the one normaliser of the step
         items = []
         for pack in pack_trees([trees[i] for i in batch], s.budget, align=BLOCK):
             chosen = [actions[batch[t]][v] for t, v in pack.owner]

@@ -18,8 +18,7 @@ Departures from the paper:
 
 import hashlib
 import json
-import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,45 +29,33 @@ from safetensors.torch import save_file
 from model import (
     UserError,
     fit,
+    flag,
     load_critic,
     pack_hidden,
     pack_trees,
     record_tree,
     replace,
     step_values,
+    whole_batches,
 )
 from prepare import Stage, main, read_jsonl, sha256, tokenizer_facts
 
 
 @dataclass(frozen=True)
 class Settings:
-    trees: str = field(
-        metadata={"help": "trees.jsonl; several, comma separated, train on earlier iterations too"}
-    )
-    critic_model: str = field(
-        metadata={"help": "what the critic starts from: a critic, or any language model"}
-    )
-    out: str = field(metadata={"help": "critic folder to write"})
-    states: str = field(
-        default="all",
-        metadata={"help": "all: every node that goes on, weighted by n; labelled: the paper"},
-    )
-    held_out: str = field(
-        default="",
-        metadata={"help": "trees to test on; empty: a tenth of the problems, by hash of the id"},
-    )
-    token_share: float = field(
-        default=0.5, metadata={"help": "share of the loss read at every token; 0: the paper"}
-    )
-    lr: float = field(default=5e-6, metadata={"help": "peak learning rate"})
-    passes: int = field(default=1, metadata={"help": "passes over the states"})
-    batch: int = field(
-        default=512, metadata={"help": "states an optimiser step, in whole problems"}
-    )
-    budget: int = field(default=8192, metadata={"help": "tokens a pack"})
-    save_every: int = field(default=100, metadata={"help": "steps between checkpoints"})
-    seed: int = field(default=0, metadata={"help": "of the order of the problems"})
-    force: bool = field(default=False, metadata={"help": "throw an existing output away"})
+    trees: str = flag("trees.jsonl; several, comma separated, train on earlier iterations too")
+    critic_model: str = flag("what the critic starts from: a critic, or any language model")
+    out: str = flag("critic folder to write")
+    states: str = flag("all: every node that goes on, weighted by n; labelled: the paper", "all")
+    held_out: str = flag("trees to test on; empty: a tenth of the problems, by hash of the id", "")
+    token_share: float = flag("share of the loss read at every token; 0: the paper", 0.5)
+    lr: float = flag("peak learning rate", 5e-6)
+    passes: int = flag("passes over the states", 1)
+    batch: int = flag("states an optimiser step, in whole problems", 512)
+    budget: int = flag("tokens a pack", 8192)
+    save_every: int = flag("steps between checkpoints", 100)
+    seed: int = flag("of the order of the problems", 0)
+    force: bool = flag("throw an existing output away", False)
 
 
 def value_loss(logit, target, weight):
@@ -91,24 +78,6 @@ def training_nodes(record: dict, states: str) -> list[bool]:
 
 def held_out_by_hash(problem_id: str) -> bool:
     return hashlib.sha256(problem_id.encode()).digest()[0] % 10 == 0
-
-
-def make_batches(
-    records: list[dict], size: int, passes: int, states: str, seed: int
-) -> list[list[int]]:
-    """Indices of whole problems with at least `size` states together, in a new order each pass."""
-    rng, counts = random.Random(f"critic {seed}"), [sum(training_nodes(r, states)) for r in records]
-    batches = []
-    for _ in range(passes):
-        batch, full = [], 0
-        for r in rng.sample(range(len(records)), len(records)):
-            batch, full = batch + [r], full + counts[r]
-            if full >= size:
-                batches.append(batch)
-                batch, full = [], 0
-        if full:
-            batches.append(batch)
-    return batches
 
 
 def critic_loss(lm, head, pack, target, weight, token_share: float):
@@ -151,7 +120,8 @@ def train(lm, head, records: list[dict], retokenise: bool, s: Settings, work: Pa
     def loss(pack, target, weight):
         return critic_loss(lm, head, pack, target, weight, s.token_share), {}
 
-    batches = make_batches(records, s.batch, s.passes, s.states, s.seed)
+    counts = [sum(tree.score) for tree in trees]
+    batches = whole_batches(counts, s.batch, s.passes, f"critic {s.seed}")
     fit(
         {"model": lm.model, "head": head},
         batches,
@@ -186,8 +156,12 @@ def measure(lm, head, records: list[dict], retokenise: bool, budget: int, consta
         for v, n in enumerate(r["nodes"])
         if n["labelled"]
     ]
-    v, mc = np.clip(np.array(states).T, 1e-6, 1 - 1e-6)
-    bce = lambda p: float(-(mc * np.log(p) + (1 - mc) * np.log(1 - p)).mean())
+    v, mc = np.array(states).T
+
+    def bce(p):
+        p = np.clip(p, 1e-6, 1 - 1e-6)
+        return float(-(mc * np.log(p) + (1 - mc) * np.log(1 - p)).mean())
+
     bins = np.minimum((v * 10).astype(int), 9)
     groups = [(v[bins == b], mc[bins == b]) for b in range(10)]
     calibration = sum(abs(x.sum() - y.sum()) for x, y in groups) / len(v)
@@ -200,7 +174,8 @@ def measure(lm, head, records: list[dict], retokenise: bool, budget: int, consta
     below = np.cumsum(1 - mc[order]) - (
         1 - mc[order]
     )  # failures that V ranks lower, for each state
-    auc = (mc[order] * below).sum() / (mc.sum() * (1 - mc).sum() - (mc * (1 - mc)).sum())
+    pairs = mc.sum() * (1 - mc).sum() - (mc * (1 - mc)).sum()
+    auc = (mc[order] * below).sum() / pairs if pairs > 0 else 0.5
     pairs, right = 0, 0.0
     for t, r in enumerate(records):
         kids = {}
@@ -216,7 +191,7 @@ def measure(lm, head, records: list[dict], retokenise: bool, budget: int, consta
     return {
         "states": len(v), "bce": bce(v), "constant_bce": bce(np.full_like(v, constant)),
         "brier": float(((v - mc) ** 2).mean()), "auc": float(auc), "calibration_error": float(calibration),
-        "correlation": float(np.corrcoef(v, mc)[0, 1]), "siblings": float(right / max(1, pairs)), "sibling_pairs": pairs,
+        "correlation": float(np.corrcoef(v, mc)[0, 1]) if v.std() * mc.std() else 0.0, "siblings": float(right / max(1, pairs)), "sibling_pairs": pairs,
         "bins": table,
     }  # fmt: skip
 

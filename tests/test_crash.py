@@ -1,8 +1,8 @@
 """Each stage is killed with SIGKILL, started again with the same command, and ends with the files of a run left alone.
 
-The short version kills at every kind of point that changes the disk, in an order and at an occurrence drawn by a seed,
-and at a few random Python calls. `pytest tests/test_crash.py --kills 100` adds that many random kills a stage, half of
-them from outside at a random time.
+The short version kills in the middle of a line, between a line and its fsync, in the middle of a checkpoint, between
+writing and renaming, after the last record, and at a random Python call. `pytest tests/test_crash.py --kills 100` kills
+at every point that changes the disk, and 100 times more a stage, half of them from outside at a random time.
 """
 
 import json
@@ -78,8 +78,17 @@ def survive(script, alone, folder, kills):
 def test_killed_anywhere(script, alone, tmp_path, pytestconfig):
     points = alone[script][2]
     more, rng = int(pytestconfig.getoption("--kills")), random.Random(script)
-    kills = [{"point": (name, rng.randint(1, count))} for name, count in points.items()]
-    kills += [{"point": (name, points[name])} for name in ("before replace", "after replace")]
+    name = toy.OUTPUT[script]
+    must = (
+        f"mid {name}",
+        f"after {name}",
+        "half a save",
+        "half a safe_save_file",
+        "before replace",
+    )
+    chosen = {k: n for k, n in points.items() if more or k in must}
+    kills = [{"point": (k, rng.randint(1, n))} for k, n in chosen.items()]
+    kills += [{"point": ("after replace", points["after replace"])}]
     kills += [{"call": int(10 ** rng.uniform(4, 5.5))} for _ in range(1 + more // 2)]
     kills += [{"timeout": rng.uniform(0, 1.5)} for _ in range(more // 2)]
     rng.shuffle(kills)
@@ -87,14 +96,14 @@ def test_killed_anywhere(script, alone, tmp_path, pytestconfig):
 
 
 def test_as_a_user_would(alone, tmp_path):
-    """The real command line: killed in the middle of a line, then started again, then once more."""
+    """The real command line: killed in the middle of a line, then started again."""
     folder, (start, end, _) = tmp_path / "work", alone["sample.py"]
     shutil.copytree(start, folder)
     flags = toy.FLAGS["sample.py"].split()
     code = (
         "import toy, os, signal, sys, runpy\n"
         "def tick(name):\n"
-        "        if name == 'mid samples.jsonl': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if name == 'mid samples.jsonl': os.kill(os.getpid(), signal.SIGKILL)\n"
         "toy.install(tick)\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )

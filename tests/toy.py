@@ -13,6 +13,7 @@ import os
 import runpy
 import signal
 import sys
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -118,12 +119,20 @@ def pipeline(*scripts):
         assert code == 0, (script, err)
 
 
+def content(path: Path) -> bytes:
+    """A file's bytes; of a checkpoint its tensors', since pickle numbers equal strings by where they came from."""
+    if path.suffix != ".pt":
+        return path.read_bytes()
+    with zipfile.ZipFile(path) as z:
+        return b"".join(z.read(name) for name in z.namelist() if "/data/" in name)
+
+
 def hashes(folder: Path) -> dict[str, str]:
     """sha256 of every file below `folder` but clocks, locks and the memory of hashes."""
     return {
-        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        str(p.relative_to(folder)): hashlib.sha256(content(p)).hexdigest()
         for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name not in ("timing.jsonl", ".lock", ".sha256.json")
+        if p.is_file() and p.name != "timing.jsonl" and not p.name.startswith((".lock", ".sha256"))
     }
 
 

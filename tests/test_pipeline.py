@@ -1,0 +1,278 @@
+"""The whole method on a tiny random model, stage by stage as run.sh calls it, and what README says of it."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers as tk
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+import evaluate
+import label_steps
+import prepare
+import sample
+import train_actor
+import train_critic
+
+ROOT = Path(__file__).resolve().parents[1]
+# row 0 of GSM8K's train set (MIT, openai/grade-school-math) and two sums of our own
+GSM8K = [
+    {
+        "question": "Natalia sold clips to 48 of her friends in April, and then she sold half as many"
+        " clips in May. How many clips did Natalia sell altogether in April and May?",
+        "answer": "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nNatalia sold 48+24 = "
+        "<<48+24=72>>72 clips altogether in April and May.\n#### 72",
+    },
+    {"question": "What is 2 + 2?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"},
+    {"question": "What is 3 + 2?", "answer": "3 + 2 = <<3+2=5>>5\n#### 5"},
+]
+
+
+def run(module, *flags):
+    """A stage as the shell starts it, without a new process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+        prepare.main(module.stage, module.Settings, module.__doc__)
+
+
+def iterate(run_folder, base, critic_base, i=1, kappa="4", gap=0.0):
+    """One iteration of run.sh with the smallest numbers that leave work for every stage."""
+    it, train = run_folder / f"iter{i}", run_folder / "train.jsonl"
+    actor = ["--actor", base]
+    draws = ["--max_new", 24, "--batch", 64]
+    run(
+        sample,
+        *actor,
+        "--problems",
+        train,
+        "--out",
+        it / "samples.jsonl",
+        "--n1",
+        6,
+        "--n",
+        3,
+        *draws,
+    )
+    run(
+        label_steps, *actor, "--problems", train, "--samples", it / "samples.jsonl",
+        "--out", it / "trees.jsonl", "--m", 3, *draws,
+    )  # fmt: skip
+    run(
+        train_critic, "--trees", it / "trees.jsonl", "--critic_model", critic_base,
+        "--held_out", it / "trees.jsonl", "--out", it / "critic", "--batch", 8, "--lr", 1e-3,
+    )  # fmt: skip
+    run(
+        train_actor, *actor, "--trees", it / "trees.jsonl", "--critic", it / "critic", "--out", it / "actor",
+        "--kappa", kappa, "--gap", gap, "--batch", 16, "--lr", 1e-3,
+    )  # fmt: skip
+    return it
+
+
+@pytest.fixture(scope="module")
+def demo(folder, tmp_path_factory):
+    """Two iterations on embedded problems from the tiny model, evaluated; -> the run folder."""
+    path = tmp_path_factory.mktemp("run")
+    sizes = ["--train_size", 12, "--valid_size", 2, "--test_size", 8]
+    run(prepare, "--out", path, "--no_make_base", *sizes)
+    actor = critic = folder
+    for i in range(3):
+        it = path / f"iter{i}"
+        if i:
+            iterate(path, actor, critic, i)
+            actor, critic = it / "actor", it / "critic"
+        against = ["--against", path / "iter0" / "eval.jsonl"] if i else []
+        run(
+            evaluate, "--actor", actor, "--problems", path / "test.jsonl", "--out", it / "eval.jsonl",
+            "--samples", 4, "--max_new", 24, *against, *(["--critic", critic] if i else []),
+        )  # fmt: skip
+    run(evaluate, "--report", path)
+    return path
+
+
+def test_every_file_is_there_and_the_folders_load_with_plain_transformers(demo, folder):
+    assert (demo / "report.png").stat().st_size > 10_000
+    for i in (1, 2):
+        it = demo / f"iter{i}"
+        for name in ("actor", "critic"):
+            model = AutoModelForCausalLM.from_pretrained(it / name)
+            AutoTokenizer.from_pretrained(it / name)
+            assert model.config.hidden_size == 64
+        head = load_file(it / "critic" / "value_head.safetensors")
+        assert head["weight"].shape == (1, 64) and head["weight"].abs().max() > 0
+    before = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(demo / "iter1" / "actor").state_dict()
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+
+
+def test_the_first_optimiser_step_has_log_ratio_0_and_the_do_nothing_loss(demo):
+    first = json.loads((demo / "iter1" / "actor.work" / "metrics.jsonl").open().readline())
+    assert first["ratio_up"] == 0 and first["ratio_down"] == 0
+    assert first["loss"] == pytest.approx(first["do_nothing"], rel=1e-5)
+
+
+def test_trees_hold_what_the_model_drew(demo):
+    samples = {x["id"]: x for x in map(json.loads, (demo / "iter1" / "samples.jsonl").open())}
+    for tree in map(json.loads, (demo / "iter1" / "trees.jsonl").open()):
+        nodes, path = tree["nodes"], {0: []}
+        for v, node in enumerate(nodes[1:], 1):
+            path[v] = path[node["parent"]] + node["ids"]
+        responses = samples[tree["id"]]["responses"]
+        kept = [responses[k]["ids"] for k in samples[tree["id"]]["kept"]]
+        for ids in kept:
+            assert ids in path.values()
+        for v, node in enumerate(nodes):
+            if node["labelled"]:
+                assert node["n"] >= 3 and node["reward"] is None
+                assert node["n"] == sum(c["draws"] for c in nodes if c["parent"] == v)
+            assert 0 <= node["wins"] <= node["n"]
+
+
+def test_starting_again_changes_nothing(demo, folder, capsys):
+    before = {p: p.stat().st_mtime_ns for p in demo.rglob("*") if p.is_file() and p.name != ".lock"}
+    it = demo / "iter1"
+    draws = ["--n1", 6, "--n", 3, "--max_new", 24, "--batch", 64]
+    flags = ["--actor", folder, "--problems", demo / "train.jsonl", "--out", it / "samples.jsonl"]
+    run(sample, *flags, *draws)
+    assert "complete" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    """A random byte-level BPE model without a chat template: another tokenizer than the embedded one."""
+    path = tmp_path_factory.mktemp("bpe") / "model"
+    tokenizer = tk.Tokenizer(tk.models.BPE())
+    tokenizer.pre_tokenizer = tk.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tk.decoders.ByteLevel()
+    trainer = tk.trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<eos>"],
+        initial_alphabet=tk.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([row["answer"] for row in GSM8K], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        eos_token_id=0,
+        bos_token_id=None,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=0)
+    model.save_pretrained(path)
+    fast.save_pretrained(path)
+    return path
+
+
+def test_a_critic_of_another_tokenizer(demo, folder, bpe, tmp_path):
+    it = tmp_path / "iter1"
+    it.mkdir()
+    for name in ("trees.jsonl", "trees.jsonl.manifest.json"):
+        shutil.copy(demo / "iter1" / name, it / name)
+    trees = it / "trees.jsonl"
+    run(
+        train_critic, "--trees", trees, "--critic_model", bpe, "--held_out", trees,
+        "--out", it / "critic", "--batch", 8, "--lr", 1e-3,
+    )  # fmt: skip
+    metrics = json.loads((it / "critic.metrics.json").read_text())
+    assert 0 <= metrics["brier"] <= 1 and metrics["states"] > 0
+    run(
+        train_actor, "--actor", folder, "--trees", trees, "--critic", it / "critic", "--out", it / "actor",
+        "--gap", 0, "--batch", 16, "--lr", 1e-3,
+    )  # fmt: skip
+
+
+def test_gsm8k_with_a_bpe_model_through_every_stage(bpe, tmp_path):
+    data = tmp_path / "gsm8k.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in GSM8K))
+    test = tmp_path / "gsm8k_test.jsonl"
+    test.write_text(json.dumps({"question": "What is 1 + 1?", "answer": "#### 2"}) + "\n")
+    path = tmp_path / "run"
+    run(
+        prepare, "--out", path, "--train", f"gsm8k:{data}", "--test", f"gsm8k:{test}", "--valid_share", 0,
+        "--base", bpe, "--demos", f"gsm8k:{data}", "--passes", 1,
+    )  # fmt: skip
+    problem = json.loads((path / "train.jsonl").open().readline())
+    assert problem["answer"] == "72" and problem["prompt"].endswith("the answer.")
+    it = iterate(path, path / "base", path / "base", kappa="inf")
+    run(
+        train_actor, "--actor", path / "base", "--trees", it / "samples.jsonl", "--advantage", "outcome",
+        "--out", tmp_path / "outcome" / "actor", "--gap", 0, "--batch", 8,
+    )  # fmt: skip
+    run(
+        evaluate, "--actor", it / "actor", "--problems", path / "test.jsonl", "--out", it / "eval.jsonl",
+        "--max_new", 8,
+    )  # fmt: skip
+    assert json.loads((it / "summary.json").read_text())["sets"]["gsm8k"]["n"] == 1
+
+
+def blocks(kind):
+    return re.findall(rf"```{kind}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+def test_readme_commands_have_flags_that_exist():
+    modules = {
+        m.__name__: m for m in (prepare, sample, label_steps, train_critic, train_actor, evaluate)
+    }
+    commands = 0
+    for block in blocks("bash"):
+        text = block.replace("\\\n", " ")
+        for name, flags in re.findall(r"python (\w+)\.py(.*)", text):
+            known = modules[name].Settings.__dataclass_fields__
+            for flag in re.findall(r"--(\w+)", flags):
+                assert flag.removeprefix("no_") in known or flag in known, (name, flag)
+            commands += 1
+    assert commands >= 6
+    variables = set(re.findall(r"\$\{(\w+)", (ROOT / "run.sh").read_text()))
+    for block in blocks("bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            if "bash run.sh" in line:
+                assert set(re.findall(r"\b([A-Z_]{3,})=", line)) <= variables, line
+    subprocess.run(["bash", "-n", ROOT / "run.sh"], check=True)
+
+
+def test_readme_sample_lines_have_the_keys_of_the_files(demo):
+    files = {
+        "problems": demo / "train.jsonl",
+        "samples": demo / "iter1" / "samples.jsonl",
+        "trees": demo / "iter1" / "trees.jsonl",
+        "advantages": demo / "iter1" / "advantages.jsonl",
+        "eval": demo / "iter1" / "eval.jsonl",
+    }
+    shown = {}
+    for block in blocks("json"):
+        for line in block.strip().splitlines():
+            name, _, text = line.partition(" ")
+            shown[name] = json.loads(text)
+    assert shown.keys() == files.keys()
+    for name, path in files.items():
+        real = json.loads(path.open().readline())
+        same_keys(shown[name], real, name)
+
+
+def same_keys(shown, real, where):
+    if isinstance(shown, dict):
+        assert isinstance(real, dict), where
+        assert shown.keys() - {"by_critic"} == real.keys() - {"by_critic"}, where
+        for key in shown.keys() & real.keys():
+            same_keys(shown[key], real[key], f"{where}.{key}")
+    elif isinstance(shown, list) and shown and real:
+        same_keys(shown[0], real[0], where)
