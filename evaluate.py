@@ -1,18 +1,21 @@
-r"""Evaluate an actor: accuracy with intervals, paired comparison, figures. Also the graders: is this answer right.
+r"""Evaluate an actor: accuracy, paired comparison, figures. Also the graders: is this right.
 
     python evaluate.py --actor runs/demo/iter1/actor --problems runs/demo/test.jsonl \
         --out runs/demo/iter1/eval.jsonl --against runs/demo/iter0/eval.jsonl --samples 8
     python evaluate.py --report runs/demo        # the table and figures of a whole run
 
-Reads:  problems (several sets: comma separated), an actor, and the eval.jsonl of another actor to compare with.
+Reads:  problems (several sets: comma separated), an actor, and the eval.jsonl of another actor to
+compare with.
 Writes: eval.jsonl, a line a problem (the greedy response), and summary.json beside it
-    {"id": "demo/test/17", "text": "..", "prediction": "18", "correct": true, "verdict": "right", "finished": true,
-     "sampled": [{"prediction": "18", "correct": true}]}
+    {"id": "demo/test/17", "text": "..", "prediction": "18", "correct": true,
+     "verdict": "right", "finished": true, "sampled": [{"text": "..", "prediction": "18", "correct": true}]}
 
-Accuracy is zero-shot and greedy; mean@k, pass@k (unbiased) and maj@k come from --samples at temperature 1. Two actors
-are compared on the same problems: exact McNemar test, paired bootstrap interval.
+Accuracy is zero-shot and greedy; mean@k, pass@k (unbiased) and maj@k come from --samples at
+temperature 1. Two actors are compared on the same problems: exact McNemar test, paired bootstrap
+interval.
 
-A verdict is one of right, wrong, no answer, timed out, error; only right is reward 1. Rules for math answers, in order:
+A verdict is one of right, wrong, no answer, timed out, error; only right is reward 1. Rules for
+math answers, in order:
 1. Equal after `normalise`: right.
 2. Two plain numbers are compared as exact fractions; nothing is rounded (0.333 is not 1/3).
 3. A unit may be missing on one side (5 cm, 5). Two measures that differ are wrong (5 cm, 5 km), and
@@ -306,7 +309,7 @@ _math = MathVerifier()
 
 
 def grade_all(problems: list[dict], texts: list[str]) -> list[tuple[str, str | None]]:
-    """(verdict, prediction) of each response text to its problem; identical texts are graded once."""
+    """(verdict, prediction) of each response to its problem; identical texts are graded once."""
     seen = {}
     for problem, text in zip(problems, texts):
         if (problem["id"], text) not in seen:
@@ -325,7 +328,7 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Exact two-sided McNemar test of paired right / wrong. 8 gained, 1 lost -> 2 * (1 + 9) / 2^9 = 0.039"""
+    """Exact two-sided McNemar test. 8 gained, 1 lost -> 2 * (1 + 9) / 2^9 = 0.039"""
     n, k = gained + lost, min(gained, lost)
     tail = sum(math.comb(n, i) for i in range(k + 1))
     return min(1.0, 2 * float(Fraction(tail, 2**n)))
@@ -347,7 +350,7 @@ def pass_at(k: int, n: int, right: int) -> float:
 
 
 def summarise(lines: list[dict], other: dict[str, dict] | None) -> dict:
-    """The figures of one test set; `other`: another actor's lines by id, for the paired comparison."""
+    """The figures of one test set; `other`: another actor's lines by id, to compare with."""
     n, right = len(lines), sum(x["correct"] for x in lines)
     verdicts = Counter(x["verdict"] for x in lines)
     row = {
@@ -432,9 +435,7 @@ def stage(s: Settings):
     if s.report:
         return report(Path(s.report))
     if not (s.actor and s.problems and s.out):
-        raise UserError(
-            "evaluate.py: --actor, --problems and --out are wanted, or --report; --help lists the flags"
-        )
+        raise UserError("evaluate.py: give --actor, --problems and --out, or --report; see --help")
     paths = s.problems.split(",")
     problems = [p for path in paths for p in read_jsonl(path, ("id", "prompt", "domain"))]
     other = {x["id"]: x for x in read_jsonl(s.against)} if s.against else None
@@ -491,7 +492,7 @@ def stage(s: Settings):
 
 
 def line(lm, problem: dict, responses: list[list[int]]) -> dict:
-    """The record of one problem; a response that the length cut off is not right, whatever it says."""
+    """The record of one problem; a response that was cut off is not right, whatever it says."""
     texts = [lm.text(ids) for ids in responses]
     finished = [bool(ids) and ids[-1] in lm.eos for ids in responses]
     grades = grade_all([problem] * len(texts), texts)
@@ -509,7 +510,7 @@ def line(lm, problem: dict, responses: list[list[int]]) -> dict:
 def best_by_critic(
     lm: LM, critic: LM, head, problems: list[dict], responses: list[list[list[int]]]
 ) -> list[int]:
-    """Which sampled response of each problem the critic prefers, by V of the state before its last step."""
+    """The sampled response of each problem with the highest V before its last step."""
     trees = []
     for problem, (_, *sampled) in zip(problems, responses):
         before = [ids[: ([0, *lm.step_ends(ids)])[-2]] for ids in sampled]
@@ -615,7 +616,7 @@ def report(run: Path):
 
 
 def draw_solution(run: Path, plt):
-    """One kept path of iteration 1, each step coloured by its advantage: the path with the widest spread."""
+    """A path of iteration 1, each step coloured by its advantage: the one with the widest spread."""
     trees = {r["id"]: r for r in map(json.loads, (run / "iter1" / "trees.jsonl").open())}
     best = (0.0, None, None)
     for text in (run / "iter1" / "advantages.jsonl").open():

@@ -1,4 +1,4 @@
-"""Stage A.2: m completions from every state of the kept responses; their success rate is the state's Monte Carlo value.
+"""Stage A.2: m completions from every state of the kept responses give its Monte Carlo value.
 
     python label_steps.py --actor runs/demo/base --problems runs/demo/train.jsonl \\
         --samples runs/demo/iter1/samples.jsonl --out runs/demo/iter1/trees.jsonl
@@ -6,17 +6,20 @@
 Reads:  samples.jsonl, its problems, and the actor that drew it.
 Writes: trees.jsonl, a step tree a problem (node 0: the prompt; tokens: generated for it)
     {"id": "demo/train/17", "prompt_ids": [1, 9], "tokens": 812, "nodes": [
-     {"parent": -1, "ids": [], "text": "", "draws": 0, "n": 16, "wins": 9, "reward": null, "labelled": true}]}
+     {"parent": -1, "ids": [], "text": "", "draws": 0, "n": 16, "wins": 9, "reward": null,
+      "labelled": true}]}
 
-Samples choose the states, completions measure them. A kept response was kept because of its outcome, so its own steps
-come in with no draw, no n and no win. A completion from s counts in n and wins of s; then it walks down: as long as its
-next step leads to another kept state, that node's draws, n and wins go up too; the first step that leaves the kept
-responses becomes (or meets) a leaf, which is counted, and the walk ends. So a completion is an unbiased draw at every
-state that it passes, and the children's draws of a labelled state sum to its n.
+Samples choose the states, completions measure them. A kept response was kept because of its
+outcome, so its own steps come in with no draw, no n and no win. A completion from s counts in n and
+wins of s; then it walks down: as long as its next step leads to another kept state, that node's
+draws, n and wins go up too; the first step that leaves the kept responses becomes (or meets) a
+leaf, which is counted, and the walk ends. So a completion is an unbiased draw at every state that
+it passes, and the children's draws of a labelled state sum to its n.
 
 Departures from the paper:
  1. States that several kept responses share are labelled once.
- 2. A completion counts at the deeper kept states that it passes, so those need fewer of their own: only m - n.
+ 2. A completion counts at the deeper kept states that it passes, so those need fewer of their own:
+    only m - n.
 """
 
 from dataclasses import dataclass
@@ -43,7 +46,7 @@ class Settings:
 
 
 class StepTree:
-    """One problem's nodes while they are counted. kept: nodes of kept responses; depth: response tokens up to a node."""
+    """One problem's nodes while they are counted; depth: response tokens up to a node."""
 
     def __init__(self, prompt_ids: list[int]):
         self.prompt_ids = prompt_ids
@@ -62,7 +65,7 @@ class StepTree:
         self.child, self.kept, self.depth, self.tokens = {}, [True], [0], 0
 
     def step(self, parent: int, ids: list[int], reward: int | None, kept: bool) -> int:
-        """The child of `parent` by the step `ids`, made if it is not there. reward: None while the response goes on."""
+        """The child of `parent` by the step `ids`, made if need be; reward None: it goes on."""
         v = self.child.setdefault((parent, tuple(ids)), len(self.nodes))
         if v == len(self.nodes):
             self.nodes.append(
@@ -98,7 +101,7 @@ class StepTree:
         self.nodes[v]["wins"] += reward
 
     def states(self) -> list[list[int]]:
-        """Kept states that go on, by number of steps from the prompt: shallow ones are labelled first."""
+        """Kept states that go on, by steps from the prompt: shallow ones are labelled first."""
         levels, level = [], {0: 0}
         for v, node in enumerate(self.nodes):
             if v:
@@ -130,7 +133,7 @@ def stage(s: Settings):
         return
     if foreign := next((r["id"] for r in samples if r["id"] not in problems), None):
         raise UserError(
-            f"{s.samples}: problem {foreign} is not in {s.problems}; pass the problems it was drawn from"
+            f"{s.samples}: {foreign} is not in {s.problems}; pass the problems it was drawn from"
         )
     done = {r["id"] for r in out.done}
     todo = [r for r in samples if r["id"] not in done]
@@ -173,7 +176,7 @@ def plant(sample_record: dict) -> StepTree:
 def label(
     lm: LM, s: Settings, chunk, trees: list[StepTree], problems: list[dict], total: dict, progress
 ):
-    """Top every kept state of these trees up to m completions, level by level, all problems of the chunk at once."""
+    """Top every kept state of a chunk's trees up to m completions, level by level."""
     levels = [t.states() for t in trees]
     prefix_trees = []
     for tree, states in zip(trees, levels):

@@ -1,12 +1,12 @@
-"""The language model of every stage: loading, packing, log-probs, advantages, the sampler, the loop.
+"""The language model of every stage: packing, log-probs, advantages, the sampler, the loop.
 
 Read from top to bottom:
   LM                any Hugging Face decoder with its tokenizer; prompts; where steps end
-  pack_trees        step trees -> one row of tokens; `end` is causal mask, tree mask and boundary at once
-  attend            the attention every model is loaded with; a pack or a cache decides who sees whom
+  pack_trees        step trees -> one row of tokens; `end` is causal and tree mask at once
+  attend            the attention of every model; a pack or a cache decides who sees whom
   linear_logprobs   log-probs from hidden states without holding [tokens, vocabulary]
   step_logprobs, step_values, step_advantages   the three quantities of the paper, a number a step
-  Prefixes, sample  prefill a tree once, then draw any number of continuations from any of its states
+  Prefixes, sample  prefill a tree once, then draw continuations from any of its states
   fit               the training loop: accumulation, NaN check, metrics, exact resume
 
 Sizes: N tokens of a pack, M scored nodes, S states, B rows of a batch, T columns, V vocabulary,
@@ -105,7 +105,7 @@ class LM:
 
     @torch.no_grad()
     def _refuse_other_attention(self):
-        """By its config, and by trying: two branches in a pack must score as each path does alone."""
+        """By config, and by trying: two branches in a pack must score as each path alone."""
         kind = self.config.model_type
         if getattr(self.model.get_output_embeddings(), "bias", None) is not None:
             raise UserError(f"{self.path}: {kind} has a bias on its logits, which is not supported")
@@ -126,7 +126,7 @@ class LM:
             )
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Token ids of a user message: the chat template if there is one, else plain text; one BOS."""
+        """Token ids of a user message: by chat template if there is one, else plain; one BOS."""
         if self.tokenizer.chat_template is None:
             return self.tokenizer(prompt)["input_ids"]
         message = [{"role": "user", "content": prompt}]
@@ -146,7 +146,7 @@ class LM:
 
         A step ends after a token whose text has a line break. A step of white space alone belongs
         to the one before it (at the very start, where there is none, to the one after it).
-        "5 + 3 = 8\\n" "\\n" "So 8.\\n" EOS -> two steps: the blank line joins the first, EOS the second.
+        "5 + 3 = 8\\n" "\\n" "So 8.\\n" EOS -> two steps; the blank line joins the first.
         """
         if not ids:
             return []
@@ -198,7 +198,7 @@ class Tree(NamedTuple):
 
 
 def record_tree(record: dict, score: list[bool], lm: LM | None = None) -> Tree:
-    """The Tree of a line of trees.jsonl; `lm`, of another tokenizer, tokenises texts node by node."""
+    """Tree of a line of trees.jsonl; an `lm` of another tokenizer re-tokenises node by node."""
     nodes = record["nodes"]
     if lm is None:
         ids = [record["prompt_ids"]] + [node["ids"] for node in nodes[1:]]
@@ -309,7 +309,7 @@ def _pack(trees: list[Tree], group: list[tuple[int, list]], align: int) -> Pack:
 
 
 def attend(module, query, key, value, attention_mask=None, scaling=None, view=None, **kwargs):
-    """The attention that models are loaded with; query (B, G * R, T, D), key and value (B, G, T, D).
+    """The attention of every model; query (B, G * R, T, D), key and value (B, G, T, D).
 
     `view` (TreeView or CacheView) comes through the model's own forward and does the work.
     """
@@ -322,7 +322,7 @@ transformers.AttentionInterface.register("dapo", attend)
 
 
 def _attention(query, key, value, bias, scaling):
-    """softmax(q k' * scaling + bias) v; query (b, G, Q, D), key, value (b, G, K, D), bias (b, 1, Q, K).
+    """softmax(q k' * scaling + bias) v; q (b, G, Q, D), k and v (b, G, K, D), bias (b, 1, Q, K).
 
     Written out on purpose: on the CPU as fast as the fused kernel and, unlike it, the same bits for
     a row whatever the batch and however many masked columns follow.
@@ -391,7 +391,7 @@ class CacheView:
         self.keys, self.values = ([empty() for _ in range(layers)] for _ in range(2))
 
     def at(self, length: torch.Tensor, width: int):
-        """The next token of each row goes to column `length` and sees columns 0 .. length < width."""
+        """The next token of a row goes to column `length` and sees columns 0 .. length < width."""
         self.rows = torch.arange(len(length), device=length.device)
         self.length, self.width = length, width
         seen = torch.arange(width, device=length.device) <= length[:, None]
@@ -413,7 +413,7 @@ class CacheView:
 
 
 def _logits32(hidden, weight):
-    """hidden (n, d) @ weight (v, d)' in float32 (n, v); on CUDA no product is rounded to bfloat16."""
+    """hidden (n, d) @ weight (v, d)' in float32 (n, v); CUDA rounds no product to bfloat16."""
     if hidden.is_cuda and hidden.dtype is not torch.float32:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     return (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
@@ -502,7 +502,7 @@ def pack_hidden(lm: LM, pack: Pack) -> torch.Tensor:
 
 
 def step_logprobs(lm: LM, pack: Pack) -> torch.Tensor:
-    """log pi(a | s) of every scored node: its tokens' sum, line break or EOS included (eq. 12). (M,)"""
+    """log pi(a | s) of every scored node: the sum over its tokens, EOS included (eq. 12). (M,)"""
     hidden = pack_hidden(lm, pack)
     token = ((pack.node >= 0) & (pack.prev >= 0)).nonzero()[
         :, 0
@@ -539,13 +539,13 @@ def step_advantages(q, parent, draws):
 
 
 def draw_key(*what) -> int:
-    """The 64-bit key of a draw, a hash of (seed, stage, problem, state, number): not of the batch."""
+    """64-bit key of a draw, a hash of (seed, stage, problem, state, number): not of the batch."""
     digest = hashlib.blake2b(repr(what).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 def uniforms(key: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """One uniform in [0, 1) of 52 bits for each (key, position), both (B,) int64: splitmix64. -> (B,) float64"""
+    """splitmix64: a uniform in [0, 1), (B,) float64, for each key and position, (B,) int64."""
     z = (
         key + (position + 1) * -0x61C8864680B583EB
     )  # the golden-ratio increment; int64 arithmetic wraps
@@ -556,7 +556,7 @@ def uniforms(key: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
 
 
 def draw_tokens(logits, key, position, temperature: float) -> torch.Tensor:
-    """Inverse-CDF draw from the whole distribution, no top-k, no top-p; temperature 0 is greedy. (B, V) -> (B,)"""
+    """Inverse-CDF draw from the whole distribution, (B, V) -> (B,); temperature 0 is greedy."""
     if temperature == 0:
         return logits.argmax(-1)
     cdf = (logits / temperature).softmax(-1).double().cumsum(-1)
@@ -569,7 +569,7 @@ def draw_tokens(logits, key, position, temperature: float) -> torch.Tensor:
 class Prefixes:
     """Keys, values and last hidden states of trees of prefixes, every token computed once.
 
-    path[tree, node]: where the tokens of prompt .. node lie; the rows of a pack's mask are the paths of its tokens.
+    path[tree, node]: where the tokens of prompt .. node lie; a row of a pack's mask is a path.
     """
 
     @torch.no_grad()
@@ -595,10 +595,10 @@ class Prefixes:
 def sample(
     lm: LM, prefixes: Prefixes, rows: list, temperature=1.0, batch=256, progress=None
 ) -> list:
-    """Draw one continuation for each row (tree, node, key, room): up to an EOS (kept in the ids) or `room` tokens.
+    """A continuation for each row (tree, node, key, room): up to an EOS (kept) or `room` tokens.
 
-    -> list of token id lists, in the order of rows. A row's tokens depend on its prefix and key alone:
-    neither the batch, nor its neighbours, nor the slot it sits in enter (CPU, float32: to the last bit).
+    -> lists of token ids, in the order of rows. They depend on a row's prefix and key alone, not on
+    the batch, the neighbours or the slot (on the CPU in float32: to the last bit).
     A finished row's slot goes to the next waiting row; when none waits, the batch shrinks.
     """
     paths = [prefixes.path[tree, node] for tree, node, _, _ in rows]
@@ -680,7 +680,7 @@ def sample(
 
 
 def _at_least_16(f, x):
-    """f(x) with at least 16 rows, so that a row's bits do not depend on how many others came with it."""
+    """f(x) on at least 16 rows: a row's bits do not depend on how many came with it."""
     return f(x) if len(x) >= 16 else f(F.pad(x, (0, 0, 0, 16 - len(x))))[: len(x)]
 
 

@@ -1,17 +1,19 @@
 """Stage 0: the problems and the base model. Also the records that every stage reads and writes.
 
-    python prepare.py --out runs/demo                                   # embedded problems and base model
+    python prepare.py --out runs/demo    # embedded problems and base model
     python prepare.py --out runs/gsm8k --train gsm8k:train.jsonl --test gsm8k:test.jsonl
 
 Reads:  nothing, or data sets in their native files.
-Writes: train.jsonl, valid.jsonl, test.jsonl, and base/ (an ordinary Hugging Face folder) where no --train is given
-    {"id": "demo/train/17", "source": "demo", "domain": "math", "prompt": "Ann has 6 coins. ...", "answer": "9",
-     "tests": null}
+Writes: train.jsonl, valid.jsonl, test.jsonl, and base/ (an ordinary Hugging Face folder) where no
+--train is given
+    {"id": "demo/train/17", "source": "demo", "domain": "math", "prompt": "Ann has 6 coins. ...",
+     "answer": "9", "tests": null}
 
-The embedded problems are chains of relations: "Ann has 6 coins. / Ben has twice as many as Ann. / ..." A word-level
-model of 0.5M parameters first learns to solve them, then, shortly, from demonstrations in which some phrases are
-misread more often than not ("twice as many" as + 2). So the base model fails in a way that is visible in its steps, and
-knows the right way well enough to find it by sampling.
+The embedded problems are chains of relations: "Ann has 6 coins. / Ben has twice as many as Ann. /
+..." A word-level model of 0.5M parameters first learns to solve them, then, shortly, from
+demonstrations in which some phrases are misread more often than not ("twice as many" as + 2). So
+the base model fails in a way that is visible in its steps, and knows the right way well enough to
+find it by sampling.
 """
 
 import fcntl
@@ -41,7 +43,7 @@ from model import LM, Tree, UserError, fit, flag, pack_trees, replace, step_logp
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file, or of all files of a folder; remembered by size and time in .sha256.json beside it."""
+    """Hash of a file or a folder's files; remembered by size and time in .sha256.json beside."""
     path = Path(path)
     if path.is_dir():
         parts = [
@@ -225,7 +227,7 @@ class Stage:
 
 
 def _checked_input(key: str, path: str, expects: dict) -> str:
-    """Hash of an input; refuses one that is unfinished, was changed since, or disagrees with what this run expects."""
+    """Hash of an input; refuses an unfinished, changed or disagreeing one."""
     if not Path(path).exists():
         if key in ("actor", "base", "critic_model"):
             return path  # a hub id
@@ -240,13 +242,14 @@ def _checked_input(key: str, path: str, expects: dict) -> str:
         )
     if made["output"] != found:
         raise UserError(
-            f"{path}: changed since {made['stage']}.py wrote it ({made['output'][:12]}, now {found[:12]})"
+            f"{path}: changed since {made['stage']}.py wrote it ({made['output'][:8]}, now {found[:8]})"
         )
     for fact, value in expects.items():
         was = made["facts"].get(fact, value)
         if was != value:
             raise UserError(
-                f"{path}: made with {fact} {was[:16]}, this run has {value[:16]}; pass the same {fact}, or make it anew"
+                f"{path}: made with {fact} {was[:16]}, this run has {value[:16]}; pass that {fact}, "
+                "or make it anew"
             )
     return found
 
@@ -272,7 +275,7 @@ def _remove(*paths: Path):
 
 
 def main(stage, settings_class, doc: str):
-    """Parse the flags, run the stage, and turn users' mistakes into one line on stderr and exit code 2."""
+    """Parse the flags, run the stage, turn users' mistakes into one line on stderr and code 2."""
     parser = HfArgumentParser(settings_class, description=doc, allow_abbrev=False)
 
     def refuse(message):
@@ -289,7 +292,7 @@ def main(stage, settings_class, doc: str):
     except OSError as e:
         sys.exit(
             _say(
-                f"{e.filename or settings.out}: {e.strerror}; what was written is kept, the same command goes on",
+                f"{e.filename or settings.out}: {e.strerror}; make room, the same command goes on",
                 1,
             )
         )
@@ -305,7 +308,7 @@ def _say(message, code: int) -> int:
 # ------------------------------------------------------------ the embedded problems
 
 NAMES = ["Ann", "Ben", "Cai", "Dia", "Eli"]
-# phrase, sign and operand of the right reading, of the misreading, share of demonstrations that misread it
+# phrase, right reading, misreading, share of demonstrations that misread it
 RELATIONS = {
     "more": ("{k} more than {a}", "+", "-", 0.03),
     "fewer": ("{k} fewer than {a}", "-", "+", 0.15),
@@ -349,7 +352,7 @@ def tell(first: int, steps: list) -> str:
 
 
 def solve(rng: random.Random, first: int, steps: list, misread=False, slip=0.0) -> str:
-    """A solution, a line a relation: "Ben: 6 * 2 = 12"; with misread, as a careless reader would write it."""
+    """A solution, a line a relation: "Ben: 6 * 2 = 12"; misread: as a careless reader has it."""
     value, lines = first, []
     for (kind, k), name in zip(steps, NAMES[1:]):
         _, right, wrong, share = RELATIONS[kind]
@@ -363,7 +366,7 @@ def solve(rng: random.Random, first: int, steps: list, misread=False, slip=0.0) 
 
 
 def demo_problems(seed: int, sizes: dict[str, int]) -> dict[str, list[dict]]:
-    """Problems of each split, disjoint by skeleton (first value, relations, numbers), whose hash says the split."""
+    """Problems of each split; the hash of a skeleton (relations and numbers) says which split."""
     rng, problems, seen = random.Random(f"problems {seed}"), {s: [] for s in sizes}, set()
     while any(len(problems[s]) < n for s, n in sizes.items()):
         skeleton = chain(rng)
@@ -388,7 +391,7 @@ def split_of(skeleton) -> str:
 
 
 def demonstrations(seed: int, count: int, misread: bool) -> list[dict]:
-    """{"prompt", "response"} from the training split's skeletons; the clean ones have drills of one relation too."""
+    """{"prompt", "response"} of training skeletons; clean ones include drills of one relation."""
     rng, demos = random.Random(f"demonstrations {seed} {misread}"), []
     while len(demos) < count:
         skeleton = chain(rng, low=2 if misread else 1)
@@ -399,7 +402,7 @@ def demonstrations(seed: int, count: int, misread: bool) -> list[dict]:
 
 
 def build_tokenizer(texts: list[str]):
-    """Word level: a word, number or sign with the space before it is one token, a line break its own; exact round trip."""
+    """Word level: a word, number or sign and the space before it are a token; exact round trip."""
     import tokenizers as tk
     from transformers import PreTrainedTokenizerFast
 
@@ -460,7 +463,7 @@ def fine_tune(
     seed: int,
     prompt_weight: float,
 ):
-    """Next-token training on demonstrations; a prompt's tokens count `prompt_weight`, a response's 1."""
+    """Next-token training; a prompt's tokens count `prompt_weight`, a response's 1."""
     rng, batches = random.Random(f"fine_tune {seed}"), []
     for _ in range(passes):
         order = rng.sample(range(len(trees)), len(trees))
@@ -676,7 +679,7 @@ def parse(spec: str) -> list[tuple[str, str]]:
 
 
 def load(name: str, path: str, s: Settings) -> list[dict]:
-    """The problems of one set with the instruction for its kind of answer; says what was read and what left out."""
+    """The problems of one set, with its instruction; says what was read and what left out."""
     problems, left_out = load_set(name, path)
     print(f"{name} {path}: {len(problems) + len(left_out)} rows, {len(problems)} used")
     for reason in sorted({r for _, r in left_out}):
@@ -689,7 +692,7 @@ def load(name: str, path: str, s: Settings) -> list[dict]:
 
 
 def real_problems(s: Settings) -> dict[str, list[dict]]:
-    """Train, validation and test problems of data sets; questions of a test set are dropped from training."""
+    """Train, validation and test problems of data sets; no test question stays in training."""
     test = [p for name, path in parse(s.test) for p in load(name, path, s)]
     known, train, valid = {normalised_question(p["prompt"]) for p in test}, [], []
     pool = [p for name, path in parse(s.train) for p in load(name, path, s)]

@@ -1,16 +1,19 @@
-"""Stage A.1: n1 responses a problem from the current actor, graded; n of them kept, right and wrong balanced.
+"""Stage A.1: n1 responses a problem from the current actor, graded; n kept, balanced.
 
-    python sample.py --actor runs/demo/base --problems runs/demo/train.jsonl --out runs/demo/iter1/samples.jsonl
+    python sample.py --actor runs/demo/base --problems runs/demo/train.jsonl \\
+        --out runs/demo/iter1/samples.jsonl
 
-Reads:  problems, and the actor (pi_gen = pi_ref: algorithm 1 generates with the policy that it improves).
+Reads:  problems, and the actor (pi_gen = pi_ref: algorithm 1 generates with the policy that it
+improves).
 Writes: samples.jsonl, a line a problem; `ends` are token offsets one past each step's last token
     {"id": "demo/train/17", "prompt_ids": [1, 9], "kept": [0, 4], "responses":
      [{"ids": [5, 9, 0], "ends": [2, 3], "text": "..", "reward": 1, "finished": true}]}
 
 Departures from the paper:
  1. Temperature-1 draws are from the whole distribution; the paper names no top-p or top-k.
- 2. The balanced choice is n // 2 right and n - n // 2 wrong in the order drawn, filled up from the other kind if one
-    runs short. A problem whose kept responses would all be alike is kept too: its steps may still differ in value.
+ 2. The balanced choice is n // 2 right and n - n // 2 wrong in the order drawn, filled up from the
+    other kind if one runs short. A problem whose kept responses would all be alike is kept too: its
+    steps may still differ in value.
 """
 
 from dataclasses import dataclass
@@ -39,7 +42,7 @@ class Settings:
 
 
 def keep_balanced(rewards: list[int], n: int) -> list[int]:
-    """Indices of the n responses to keep: half right, half wrong as far as there are, each kind in the order drawn.
+    """Indices of the n responses to keep: half right, half wrong as far as there are, as drawn.
 
     rewards [1, 0, 0, 0, 1, 0], n = 4 -> right [0, 4], wrong [1, 2] -> [0, 1, 2, 4]
     """

@@ -1,20 +1,25 @@
-"""Stage B: the advantage of every candidate step (B.1), then the actor's log-ratio regressed on it (B.2).
+"""Stage B: the advantage of every candidate step (B.1), then the actor's log-ratio regressed on it
+(B.2).
 
     python train_actor.py --actor runs/demo/base --trees runs/demo/iter1/trees.jsonl \\
         --critic runs/demo/iter1/critic --out runs/demo/iter1/actor
 
 Reads:  trees.jsonl, the critic trained on it, and the actor that drew it (pi_ref).
-Writes: advantages.jsonl beside --out, a line a problem, then actor/, an ordinary Hugging Face folder
+Writes: advantages.jsonl beside --out, a line a problem, then actor/, an ordinary Hugging Face
+folder
     {"id": "demo/train/17", "states": [{"node": 0, "mean": 0.53, "gap": 0.41, "actions":
      [{"node": 1, "q": 0.66, "adv": 0.13, "logp_ref": -2.31}]}]}
 
-B.1 holds critic and reference one after the other; B.2 holds the actor alone, with the stored numbers.
+B.1 holds critic and reference one after the other; B.2 holds the actor alone, with the stored
+numbers.
 
 Departures from the paper:
- 1. --kappa K takes Q = (wins + K V) / (n + K): the completions' counts with the critic as a prior worth K of them. The
-    paper's Q = V is --kappa inf, the default; --kappa 0 is raw Monte Carlo.
- 2. A batch holds whole problems (their trees pack best), so all actions of a state share a batch as in appendix F.1.
- 3. --advantage outcome regresses whole responses on outcome minus mean instead: the baseline without steps.
+ 1. --kappa K takes Q = (wins + K V) / (n + K): the completions' counts with the critic as a prior
+    worth K of them. The paper's Q = V is --kappa inf, the default; --kappa 0 is raw Monte Carlo.
+ 2. A batch holds whole problems (their trees pack best), so all actions of a state share a batch as
+    in appendix F.1.
+ 3. --advantage outcome regresses whole responses on outcome minus mean instead: the baseline
+    without steps.
 """
 
 import math
@@ -86,7 +91,7 @@ def action_values(record: dict, value: list[float] | None, kappa: float):
 
 
 def advantage_states(record: dict, q, gap: float) -> list[dict]:
-    """B.1 for one tree: the states worth training on, each with its unique actions (eq. 13, appendix F.1)."""
+    """B.1 for one tree: states worth training on and their unique actions (eq. 13, app. F.1)."""
     nodes = record["nodes"]
     actions = [v for v, n in enumerate(nodes) if n["parent"] >= 0 and n["draws"] > 0]
     if not actions:
@@ -164,7 +169,7 @@ def all_values(records, critic: str, budget: int) -> list[list[float]]:
 
 @torch.no_grad()
 def reference_logprobs(lm: LM, records: list[dict], lines: list[dict], budget: int):
-    """Write log pi_ref(a | s) into every action: same kernel, dtype and block layout as B.2, so the first ratio is 0."""
+    """log pi_ref(a | s) of every action, by B.2's kernel, dtype and layout: ratios start at 0."""
     trees = [pair_tree(r, line) for r, line in zip(records, lines)]
     actions = [{a["node"]: a for a in pairs(line)} for line in lines]
     for pack in pack_trees(trees, budget, align=BLOCK):
@@ -173,7 +178,7 @@ def reference_logprobs(lm: LM, records: list[dict], lines: list[dict], budget: i
 
 
 def train(lm: LM, records: list[dict], lines: list[dict], s: Settings, work: Path):
-    """B.2: min_theta 1/2 E (A / beta - log pi_theta / pi_ref)^2 over all pairs, each with the same weight."""
+    """B.2: min_theta 1/2 E (A / beta - log pi_theta / pi_ref)^2, each pair with the same weight."""
     trees = [pair_tree(r, line) for r, line in zip(records, lines)]
     actions = [{a["node"]: a for a in pairs(line)} for line in lines]
     batches = whole_batches([len(a) for a in actions], s.batch, s.passes, f"actor {s.seed}")
@@ -237,12 +242,13 @@ def stage(s: Settings):
         for r, value in zip(records, values)
     ]
     print(
-        f"B.1: {sum(len(x['states']) for x in lines)} states, {sum(len(pairs(x)) for x in lines)} pairs with gap >= {s.gap}"
+        f"B.1: {sum(len(x['states']) for x in lines)} states with gap >= {s.gap}, "
+        f"{sum(len(pairs(x)) for x in lines)} pairs"
     )
     chosen = [i for i, line in enumerate(lines) if line["states"]]
     if not chosen:
         raise UserError(
-            f"{s.trees}: no state has actions whose advantages differ by --gap {s.gap}; lower it, or label more"
+            f"{s.trees}: no state's advantages differ by --gap {s.gap}; lower it, or label more"
         )
     records, lines = [records[i] for i in chosen], [lines[i] for i in chosen]
     reference_logprobs(lm, records, lines, s.budget)

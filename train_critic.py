@@ -3,17 +3,22 @@
     python train_critic.py --trees runs/demo/iter1/trees.jsonl --critic_model runs/demo/base \\
         --out runs/demo/iter1/critic
 
-Reads:  trees.jsonl of one or more iterations, and the model that the critic starts from (the last critic, or any LM).
-Writes: critic/, an ordinary model folder with value_head.safetensors beside the weights, and critic.metrics.json
-    {"states": 412, "bce": 0.41, "constant_bce": 0.66, "brier": 0.13, "auc": 0.89, "calibration_error": 0.03,
-     "correlation": 0.81, "siblings": 0.86, "sibling_pairs": 901}
+Reads:  trees.jsonl of one or more iterations, and the model that the critic starts from (the last
+critic, or any LM).
+Writes: critic/, an ordinary model folder with value_head.safetensors beside the weights, and
+critic.metrics.json
+    {"states": 412, "bce": 0.41, "constant_bce": 0.66, "brier": 0.13, "auc": 0.89,
+     "calibration_error": 0.03, "correlation": 0.81, "siblings": 0.86, "sibling_pairs": 901}
 
 min_phi E_s BCE(MC(s), V_phi(s)) with soft targets MC(s) = wins / n.
 
 Departures from the paper:
- 1. --states all (the default) trains on every node of the tree that goes on, leaves too, each weighted by its n: a
-    leaf's one completion is a noisy target but an unbiased one, and there are many. --states labelled is the paper.
- 2. Small models need more than one pass over the states; --passes 1 is the paper.
+ 1. --states all (the default) trains on every node of the tree that goes on, leaves too, each
+    weighted by its n: a leaf's one completion is a noisy target but an unbiased one, and there are
+    many. --states labelled is the paper.
+ 2. Half of the loss reads V at every token of a step (`critic_loss`): a small critic learns from
+    that what a step's last token alone teaches slowly. --token_share 0 is the paper.
+ 3. Small models need more than one pass over the states; --passes 1 is the paper.
 """
 
 import hashlib
@@ -59,7 +64,7 @@ class Settings:
 
 
 def value_loss(logit, target, weight):
-    """Eq. 15, the weighted sum of BCE(target, sigmoid(logit)): soft targets; logits (M,), targets in [0, 1], weights.
+    """Eq. 15, sum of weight * BCE(target, sigmoid(logit)), all (M,), soft targets in [0, 1].
 
     logit 0 (V = .5), target .75, weight 2 -> 2 * -(.75 log .5 + .25 log .5) = 2 * .6931 = 1.3863
     """
@@ -81,10 +86,10 @@ def held_out_by_hash(problem_id: str) -> bool:
 
 
 def critic_loss(lm, head, pack, target, weight, token_share: float):
-    """Eq. 15 on one pack, V read at the last token of each state and, for token_share of it, at every token.
+    """Eq. 15 on one pack: V read at each state's last token and, token_share of it, at every token.
 
-    A token's target is the MC of the state that its step leads to. Steps that begin alike share those targets by their
-    n, so a token's expected target is the success rate from that token on: the same value, one token at a time.
+    A token's target is the MC of the state that its step leads to. Steps that begin alike share
+    those targets by their n, so a token's expected target is the success rate from there on.
     """
     logit = head(pack_hidden(lm, pack).float())[:, 0]  # (N,)
     target, weight = target.to(logit.device), weight.to(logit.device)
@@ -136,10 +141,10 @@ def train(lm, head, records: list[dict], retokenise: bool, s: Settings, work: Pa
 
 @torch.no_grad()
 def measure(lm, head, records: list[dict], retokenise: bool, budget: int, constant: float) -> dict:
-    """How good V is on labelled states of problems that it was not trained on. -> the metrics of the docstring.
+    """How good V is on labelled states of problems that it was not trained on.
 
-    siblings: of the pairs of children of one state whose MC differ by at least 0.5 (both with n >= 4 or an end), the
-    share that V (or the reward, where the step ended the response) puts in the right order: 0.5 is chance.
+    siblings: of the pairs of actions of one state whose MC differ by at least 0.5 (n >= 4, or an
+    end), the share that V (at an end: the reward) puts in the right order; 0.5 is chance.
     """
     trees = [
         record_tree(r, [n["reward"] is None for n in r["nodes"]], lm if retokenise else None)
