@@ -13,12 +13,14 @@ Sizes: N tokens of a pack, M scored nodes, S states, B rows of a batch, T column
 G key/value heads, R query heads a key/value head, D head size.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from pickle import UnpicklingError
 from time import perf_counter
 from typing import NamedTuple
 
@@ -26,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -62,12 +65,16 @@ class LM:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             config = AutoConfig.from_pretrained(path)
-            self.model = AutoModelForCausalLM.from_pretrained(
+            model, report = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
                 dtype=torch.float32 if train else self.compute,
                 attn_implementation="dapo",
-            ).to(self.device)
+                output_loading_info=True,
+            )
+            if report["missing_keys"]:
+                raise ValueError(f"no {min(report['missing_keys'])} in the weights")
+            self.model = model.to(self.device)
         except (
             Exception
         ) as e:  # whatever a broken folder makes the library raise, the user needs one line
@@ -204,7 +211,12 @@ def load_critic(path: str, train: bool = False) -> tuple[LM, torch.nn.Linear]:
     head = torch.nn.Linear(lm.config.hidden_size, 1).to(lm.device)
     file = Path(path) / "value_head.safetensors"
     if file.exists():
-        head.load_state_dict(load_file(file))
+        try:
+            head.load_state_dict(load_file(file))
+        except (RuntimeError, SafetensorError) as e:
+            raise UserError(
+                f"{file}: broken or of another model ({str(e).splitlines()[-1].strip()})"
+            ) from e
     else:
         torch.nn.init.zeros_(head.weight)
         torch.nn.init.zeros_(head.bias)
@@ -783,7 +795,13 @@ def replace(path: Path, write):
     path, beside = Path(path), Path(f"{path}.new")
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(beside, ignore_errors=True)
-    write(beside)
+    try:
+        write(beside)
+    except (
+        RuntimeError,
+        SafetensorError,
+    ) as e:  # how torch and safetensors say that the disk is full
+        raise OSError(errno.EIO, f"not written ({str(e).splitlines()[0]})", str(path)) from e
     for p in (*beside.rglob("*"), beside) if beside.is_dir() else [beside]:
         _fsync(p)
     if path.is_dir():
@@ -824,9 +842,9 @@ def fit(
     """
     work.mkdir(parents=True, exist_ok=True)
     parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
-    need = (
-        3 * 3 * sum(p.numel() * p.element_size() for p in parameters)
-    )  # weights and two moments; two kept, one new
+    saved = sorted(work.glob("step-*.pt"))
+    size = 3 * sum(p.numel() * p.element_size() for p in parameters)  # weights and two moments
+    need = (3 - len(saved)) * size  # two kept, one new
     if shutil.disk_usage(work).free < need:
         raise UserError(
             f"{work}: checkpoints need {need / 1e9:.1f} GB of disk; make room or choose another --out"
@@ -835,9 +853,11 @@ def fit(
         parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
     first, log = 0, work / "metrics.jsonl"
-    saved = sorted(work.glob("step-*.pt"))
     if saved:
-        state = torch.load(saved[-1], map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(saved[-1], map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, UnpicklingError) as e:
+            raise UserError(f"{saved[-1]}: broken; remove it, the one before it is used") from e
         for key, module in modules.items():
             module.load_state_dict(state["modules"][key])
         optimiser.load_state_dict(state["optimiser"])
@@ -845,7 +865,7 @@ def fit(
         first = state["step"]
         print(f"resuming {work} at step {first} of {len(batches)}")
     lines = log.read_text().splitlines(keepends=True)[:first] if first else []
-    log.write_text("".join(lines))
+    replace(log, lambda p: p.write_text("".join(lines)))
 
     with (
         ThreadPoolExecutor(1) as ahead,
@@ -889,6 +909,7 @@ def fit(
             timing.write(json.dumps({"step": i, "seconds": perf_counter() - begin}) + "\n")
             if (i + 1) % save_every == 0 or i + 1 == len(batches):
                 metrics.flush()
+                os.fsync(metrics.fileno())
                 state = {
                     "step": i + 1,
                     "modules": {k: m.state_dict() for k, m in modules.items()},
