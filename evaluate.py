@@ -437,7 +437,9 @@ def stage(s: Settings):
     if not (s.actor and s.problems and s.out):
         raise UserError("evaluate.py: give --actor, --problems and --out, or --report; see --help")
     paths = s.problems.split(",")
-    problems = [p for path in paths for p in read_jsonl(path, ("id", "prompt", "domain"))]
+    problems = [p for path in paths for p in read_jsonl(path, ("id", "prompt", "answer"))]
+    if len({p["id"] for p in problems}) < len(problems):
+        raise UserError(f"{s.problems}: some problem is in two of these files")
     other = {x["id"]: x for x in read_jsonl(s.against)} if s.against else None
     if other and (lacks := next((p["id"] for p in problems if p["id"] not in other), None)):
         raise UserError(

@@ -121,12 +121,10 @@ class StepTree:
 
 
 def stage(s: Settings):
-    if s.m < 1:
-        raise UserError(f"--m {s.m}: wanted at least one completion a state")
-    problems = {p["id"]: p for p in read_jsonl(Path(s.problems), needs=("id", "prompt", "domain"))}
+    problems = {p["id"]: p for p in read_jsonl(Path(s.problems), needs=("id", "prompt", "answer"))}
     samples = read_jsonl(Path(s.samples), needs=("id", "prompt_ids", "responses"))
     lm = LM(s.actor)
-    facts = {"actor": fingerprint(s.actor), **tokenizer_facts(lm)}
+    facts = {"actor": fingerprint(s.actor), "max_new": str(s.max_new), **tokenizer_facts(lm)}
     inputs = {"actor": s.actor, "problems": s.problems, "samples": s.samples}
     out = Stage(s.out, s, inputs, expects=facts, facts=facts)
     if out.complete:

@@ -13,6 +13,7 @@ Sizes: N tokens of a pack, M scored nodes, S states, B rows of a batch, T column
 d width, L layers, G key/value heads, R query heads a key/value head, D head size.
 """
 
+import errno
 import functools
 import hashlib
 import json
@@ -22,6 +23,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, field
 from pathlib import Path
+from pickle import UnpicklingError
 from time import perf_counter
 from typing import NamedTuple
 
@@ -29,6 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -67,9 +70,11 @@ class LM:
         dtype = torch.float32 if train else compute
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, attn_implementation="dapo"
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, attn_implementation="dapo", output_loading_info=True
             )
+            if report["missing_keys"]:
+                raise ValueError(f"no {min(report['missing_keys'])} in the weights")
         except Exception as e:  # a broken folder raises all kinds; the user needs one line
             reason = str(e).strip().split("\n")[0]
             raise UserError(f"{path}: not a model folder with a tokenizer ({reason})") from e
@@ -179,7 +184,12 @@ def load_critic(path: str, train: bool = False) -> tuple[LM, torch.nn.Linear]:
     head = torch.nn.Linear(lm.config.hidden_size, 1).to(lm.device)
     file = Path(path) / "value_head.safetensors"
     if file.exists():
-        head.load_state_dict(load_file(file))
+        try:
+            head.load_state_dict(load_file(file))
+        except (RuntimeError, SafetensorError) as e:
+            raise UserError(
+                f"{file}: broken or of another model ({str(e).splitlines()[-1].strip()})"
+            ) from e
     else:
         torch.nn.init.zeros_(head.weight)
         torch.nn.init.zeros_(head.bias)
@@ -692,7 +702,13 @@ def replace(path: Path, write):
     path, beside = Path(path), Path(f"{path}.new")
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(beside, ignore_errors=True)
-    write(beside)
+    try:
+        write(beside)
+    except (
+        RuntimeError,
+        SafetensorError,
+    ) as e:  # how torch and safetensors say that the disk is full
+        raise OSError(errno.EIO, f"not written ({str(e).splitlines()[0]})", str(path)) from e
     for p in (*beside.rglob("*"), beside) if beside.is_dir() else [beside]:
         _fsync(p)
     if path.is_dir():
@@ -746,16 +762,19 @@ def fit(
     """
     work.mkdir(parents=True, exist_ok=True)
     parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
-    # weights and two moments; two checkpoints are kept while a third is written
-    need = 3 * 3 * sum(p.numel() * p.element_size() for p in parameters)
+    saved = sorted(work.glob("step-*.pt"))
+    size = 3 * sum(p.numel() * p.element_size() for p in parameters)  # weights and two moments
+    need = (3 - len(saved)) * size  # two are kept while a third is written
     if shutil.disk_usage(work).free < need:
         raise UserError(f"{work}: checkpoints need {need / 1e9:.1f} GB of disk; make room there")
     flags = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
     optimiser = torch.optim.AdamW(parameters, lr=lr, **flags)
     first, log = 0, work / "metrics.jsonl"
-    saved = sorted(work.glob("step-*.pt"))
     if saved:
-        state = torch.load(saved[-1], map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(saved[-1], map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, UnpicklingError) as e:
+            raise UserError(f"{saved[-1]}: broken; remove it, the one before it is used") from e
         for key, module in modules.items():
             module.load_state_dict(state["modules"][key])
         optimiser.load_state_dict(state["optimiser"])
@@ -763,7 +782,7 @@ def fit(
         first = state["step"]
         print(f"resuming {work} at step {first} of {len(batches)}")
     lines = log.read_text().splitlines(keepends=True)[:first] if first else []
-    log.write_text("".join(lines))
+    replace(log, lambda p: p.write_text("".join(lines)))
 
     steps = range(first, len(batches))
     bar = tqdm(steps, initial=first, total=len(batches), disable=None, desc=work.stem)
@@ -803,6 +822,7 @@ def fit(
             timing.write(json.dumps({"step": i, "seconds": perf_counter() - begin}) + "\n")
             if (i + 1) % save_every == 0 or i + 1 == len(batches):
                 metrics.flush()
+                os.fsync(metrics.fileno())
                 state = {
                     "step": i + 1,
                     "modules": {k: m.state_dict() for k, m in modules.items()},

@@ -20,15 +20,18 @@ import fcntl
 import gzip
 import hashlib
 import json
+import math
 import os
 import random
 import re
+import shlex
 import shutil
 import sys
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -53,12 +56,15 @@ def sha256(path: Path) -> str:
         ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
     memory, stat = path.parent / ".sha256.json", path.stat()
-    known = json.loads(memory.read_text()) if memory.exists() else {}
+    try:
+        known = json.loads(memory.read_text())
+    except (OSError, ValueError):
+        known = {}
     mark = [stat.st_size, stat.st_mtime_ns]
     if known.get(path.name, [])[:2] != mark:
         with path.open("rb") as f:
             known[path.name] = mark + [hashlib.file_digest(f, "sha256").hexdigest()]
-        if os.access(path.parent, os.W_OK):
+        with suppress(OSError):  # a folder of somebody else's, or two processes that hash at once
             replace(memory, lambda p: p.write_text(json.dumps(known)))
     return known[path.name][2]
 
@@ -68,7 +74,7 @@ def fingerprint(model: str) -> str:
     folder = Path(model)
     if not folder.is_dir():
         return str(model)
-    parts = [sha256(p) for p in sorted(folder.glob("*.safetensors"))]
+    parts = [sha256(p) for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".bin")]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
@@ -80,6 +86,10 @@ def tokenizer_facts(lm: LM) -> dict:
         k: hashlib.sha256(v.encode()).hexdigest()[:16]
         for k, v in [("tokenizer", vocabulary), ("template", template)]
     }
+
+
+KINDS = {"id": str | int, "prompt": str, "answer": str}
+KINDS |= {"prompt_ids": list, "nodes": list, "responses": list}
 
 
 def read_jsonl(path: Path, needs: tuple[str, ...] = ("id",), torn_tail: bool = False) -> list[dict]:
@@ -102,15 +112,20 @@ def read_jsonl(path: Path, needs: tuple[str, ...] = ("id",), torn_tail: bool = F
             continue
         try:
             record = json.loads(line.decode("utf-8"))
+            if b"\\ud" in line:  # half a surrogate pair is JSON, but no text
+                dump(record)
         except UnicodeDecodeError:
             raise UserError(f"{where}: not UTF-8; convert the file (iconv -t utf-8)") from None
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise UserError(f"{where}: not JSON ({e}); one JSON object a line is wanted") from None
-        missing = [k for k in needs if not isinstance(record, dict) or record.get(k) in (None, "")]
+        known = record if isinstance(record, dict) else {}
+        missing = [
+            k for k in needs if not isinstance(known.get(k), KINDS[k]) or known[k] in ("", [])
+        ]
         if missing:
             found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
             raise UserError(
-                f"{where}: without {', '.join(missing)} (found: {found}); is this the right file?"
+                f"{where}: no usable {', '.join(missing)} (found: {found}); is this the right file?"
             )
         if record.get("id") in seen:
             raise UserError(
@@ -148,9 +163,11 @@ class Stage:
             raise UserError(
                 f"{self.out}: there already, and not by this pipeline; choose another --out"
             )
-        hashes = {}
-        for key, path in inputs.items():
-            hashes[key] = _checked_input(key, str(path), expects or {})
+        if self.out.resolve() in [Path(path).resolve() for path in inputs.values()]:
+            raise UserError(f"{self.out}: is an input too; choose another --out")
+        hashes = {
+            key: _checked_input(key, str(path), expects or {}) for key, path in inputs.items()
+        }
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self._lock()
         flags = {
@@ -171,21 +188,29 @@ class Stage:
         }
         if settings.force:
             _remove(self.out, Path(f"{self.out}.work"), self.path)
-        old = json.loads(self.path.read_text()) if self.path.exists() else None
-        if old is None:
-            replace(self.path, lambda p: p.write_text(json.dumps(self.manifest, indent=1)))
-        elif difference := _difference(old, self.manifest):
+        old = read_manifest(self.out)
+        if old and (difference := _difference(old, self.manifest)):
             raise UserError(
                 f"{self.out}: {difference}; --force starts over, another --out keeps both"
             )
-        self.complete = bool(old and old.get("output"))
+        self.complete = "output" in old and self.out.exists()
         if self.complete:
+            _checked_input("out", str(self.out), {})
             print(f"{self.out}: complete, nothing to do")
             self.lock.close()
-        self.work = Path(f"{self.out}.work")  # checkpoints and metrics of a training stage
         self.done = []
-        if self.out.suffix == ".jsonl" and self.out.exists() and not self.complete:
+        if self.out.is_file() and not self.complete:
             self._repair()
+
+    @property
+    def work(self) -> Path:
+        """Folder of a training stage's checkpoints and metrics; asking for it starts the run."""
+        self._state()
+        return Path(f"{self.out}.work")
+
+    def _state(self):
+        """Write the manifest; a run that was refused before its first record leaves none behind."""
+        replace(self.path, lambda p: p.write_text(json.dumps(self.manifest, indent=1)))
 
     def _lock(self):
         self.lock = (self.out.parent / ".lock").open("w")
@@ -209,6 +234,8 @@ class Stage:
 
     def append(self, records: list[dict]):
         """Write whole lines, flushed and fsynced before the next ones are made."""
+        if not self.out.exists():
+            self._state()
         with self.out.open("ab") as f:
             f.write(b"".join(map(dump, records)))
             f.flush()
@@ -221,7 +248,7 @@ class Stage:
         elif not self.out.exists():
             self.append([])
         self.manifest["output"] = sha256(self.out)
-        replace(self.path, lambda p: p.write_text(json.dumps(self.manifest, indent=1)))
+        self._state()
         self.lock.close()
         print(f"{self.out}: written, {time.perf_counter() - self.begin:.0f} s")
 
@@ -232,17 +259,17 @@ def _checked_input(key: str, path: str, expects: dict) -> str:
         if key in ("actor", "base", "critic_model"):
             return path  # a hub id
         raise UserError(f"{path}: no such file; check --{key}, or run the stage that writes it")
-    found, manifest = sha256(path), Path(f"{path}.manifest.json")
-    if not manifest.exists():
+    found, made = sha256(path), read_manifest(path)
+    if not made:
         return found
-    made = json.loads(manifest.read_text())
     if "output" not in made:
         raise UserError(
             f"{path}: unfinished; run {made['stage']}.py again with the same flags, it goes on"
         )
     if made["output"] != found:
         raise UserError(
-            f"{path}: changed since {made['stage']}.py wrote it ({made['output'][:8]}, now {found[:8]})"
+            f"{path}: changed since {made['stage']}.py wrote it ({made['output'][:8]}, now "
+            f"{found[:8]}); restore it, or make it anew with --force"
         )
     for fact, value in expects.items():
         was = made["facts"].get(fact, value)
@@ -252,6 +279,17 @@ def _checked_input(key: str, path: str, expects: dict) -> str:
                 "or make it anew"
             )
     return found
+
+
+def read_manifest(path: Path) -> dict:
+    """What the stage that made `path` stated about it; empty if no stage did."""
+    manifest = Path(f"{path}.manifest.json")
+    try:
+        return json.loads(manifest.read_text()) if manifest.exists() else {}
+    except ValueError:
+        raise UserError(
+            f"{manifest}: broken; remove it with its output, and make that anew"
+        ) from None
 
 
 def _difference(old: dict, new: dict) -> str | None:
@@ -283,11 +321,12 @@ def main(stage, settings_class, doc: str):
 
     parser.error = refuse
     try:
-        (settings,) = parser.parse_args_into_dataclasses()
+        settings = settings_class(**vars(parser.parse_args()))
+        check_numbers(settings)
         stage(settings)
     except UserError as e:
         sys.exit(_say(e, 2))
-    except (FileNotFoundError, PermissionError, NotADirectoryError) as e:
+    except (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError) as e:
         sys.exit(_say(f"{e.filename}: {e.strerror}", 2))
     except OSError as e:
         sys.exit(
@@ -297,7 +336,17 @@ def main(stage, settings_class, doc: str):
             )
         )
     except KeyboardInterrupt:
-        sys.exit(_say(f"stopped; to go on: python {' '.join(sys.argv)}", 130))
+        again = shlex.join(a for a in sys.argv if a != "--force")
+        sys.exit(_say(f"stopped; to go on: python {again}", 130))
+
+
+def check_numbers(settings):
+    """Refuse numbers that are negative, not finite, or 0 where that is neither the default nor of use."""
+    for f in fields(settings):
+        value, zero = getattr(settings, f.name), f.name in ("kappa", "gap", "valid_share")
+        good = isinstance(value, bool) or value == f.default or (value == 0 and zero)
+        if isinstance(value, int | float) and not (good or 0 < value < math.inf):
+            raise UserError(f"--{f.name} {value}: wanted a finite number above 0")
 
 
 def _say(message, code: int) -> int:
@@ -652,6 +701,8 @@ class Settings:
 
 
 def stage(s: Settings):
+    if bool(s.train) != bool(s.test) or bool(s.base) != bool(s.demos):
+        raise UserError("--train and --test go together, and so do --base and --demos")
     folder, problems, inputs = Path(s.out), None, {}
     for spec in (s.train, s.test, s.demos):
         for _, path in parse(spec):
@@ -665,7 +716,7 @@ def stage(s: Settings):
             out.append(problems[split][len(out.done) :])
             out.finish()
     if s.make_base and (s.demos or not s.train):
-        base = Stage(folder / "base", s, inputs)
+        base = Stage(folder / "base", s, inputs | ({"base": s.base} if s.base else {}))
         if not base.complete:
             tune_base(base, s) if s.demos else make_base(base, s.seed)
 

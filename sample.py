@@ -54,10 +54,12 @@ def keep_balanced(rewards: list[int], n: int) -> list[int]:
 def stage(s: Settings):
     if not 1 <= s.n <= s.n1:
         raise UserError(f"--n {s.n}: wanted 1 <= n <= n1 = {s.n1}")
-    problems = read_jsonl(Path(s.problems), needs=("id", "prompt", "domain"))
+    problems = read_jsonl(Path(s.problems), needs=("id", "prompt", "answer"))
     problems = problems[s.first :][: s.limit or None]
+    if not problems:
+        raise UserError(f"{s.problems}: no problem is left after --first {s.first}")
     lm = LM(s.actor)
-    facts = {"actor": fingerprint(s.actor), **tokenizer_facts(lm)}
+    facts = {"actor": fingerprint(s.actor), "max_new": str(s.max_new), **tokenizer_facts(lm)}
     out = Stage(s.out, s, {"actor": s.actor, "problems": s.problems}, facts=facts)
     if out.complete:
         return

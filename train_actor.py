@@ -163,6 +163,8 @@ def all_values(records, critic: str, budget: int) -> list[list[float]]:
     values = [[0.0] * len(r["nodes"]) for r in records]
     for pack in pack_trees(trees, budget):
         for (t, v), x in zip(pack.owner, torch.sigmoid(step_values(lm, head, pack)).tolist()):
+            if not math.isfinite(x):
+                raise UserError(f"{critic}: V is {x} in problem {records[t]['id']}; train it anew")
             values[t][v] = x
     return values
 
@@ -174,6 +176,8 @@ def reference_logprobs(lm: LM, records: list[dict], lines: list[dict], budget: i
     actions = [{a["node"]: a for a in pairs(line)} for line in lines]
     for pack in pack_trees(trees, budget, align=BLOCK):
         for (t, v), x in zip(pack.owner, step_logprobs(lm, pack).tolist()):
+            if not math.isfinite(x):
+                raise UserError(f"{lm.path}: log-prob is {x} in problem {records[t]['id']}")
             actions[t][v]["logp_ref"] = x
 
 
@@ -208,10 +212,6 @@ def train(lm: LM, records: list[dict], lines: list[dict], s: Settings, work: Pat
 
 
 def stage(s: Settings):
-    if not s.beta > 0 or s.kappa < 0 or s.lr <= 0:
-        raise UserError(
-            f"--beta {s.beta} --kappa {s.kappa} --lr {s.lr}: wanted beta > 0, kappa >= 0, lr > 0"
-        )
     if s.advantage not in ("step", "outcome"):
         raise UserError(f"--advantage {s.advantage}: wanted step or outcome")
     step = s.advantage == "step"

@@ -43,7 +43,7 @@ from model import (
     step_values,
     whole_batches,
 )
-from prepare import Stage, main, read_jsonl, sha256, tokenizer_facts
+from prepare import Stage, main, read_jsonl, read_manifest, sha256, tokenizer_facts
 
 
 @dataclass(frozen=True)
@@ -212,11 +212,14 @@ def stage(s: Settings):
     ]
     lm, head = load_critic(s.critic_model, train=True)
     inputs = {"critic_model": s.critic_model, **{f"trees{i or ''}": p for i, p in enumerate(paths)}}
+    inputs |= {"held_out": s.held_out} if s.held_out else {}
     out = Stage(s.out, s, inputs, facts={"trees": sha256(Path(paths[-1]))})
     if out.complete:
         return
-    made = json.loads(Path(f"{paths[-1]}.manifest.json").read_text())["facts"]["tokenizer"]
-    retokenise = made != tokenizer_facts(lm)["tokenizer"]
+    made = {read_manifest(path).get("facts", {}).get("tokenizer") for path in paths}
+    if None in made or len(made) > 1:
+        raise UserError(f"{s.trees}: no manifest beside it, or made with different tokenizers")
+    retokenise = made != {tokenizer_facts(lm)["tokenizer"]}
     if s.held_out:
         training, testing = records, read_jsonl(s.held_out, ("id", "prompt_ids", "nodes"))
     else:
