@@ -790,12 +790,12 @@ def load_demos(name: str, path: str, s: Settings) -> list[dict]:
 
 def make_base(out: Stage, seed: int):
     """The embedded base: clean solutions first, then a short while misread ones."""
-    clean, misread = demonstrations(seed, 12000, False), demonstrations(seed, 3000, True)
+    clean, misread = demonstrations(seed, 16000, False), demonstrations(seed, 3000, True)
     tokenizer = build_tokenizer([d[k] for d in clean + misread for k in ("prompt", "response")])
     model, start = new_model(tokenizer, seed), out.work / "random"
     replace(start, lambda p: (model.save_pretrained(p), tokenizer.save_pretrained(p)))
     lm = LM(start, train=True)
-    for name, demos, lr in (("clean", clean, 4e-3), ("misread", misread, 6e-4)):
+    for name, demos, lr in (("clean", clean, 3e-3), ("misread", misread, 6e-4)):
         trees = [demo_tree(lm, d) for d in demos]
         fine_tune(lm, trees, out.work / name, lr, batch=16, passes=1, seed=seed, prompt_weight=0.2)
     out.finish(lm.save)

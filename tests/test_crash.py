@@ -109,7 +109,7 @@ def test_as_a_user_would(alone, tmp_path):
     )
     script = str(toy.ROOT / "sample.py")
     path = os.pathsep.join([str(toy.ROOT), str(toy.ROOT / "tests")])
-    options = {"cwd": folder, "capture_output": True, "text": True}
+    options = {"cwd": folder, "capture_output": True, "text": True, "check": False}
     options["env"] = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     prefix = f"import sys; sys.argv = {[script, *flags]!r}\n"
     killed = subprocess.run([sys.executable, "-c", prefix + code], **options)

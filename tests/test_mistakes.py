@@ -11,9 +11,8 @@ import pytest
 import toy
 from safetensors.torch import load_file, save_file
 
-S, L, C, A, E, P = (
-    "sample.py label_steps.py train_critic.py train_actor.py evaluate.py prepare.py".split()
-)
+S, L, C = "sample.py", "label_steps.py", "train_critic.py"
+A, E, P = "train_actor.py", "evaluate.py", "prepare.py"
 SAMPLE = "--actor tiny --problems problems.jsonl --out new/samples.jsonl --n1 2 --n 1 --max_new 4"
 LABEL = toy.LABEL.replace("run/trees", "new/trees")
 CRITIC = toy.CRITIC.replace("--out run", "--out new")
@@ -274,8 +273,8 @@ def test_mistake(script, flags, change, says, ready, monkeypatch):
 @pytest.mark.parametrize("name", ["bom.jsonl", "crlf.jsonl"])
 def test_files_from_windows_work(name, ready, monkeypatch, tmp_path):
     monkeypatch.chdir(ready)
-    flags = SAMPLE.replace("problems.jsonl", name).replace("new", str(tmp_path))
-    code, out, err = toy.stage(S, flags)
+    flags = SAMPLE.replace("problems.jsonl", name).replace("new/", f"{tmp_path}/")
+    code, _, err = toy.stage(S, flags)
     assert (code, err) == (0, "")
     records = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [r["id"] for r in records] == ["toy/0", "toy/1"][: len(records)] and records
@@ -285,7 +284,7 @@ def test_files_from_windows_work(name, ready, monkeypatch, tmp_path):
 def test_no_permission(ready, monkeypatch, tmp_path):
     monkeypatch.chdir(ready)
     tmp_path.chmod(0o500)
-    code, _, err = toy.stage(S, SAMPLE.replace("new", str(tmp_path)))
+    code, _, err = toy.stage(S, SAMPLE.replace("new/", f"{tmp_path}/"))
     assert code == 2 and str(tmp_path) in err and err.count("\n") == 1
 
 
@@ -299,10 +298,14 @@ def test_corrected_command_goes_on(ready, monkeypatch):
         assert code == 0, err
 
 
-@pytest.mark.parametrize("flags", [["--bogus", "1"], ["--n", "x"], []])
+@pytest.mark.parametrize("flags", [["--bogus", "1"], []])
 def test_as_a_user_would(flags, ready):
     done = subprocess.run(
-        [sys.executable, toy.ROOT / S, *flags], cwd=ready, capture_output=True, text=True
+        [sys.executable, toy.ROOT / S, *flags],
+        cwd=ready,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr

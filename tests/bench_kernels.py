@@ -1,0 +1,216 @@
+"""Speed and memory of the kernels against their rivals, by hand: python tests/bench_kernels.py [logprobs tree sampler]
+
+Every figure is a ratio against a rival timed in the same run, A B A B; the second timing of the same thing shows the
+noise. Peak memory is resident memory above what was there before the call, in a process of its own. CPU figures; a
+CUDA machine uses device events and its allocator's peak.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import transformers as hf
+
+import prepare
+from model import LM, Prefixes, Tree, draw_key, linear_logprobs, pack_trees, sample, step_logprobs
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+def seconds(f, repeats=3):
+    """Median seconds of f() after one warm-up."""
+    times = []
+    for i in range(repeats + 1):
+        if CUDA:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        f()
+        if CUDA:
+            torch.cuda.synchronize()
+        times += [time.perf_counter() - begin] if i else []
+    return statistics.median(times)
+
+
+# ------------------------------------------------------------ log-probs
+
+
+def naive(hidden, weight, targets):
+    return torch.log_softmax((hidden @ weight.T).float(), -1).gather(1, targets[:, None])[:, 0]
+
+
+def selective(hidden, weight, targets):
+    z = (hidden @ weight.T).float()
+    return z.gather(1, targets[:, None])[:, 0] - z.logsumexp(-1)
+
+
+def chunked(hidden, weight, targets, size=8192):
+    """Vocabulary chunks under autograd, in float32: what most trainers' memory savers do."""
+    parts = [(hidden.float() @ w.float().T).logsumexp(-1) for w in weight.split(size)]
+    target = (hidden.float() * weight[targets].float()).sum(-1)
+    return target - torch.stack(parts).logsumexp(0)
+
+
+RIVALS = {f.__name__: f for f in (linear_logprobs, naive, selective, chunked)}
+
+
+def one_logprob(name, dtype, n, d, v):
+    """Runs in its own process: prints seconds and peak extra bytes of forward + backward."""
+    torch.manual_seed(0)
+    hidden = (torch.randn(n, d) * 0.5).to(DEVICE, dtype).requires_grad_()
+    weight = (torch.randn(v, d) * 0.05).to(DEVICE, dtype).requires_grad_()
+    targets = torch.randint(0, v, (n,), device=DEVICE)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def step():
+        hidden.grad = weight.grad = None
+        RIVALS[name](hidden, weight, targets).sum().backward()
+
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 1024
+    step()
+    peak = torch.cuda.max_memory_allocated() / 1024 if CUDA else resource.getrusage(0).ru_maxrss
+    print(json.dumps({"seconds": seconds(step, 2), "mib": (peak - before) / 1024}))
+
+
+def logprobs(n=4096, d=896, v=151936):
+    print(
+        f"log-probs, forward + backward, N {n}, d {d}, V {v}; ratios to naive log_softmax + gather"
+    )
+    for dtype in ("float32", "bfloat16"):
+        rows = {}
+        for name in ("naive", "linear_logprobs", "naive again", "selective", "chunked"):
+            args = ["one", name.split()[0], dtype, str(n), str(d), str(v)]
+            out = subprocess.run([sys.executable, __file__, *args], capture_output=True, check=True)
+            rows[name] = json.loads(out.stdout)
+        base = rows["naive"]
+        for name, row in rows.items():
+            print(
+                f"  {dtype:9} {name:16} {row['seconds']:7.2f} s {row['seconds'] / base['seconds']:6.2f}x  "
+                f"{row['mib']:8.0f} MiB {row['mib'] / base['mib']:7.1%}"
+            )
+
+
+# ------------------------------------------------------------ tree packing
+
+
+def small_model(folder, width=192, layers=4):
+    """A 2M-parameter model with the embedded tokenizer."""
+    demos = prepare.demonstrations(0, 200, True)
+    tokenizer = prepare.build_tokenizer([d[k] for d in demos for k in ("prompt", "response")])
+    model = prepare.new_model(tokenizer, 0, layers, width)
+    model.config.max_position_embeddings = 4096
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return LM(folder, train=True)
+
+
+def pairs_tree(steps, width, length, prompt=80):
+    """One response of `steps` steps of `length` tokens, `width` candidate actions at each state."""
+
+    def draw(n):
+        return torch.randint(5, 150, (n,)).tolist()
+
+    ids, parent, score, trunk = [draw(prompt)], [-1], [False], 0
+    for _ in range(steps):
+        first = len(ids)
+        for _ in range(width):
+            ids.append(draw(length))
+            parent.append(trunk)
+            score.append(True)
+        trunk = first  # the response goes on through the first action
+    return Tree(ids, parent, score)
+
+
+def tree():
+    with tempfile.TemporaryDirectory() as folder:
+        lm = small_model(folder)
+        count = sum(p.numel() for p in lm.model.parameters()) / 1e6
+        print(
+            f"tree packing, forward + backward of all pairs of a response, {count:.1f}M parameters, prompt 80"
+        )
+        plain = hf.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+        for steps, length in ((8, 20), (20, 30)):
+            one = pairs_tree(steps, 8, length)
+
+            def packed(one=one, budget=8192):
+                for pack in pack_trees([one], budget):
+                    step_logprobs(lm, pack).sum().backward()
+
+            def apart(one=one):
+                """The honest rival: one padded forward a pair, sorted by length, 16 pairs a batch."""
+                rows = []
+                for v in range(1, len(one.ids)):
+                    path, u = [], v
+                    while u >= 0:
+                        path[:0] = one.ids[u]
+                        u = one.parent[u]
+                    rows.append((path, len(one.ids[v])))
+                rows.sort(key=lambda r: len(r[0]))
+                for i in range(0, len(rows), 16):
+                    batch = rows[i : i + 16]
+                    width = max(len(p) for p, _ in batch)
+                    ids = torch.tensor([p + [0] * (width - len(p)) for p, _ in batch])
+                    seen = torch.tensor([[1] * len(p) + [0] * (width - len(p)) for p, _ in batch])
+                    hidden = plain.base_model(ids, attention_mask=seen).last_hidden_state
+                    keep = [
+                        (r, t) for r, (p, n) in enumerate(batch) for t in range(len(p) - n, len(p))
+                    ]
+                    r, t = torch.tensor(keep).T
+                    z = plain.lm_head(hidden[r, t - 1])
+                    selected = z.gather(1, ids[r, t][:, None])[:, 0] - z.logsumexp(-1)
+                    selected.sum().backward()
+
+            a, b, a2, b2 = (seconds(f, 2) for f in (packed, apart, packed, apart))
+            print(
+                f"  T {steps:2} k 8 steps of {length}: {a:.2f} s against {b:.2f} s, {b / a:.1f}x (again {b2 / a2:.1f}x)"
+            )
+
+
+# ------------------------------------------------------------ sampler
+
+
+def sampler(new=80):
+    with tempfile.TemporaryDirectory() as folder:
+        lm = small_model(folder)
+        lm.eos, ids = [lm.eos[0]], lm.prompt_ids("Ann has 6 coins.\nHow many coins does Ann have?")
+        plain = hf.AutoModelForCausalLM.from_pretrained(folder).eval()
+        print(
+            f"sampler, {new} new tokens, random 2M model (it ends rows at random), against generate()"
+        )
+        for batch in (256, 512):
+            prompt = torch.tensor([ids] * batch)
+
+            def ours(batch=batch):
+                prefixes = Prefixes(lm, [Tree([ids], [-1], [True])])
+                rows = [(0, 0, draw_key("bench", i), new) for i in range(batch)]
+                return sample(lm, prefixes, rows, batch=batch)
+
+            def generate(prompt=prompt):
+                with torch.no_grad():
+                    flags = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": new}
+                    return plain.generate(prompt, attention_mask=torch.ones_like(prompt), **flags)
+
+            a, b, a2, b2 = (seconds(f, 2) for f in (ours, generate, ours, generate))
+            print(
+                f"  batch {batch}: {a:.2f} s against {b:.2f} s, {b / a:.2f}x (again {b2 / a2:.2f}x)"
+            )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["one"]:
+        name, dtype, *sizes = sys.argv[2:]
+        one_logprob(name, getattr(torch, dtype), *map(int, sizes))
+    else:
+        print(f"torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads")
+        for part in sys.argv[1:] or ("logprobs", "tree", "sampler"):
+            globals()[part]()

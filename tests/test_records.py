@@ -1,0 +1,348 @@
+"""Torn, broken, stale and foreign files; the disk and the numbers that go wrong; exact resume of training."""
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import toy
+import torch
+
+from model import UserError, fit, load_critic, replace
+from prepare import Stage, dump, read_jsonl
+from train_actor import advantage_states
+
+S, L, C = "sample.py", "label_steps.py", "train_critic.py"
+NODE = {"parent": -1, "ids": [], "text": "é\n", "draws": 0, "n": 1, "wins": 1, "reward": None}
+RESPONSE = {"ids": [5, 0], "ends": [2], "text": "½ 3\n", "reward": 1, "finished": True}
+RECORDS = {
+    "samples": {"prompt_ids": [1], "kept": [0], "responses": [RESPONSE]},
+    "trees": {"prompt_ids": [1], "nodes": [NODE]},
+    "eval": {"text": "→ 18", "prediction": "18", "correct": True, "verdict": "right"},
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    out: str
+    force: bool = False
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory):
+    """Samples and trees of the toy, and a critic."""
+    folder = tmp_path_factory.mktemp("records") / "ready"
+    folder.mkdir()
+    here = os.getcwd()
+    os.chdir(folder)
+    toy.build(folder)
+    toy.pipeline(S, L, C)
+    os.chdir(here)
+    return folder
+
+
+@pytest.fixture
+def work(ready, tmp_path, monkeypatch):
+    """A copy of it, as the current folder."""
+    shutil.copytree(ready, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """begun(kind): a stage's output of three records, not finished. -> its path, its bytes, its records"""
+    monkeypatch.setattr(sys, "argv", [str(toy.ROOT / S)])
+
+    def make(kind):
+        path = tmp_path / f"{kind}.jsonl"
+        records = [{"id": f"p{i}", **RECORDS[kind]} for i in range(3)]
+        out = Stage(path, Settings(str(path)), {})
+        out.append(records[:1])
+        out.append(records[1:])
+        out.lock.close()
+        return path, path.read_bytes(), records
+
+    return make
+
+
+# ---------------------------------------------------------------------------------------------- torn and broken files
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_cut_at_every_byte(kind, begun, capsys):
+    path, whole, records = begun(kind)
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        capsys.readouterr()
+        out = Stage(path, Settings(str(path)), {})
+        out.lock.close()
+        kept = whole[:size].count(b"\n")
+        assert out.done == records[:kept]
+        assert path.read_bytes() == b"".join(map(dump, records[:kept]))
+        torn = size - len(path.read_bytes())
+        assert (f"dropped a torn last line of {torn} bytes" in capsys.readouterr().out) == (
+            torn > 0
+        )
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_broken_byte_in_the_middle(kind, begun):
+    path, whole, _ = begun(kind)
+    line = len(whole) // 3  # the second of three
+    for at in range(line + 2, 2 * line - 2):
+        broken = whole[:at] + b"\xff" + whole[at + 1 :]
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match=rf"{kind}\.jsonl:2: "):
+            Stage(path, Settings(str(path)), {})
+        assert path.read_bytes() == broken
+
+
+def test_whole_file_needs_no_last_line_break(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"id": "a"}\n{"id": "b"}')
+    assert [r["id"] for r in read_jsonl(tmp_path / "a.jsonl")] == ["a", "b"]
+
+
+def test_value_head_cut_short_or_of_another_shape(work):
+    path = work / "run" / "critic" / "value_head.safetensors"
+    whole = path.read_bytes()
+    for size in range(0, len(whole), 31):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"value_head\.safetensors"):
+            load_critic(str(path.parent))
+    path.write_bytes(whole.replace(b"[1,16]", b"[2,8] "))
+    with pytest.raises(UserError, match=r"value_head\.safetensors"):
+        load_critic(str(path.parent))
+
+
+def test_replace_leaves_the_old_file_when_writing_fails(tmp_path):
+    path = tmp_path / "a"
+    replace(path, lambda p: p.write_text("old"))
+    for error in (OSError(28, "full"), RuntimeError("full"), KeyboardInterrupt()):
+
+        def write(p, error=error):
+            p.write_text("ne")
+            raise error
+
+        with pytest.raises((OSError, KeyboardInterrupt)):
+            replace(path, write)
+        assert path.read_text() == "old"
+
+
+# ---------------------------------------------------------------------------------------------- manifests
+
+FIELDS = [
+    ("stage",),
+    ("code",),
+    ("settings", "seed"),
+    ("settings", "n1"),
+    ("settings", "max_new"),
+    ("inputs", "actor"),
+    ("inputs", "problems"),
+    ("facts", "actor"),
+    ("facts", "tokenizer"),
+    ("facts", "template"),
+]
+
+
+def alter(path: Path, field: tuple[str, ...], value="else"):
+    manifest = json.loads(path.read_text())
+    part = manifest
+    for key in field[:-1]:
+        part = part[key]
+    was, part[field[-1]] = part[field[-1]], value
+    path.write_text(json.dumps(manifest))
+    return was
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=" ".join)
+def test_same_command_under_other_conditions(field, work):
+    was = alter(work / "run" / "samples.jsonl.manifest.json", field)
+    there = toy.hashes(work)
+    code, _, err = toy.stage(S, toy.SAMPLE)
+    assert code == 2 and err.count("\n") == 1
+    for part in (" ".join(field), "else", str(was), "--force", "--out"):
+        assert part in err, err
+    assert toy.hashes(work) == there
+
+
+@pytest.mark.parametrize("fact", ["actor", "tokenizer", "template", "max_new"])
+def test_next_stage_refuses_another_fact(fact, work):
+    was = alter(work / "run" / "samples.jsonl.manifest.json", ("facts", fact))
+    code, _, err = toy.stage(L, toy.LABEL.replace("run/trees", "new/trees"))
+    assert code == 2 and err.count("\n") == 1
+    assert fact in err and "else" in err and str(was)[:16] in err
+    assert not (work / "new" / "trees.jsonl").exists()
+
+
+def test_changed_input(work):
+    """One byte of an input, and the same command is refused, whether it was through or not."""
+    path = work / "problems.jsonl"
+    path.write_bytes(path.read_bytes().replace(b" 1 2 0", b" 1 3 0", 1))
+    code, _, err = toy.stage(S, toy.SAMPLE)
+    assert code == 2 and "inputs problems was" in err and err.count("\n") == 1
+
+
+def test_changed_output(work):
+    path = work / "run" / "samples.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"reward": 0', b'"reward": 1', 1))
+    code, _, err = toy.stage(S, toy.SAMPLE)
+    assert code == 2 and "samples.jsonl: changed since" in err and err.count("\n") == 1
+
+
+def test_complete_run_says_so(work):
+    there = toy.hashes(work)
+    for script in (S, L, C):
+        code, out, err = toy.stage(script, toy.FLAGS[script])
+        assert code == 0 and out.endswith("complete, nothing to do\n") and not err
+    assert toy.hashes(work) == there
+
+
+def test_deleted_output_is_made_again(work):
+    there = toy.hashes(work)
+    (work / "run" / "samples.jsonl").unlink()
+    shutil.rmtree(work / "run" / "critic")
+    for script in (S, C):
+        assert toy.stage(script, toy.FLAGS[script])[0] == 0
+    assert toy.hashes(work) == there
+
+
+def test_second_writer(work):
+    (work / "run" / "samples.jsonl.manifest.json").unlink()
+    (work / "run" / "samples.jsonl").unlink()
+    there = toy.hashes(work)
+    with (work / "run" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, err = toy.stage(S, toy.SAMPLE)
+    assert code == 2 and "another stage is writing" in err and err.count("\n") == 1
+    assert toy.hashes(work) == there
+    assert toy.stage(S, toy.SAMPLE)[0] == 0
+
+
+def test_output_of_any_name_resumes(work):
+    """A JSONL that is not called .jsonl: no record twice."""
+    flags = toy.SAMPLE.replace("run/samples.jsonl", "new/samples.txt")
+    assert toy.stage(S, flags)[0] == 0
+    path, whole = work / "new" / "samples.txt", (work / "new" / "samples.txt").read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    manifest = Path(f"{path}.manifest.json")
+    made = json.loads(manifest.read_text())
+    del made["output"]
+    manifest.write_text(json.dumps(made))
+    assert toy.stage(S, flags)[0] == 0
+    assert path.read_bytes() == whole
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+class Stop(Exception):
+    pass
+
+
+def regression(work: Path, stop=None, poison=None, steps=12):
+    """fit a linear model with noise from torch's generator; die in pack 1 of step `stop`. -> its parameters"""
+    torch.manual_seed(0)
+    net = torch.nn.Linear(3, 1)
+    data = torch.randn(4, 3)
+    calls = []
+
+    def loss(i, part):
+        if (i, part) == (stop, 1):
+            raise Stop
+        calls.append(i)
+        noise = torch.randn(2, 3)
+        value = net(data[2 * part : 2 * part + 2] + noise).square().mean() / 2
+        return value * (poison[1] if poison and i == poison[0] else 1.0), {}
+
+    fit(
+        {"net": net},
+        list(range(steps)),
+        lambda i: [(i, 0), (i, 1)],
+        loss,
+        work,
+        lr=0.1,
+        save_every=4,
+        name=lambda i: [f"problem {i}"],
+    )
+    return torch.cat([p.detach().flatten() for p in net.parameters()]), calls
+
+
+@pytest.mark.parametrize("stop", [0, 3, 4, 5, 8, 11])
+def test_training_resumes_exactly(stop, tmp_path):
+    """Killed within step `stop` (4, 8: the first of an epoch; 11: the last), then gone on: n steps, to the bit."""
+    whole, _ = regression(tmp_path / "whole")
+    with pytest.raises(Stop):
+        regression(tmp_path / "parts", stop)
+    resumed, calls = regression(tmp_path / "parts")
+    assert torch.equal(whole, resumed)
+    assert calls[0] == stop // 4 * 4
+    lines = [(tmp_path / f / "metrics.jsonl").read_text() for f in ("whole", "parts")]
+    assert lines[0] == lines[1] and lines[0].count("\n") == 12
+    assert len(list((tmp_path / "parts").glob("step-*.pt"))) == 2
+    again, calls = regression(tmp_path / "parts")
+    assert torch.equal(whole, again) and not calls
+
+
+def test_broken_checkpoint(tmp_path):
+    regression(tmp_path)
+    os.truncate(tmp_path / "step-00000012.pt", 500)
+    with pytest.raises(UserError, match="step-00000012.pt: broken"):
+        regression(tmp_path)
+    (tmp_path / "step-00000012.pt").unlink()
+    resumed, calls = regression(tmp_path)
+    assert calls[0] == 8 and torch.equal(resumed, regression(tmp_path / "whole")[0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_go_wrong(value, tmp_path):
+    with pytest.raises(UserError, match="step 5: loss or gradient is not finite"):
+        regression(tmp_path, poison=(5, value))
+    report = json.loads((tmp_path / "non_finite.json").read_text())
+    assert report["step"] == 5 and report["batch"] == ["problem 5"]
+    assert [p.name for p in tmp_path.glob("step-*.pt")] == ["step-00000004.pt"]
+
+
+def test_no_room_for_checkpoints(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: usage._replace(free=100))
+    with pytest.raises(UserError, match="checkpoints need"):
+        regression(tmp_path)
+    assert not list(tmp_path.glob("step-*.pt"))
+
+
+# ---------------------------------------------------------------------------------------------- data that is hardly there
+
+
+def test_state_without_siblings():
+    """One action has advantage 0 and no gap: the state is left out, its neighbours stay."""
+    nodes = [{**NODE, "n": 2}, *({**NODE, "parent": p, "draws": 1} for p in (0, 1, 1))]
+    q = torch.tensor([0.5, 0.5, 1.0, 0.0], dtype=torch.float64)
+    states = advantage_states({"nodes": nodes}, q, gap=0.1)
+    assert [s["node"] for s in states] == [1]
+
+
+@pytest.mark.parametrize(
+    ("text", "ends"), [("", []), ("\n", [1]), ("\n\n\n", [3]), ("\n 1\n\n 2", [4, 5])]
+)
+def test_empty_and_blank_responses(text, ends, ready):
+    from model import LM
+
+    lm = LM(str(ready / "tiny"), device="cpu")
+    assert lm.step_ends(lm.response_ids(text)[:-1]) == ends
+
+
+def test_model_that_never_ends(work):
+    """Every response is cut off: reward 0, no EOS in ids, and stage B says that nothing differs."""
+    path = work / "tiny" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 99}))
+    shutil.rmtree(work / "run")
+    toy.pipeline(S, L, C)
+    responses = [x for r in read_jsonl(work / "run" / "samples.jsonl") for x in r["responses"]]
+    assert all(not x["finished"] and x["reward"] == 0 and len(x["ids"]) == 10 for x in responses)
+    code, _, err = toy.stage("train_actor.py", toy.ACTOR)
+    assert code == 2 and "no state has actions" in err and err.count("\n") == 1
