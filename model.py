@@ -337,7 +337,9 @@ def _attention(query, key, value, bias, scaling):
     Written out on purpose: on the CPU as fast as the fused kernel and, unlike it, the same bits for
     a row whatever the batch and however many masked columns follow.
     """
-    return ((query * scaling) @ key.transpose(-1, -2) + bias).softmax(-1) @ value
+    scores = (query * scaling) @ key.transpose(-1, -2) + bias
+    high = torch.promote_types(scores.dtype, torch.float32)
+    return scores.softmax(-1, dtype=high).to(value.dtype) @ value
 
 
 class TreeView:

@@ -95,6 +95,66 @@ def test_killed_anywhere(script, alone, tmp_path, pytestconfig):
     survive(script, alone, tmp_path / "work", kills)
 
 
+FULL = {  # where the disk is full from, one after the other: (point, occurrence in that run)
+    "sample.py": [
+        ("mid samples.jsonl", 2),
+        ("before fsync", 1),
+        ("mid samples.jsonl.manifest.json.new", 1),
+    ],
+    "train_critic.py": [
+        ("mid metrics.jsonl", 11),
+        ("half a save", 4),
+        ("half a safe_save_file", 1),
+    ],
+}
+
+
+@pytest.mark.parametrize("script", FULL)
+def test_disk_full(script, alone, tmp_path):
+    """Every write fails from some point on: one line, exit code not 0, records kept; after room is made it goes on."""
+    start, end, _ = alone[script]
+    folder = tmp_path / "work"
+    shutil.copytree(start, folder)
+    child = toy.Child(folder)
+    for point in FULL[script]:
+        done = finished(folder, script)
+        code = child(script, point=point, full=True)
+        assert code in (1, 2), child.log
+        err = child.log["err"]
+        assert err.startswith("error: ") and err.count("\n") == 1, err
+        assert done <= finished(folder, script)
+    assert child(script) == 0, child.log
+    assert toy.hashes(folder) == toy.hashes(end)
+
+
+def test_small_disk(alone, tmp_path):
+    """A real file system of 20 KB, made larger when it was full."""
+    start, end, _ = alone["sample.py"]
+    folder = tmp_path / "work"
+    shutil.copytree(start, folder)
+    run, child = folder / "run", toy.Child(folder)
+    run.mkdir(exist_ok=True)
+    kept = {p.name: p.read_bytes() for p in run.iterdir()}
+
+    def mount(*options):
+        return subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", *options, "tmpfs", run], check=False, capture_output=True
+        )
+
+    if shutil.which("mount") is None or mount("size=20k").returncode:
+        pytest.skip("this user may not mount a file system")
+    try:
+        for name, data in kept.items():
+            (run / name).write_bytes(data)
+        assert child("sample.py") == 1
+        assert "No space left" in child.log["err"] and child.log["err"].count("\n") == 1
+        mount("remount,size=4m")
+        assert child("sample.py") == 0, child.log
+        assert toy.hashes(folder) == toy.hashes(end)
+    finally:
+        subprocess.run(["umount", run], check=True)
+
+
 def test_as_a_user_would(alone, tmp_path):
     """The real command line: killed in the middle of a line, then started again."""
     folder, (start, end, _) = tmp_path / "work", alone["sample.py"]
@@ -109,11 +169,11 @@ def test_as_a_user_would(alone, tmp_path):
     )
     script = str(toy.ROOT / "sample.py")
     path = os.pathsep.join([str(toy.ROOT), str(toy.ROOT / "tests")])
-    options = {"cwd": folder, "capture_output": True, "text": True, "check": False}
+    options = {"cwd": folder, "capture_output": True, "text": True}
     options["env"] = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     prefix = f"import sys; sys.argv = {[script, *flags]!r}\n"
-    killed = subprocess.run([sys.executable, "-c", prefix + code], **options)
+    killed = subprocess.run([sys.executable, "-c", prefix + code], check=False, **options)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    again = subprocess.run([sys.executable, script, *flags], **options)
+    again = subprocess.run([sys.executable, script, *flags], check=False, **options)
     assert again.returncode == 0 and "torn last line" in again.stdout, again.stderr
     assert toy.hashes(folder) == toy.hashes(end)

@@ -529,6 +529,7 @@ OTHERS = {
         hf.Gemma2Config,
         {"sliding_window": None, "layer_types": ["full_attention"] * 2},
     ),
+    "phi, a bias on the logits": ("phi.*bias", hf.PhiConfig, {}),
     "bloom, ALiBi": ("bloom", hf.BloomConfig, BLOOM),
     "mamba, no attention": ("mamba", hf.MambaConfig, {"hidden_size": 32, "num_hidden_layers": 2}),
 }
@@ -548,22 +549,6 @@ def test_a_window_that_is_switched_off_is_fine(build, kind):
     LM(build(kind, {"num_key_value_heads": 2, "sliding_window": None}), device="cpu")
 
 
-@pytest.mark.xfail(strict=True, reason="LM.head leaves the bias of lm_head out")
-def test_a_head_with_a_bias_is_honoured_or_refused(build):
-    place = build(hf.PhiConfig, {"num_key_value_heads": 4})
-    assert hf.AutoModelForCausalLM.from_pretrained(place).lm_head.bias.abs().max() > 0.1
-    trees = forest(100)[:2]
-    try:
-        lm = LM(place, device="cpu")
-    except UserError:
-        return
-    wanted, _ = slow(place, trees)
-    (pack,) = pack_trees(trees, 9999)
-    for key, x in zip(pack.owner, step_logprobs(lm, pack).tolist(), strict=True):
-        assert x == pytest.approx(wanted[key].item(), abs=1e-4)
-
-
-@pytest.mark.xfail(strict=True, reason="LM(train=True) leaves dropout on")
 def test_dropout_is_off_in_training(build):
     """A policy that flips coins has no log-ratio of exactly 0 at step 0."""
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "resid_pdrop": 0.3}

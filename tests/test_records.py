@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import toy
 import torch
+import toy
 
 from model import UserError, fit, load_critic, replace
 from prepare import Stage, dump, read_jsonl
@@ -300,7 +300,7 @@ def test_broken_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_that_go_wrong(value, tmp_path):
-    with pytest.raises(UserError, match="step 5: loss or gradient is not finite"):
+    with pytest.raises(UserError, match="step 5: .*not finite"):
         regression(tmp_path, poison=(5, value))
     report = json.loads((tmp_path / "non_finite.json").read_text())
     assert report["step"] == 5 and report["batch"] == ["problem 5"]
@@ -345,4 +345,4 @@ def test_model_that_never_ends(work):
     responses = [x for r in read_jsonl(work / "run" / "samples.jsonl") for x in r["responses"]]
     assert all(not x["finished"] and x["reward"] == 0 and len(x["ids"]) == 10 for x in responses)
     code, _, err = toy.stage("train_actor.py", toy.ACTOR)
-    assert code == 2 and "no state has actions" in err and err.count("\n") == 1
+    assert code == 2 and "no state" in err and err.count("\n") == 1

@@ -155,6 +155,38 @@ def test_temperature_1_is_the_models_distribution(peaked):
     assert chi_square_z(got_first, dict(enumerate(cool)), n) > 5
 
 
+@pytest.mark.parametrize(
+    "kind, fields",
+    [
+        (hf.GraniteConfig, {"logits_scaling": 3.0}),
+        (hf.CohereConfig, {"logit_scale": 0.3}),
+        (hf.NanoChatConfig, {"final_logit_softcapping": 2.0}),
+    ],
+)
+def test_a_models_own_logit_transform_is_sampled(folder, tmp_path, kind, fields):
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(0)
+    config = kind(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        initializer_range=0.25, bos_token_id=None, eos_token_id=0, pad_token_id=0, **fields,
+    )  # fmt: skip
+    hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    lm, prompt = LM(tmp_path, device="cpu"), [4, 9, 13, 5]
+    keys = [draw_key(5, k) for k in range(300)]
+    drawn = sample(lm, Prefixes(lm, [Tree([prompt], [-1], [True])]), [(0, 0, k, 2) for k in keys])
+    plain = hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    same = total = 0
+    for ids, key in zip(drawn, keys, strict=True):
+        with torch.no_grad():
+            logits = plain(torch.tensor([prompt + ids[:-1]])).logits[0, len(prompt) - 1 :]
+        where = torch.arange(len(ids))
+        want = draw_tokens(logits, torch.tensor(key).expand(len(ids)), where, 1.0).tolist()
+        same, total = same + sum(a == b for a, b in zip(want, ids)), total + len(ids)
+    assert same >= 0.995 * total  # a draw may sit on the very edge of a token
+
+
 def test_draw_tokens_is_the_inverse_cdf():
     logits = torch.tensor([[0.0, -torch.inf, 1.0, 2.0, -torch.inf]]).log_softmax(-1)
     key, position = torch.arange(4000) * 977, torch.zeros(4000, dtype=torch.long)

@@ -5,6 +5,7 @@ SIGKILL at a named point or at the k-th Python call. Flags name files of the cur
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -210,21 +211,33 @@ def install(tick):
     Path.open = open_halved
 
 
-def _run(script, flags, folder, point, call, log):
-    """In the child: die at point (name, occurrence), or at the call-th Python call; else log what was passed."""
+def _run(script, flags, folder, point, call, full, log):
+    """In the child: at point (name, occurrence) die, or if `full` find the disk full from there on; die at the call-th
+    Python call; else log what was passed."""
     os.chdir(folder)
     os.environ["OMP_NUM_THREADS"] = "1"
+    import safetensors
+
     import model
 
-    drawn, count, calls = set(), Counter(), 0
+    drawn, count, calls, no_room = set(), Counter(), 0, False
 
     def die():
         os.kill(os.getpid(), signal.SIGKILL)
 
     def tick(name):
+        nonlocal no_room
         count[name] += 1
         if point == (name, count[name]):
-            die()
+            no_room = full
+            if not full:
+                die()
+        if no_room and name == "half a save":
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+        if no_room and name.startswith("half"):
+            raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+        if no_room and name.startswith(("mid", "before fsync", "before truncate")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def profile(frame, event, arg):
         nonlocal calls
@@ -248,7 +261,8 @@ def _run(script, flags, folder, point, call, log):
         sys.setprofile(profile)
     code, out, err = stage(script, flags)
     sys.setprofile(None)
-    Path(log).write_text(json.dumps({"out": out, "err": err, "points": count, "calls": calls}))
+    with open(log, "w") as f:
+        json.dump({"out": out, "err": err, "points": count, "calls": calls}, f)
     sys.stdout.flush()
     os._exit(code)
 
@@ -263,10 +277,10 @@ class Child:
             ["prepare", "transformers.models.llama.modeling_llama", "safetensors.torch"]
         )
 
-    def __call__(self, script, flags=None, point=None, call=None, timeout=None) -> int:
+    def __call__(self, script, point=None, call=None, timeout=None, full=False) -> int:
         """-> exit code; -9: killed. timeout: seconds after which it is killed from outside."""
         self.file.unlink(missing_ok=True)
-        arguments = (script, flags or FLAGS[script], self.folder, point, call, self.file)
+        arguments = (script, FLAGS[script], self.folder, point, call, full, self.file)
         process = self.context.Process(target=_run, args=arguments)
         process.start()
         process.join(timeout)
