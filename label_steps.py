@@ -62,39 +62,52 @@ class StepTree:
                 "labelled": False,
             }
         ]
-        self.child, self.kept, self.depth, self.tokens = {}, [True], [0], 0
+        self.child, self.depth, self.tokens = {}, [0], 0
+        self.kept = [True]  # states: a kept response goes on from here
+        self.open = [[]]  # a node's children that are states
 
-    def step(self, parent: int, ids: list[int], reward: int | None, kept: bool) -> int:
+    def step(self, parent: int, ids: list[int], reward: int | None) -> int:
         """The child of `parent` by the step `ids`, made if need be; reward None: it goes on."""
         v = self.child.setdefault((parent, tuple(ids)), len(self.nodes))
         if v == len(self.nodes):
             self.nodes.append(
                 {**self.nodes[0], "parent": parent, "ids": ids, "reward": reward, "n": 0, "wins": 0}
             )
-            self.kept.append(kept)
+            self.kept.append(False)
             self.depth.append(self.depth[parent] + len(ids))
-        elif reward is None:
-            self.nodes[v]["reward"] = (
-                None  # one response was cut off here by its length, another went on
-            )
+            self.open.append([])
+        elif reward is None:  # a response was cut off here by its length, another goes on
+            self.nodes[v]["reward"] = None
         return v
 
     def keep(self, ids: list[int], ends: list[int], reward: int):
         """Put a kept response's steps in, uncounted."""
         v = 0
         for a, b in zip([0, *ends], ends):
-            v = self.step(v, ids[a:b], reward if b == ends[-1] else None, True)
+            u = self.step(v, ids[a:b], reward if b == ends[-1] else None)
+            if b != ends[-1] and not self.kept[u]:
+                self.kept[u] = True
+                self.open[v].append(u)
+            v = u
 
-    def complete(self, v: int, ids: list[int], ends: list[int], reward: int):
-        """Count one completion drawn at node v."""
-        self.tokens += len(ids)
+    def complete(self, v: int, ids: list[int], cut, reward: int):
+        """Count one completion drawn at node v, and go on at every kept state that it passes.
+
+        cut: LM.step_ends. It looks a token ahead (a blank line joins the step before it), so a kept
+        state is passed if its tokens begin the completion, whatever the completion's own cut is:
+        only then is each completion an unbiased draw at each state.
+        """
         self._count(v, reward)
-        for a, b in zip([0, *ends], ends):
-            v = self.step(v, ids[a:b], reward if b == ends[-1] else None, False)
-            self.nodes[v]["draws"] += 1
-            self._count(v, reward)
-            if not self.kept[v] or self.nodes[v]["reward"] is not None:
-                break
+        end = cut(ids)[0]
+        last = end == len(ids)
+        step = self.step(v, ids[:end], reward if last else None)
+        self.nodes[step]["draws"] += 1
+        if last or not self.kept[step]:
+            self._count(step, reward)
+        for u in self.open[v]:
+            size = len(self.nodes[u]["ids"])
+            if size < len(ids) and ids[:size] == self.nodes[u]["ids"]:
+                self.complete(u, ids[size:], cut, reward)
 
     def _count(self, v: int, reward: int):
         self.nodes[v]["n"] += 1
@@ -106,7 +119,7 @@ class StepTree:
         for v, node in enumerate(self.nodes):
             if v:
                 level[v] = level[node["parent"]] + 1
-            if self.kept[v] and node["reward"] is None:
+            if self.kept[v]:
                 levels += [[] for _ in range(level[v] + 1 - len(levels))]
                 levels[level[v]].append(v)
         return levels
@@ -198,7 +211,8 @@ def label(
         verdicts = grade_all([problems[t] for t, *_ in rows], [lm.text(ids) for ids in whole])
         for (t, v, *_), ids, (verdict, _) in zip(rows, drawn, verdicts):
             reward = int(ids[-1] in lm.eos and verdict == "right")
-            trees[t].complete(v, ids, lm.step_ends(ids), reward)
+            trees[t].tokens += len(ids)
+            trees[t].complete(v, ids, lm.step_ends, reward)
         total["completions"] += len(rows)
         total["tokens"] += sum(map(len, drawn))
 
@@ -206,7 +220,7 @@ def label(
 def record(lm: LM, problem_id: str, tree: StepTree) -> dict:
     for v, node in enumerate(tree.nodes):
         node["text"] = lm.text(node["ids"] if v else tree.prompt_ids)
-        node["labelled"] = tree.kept[v] and node["reward"] is None
+        node["labelled"] = tree.kept[v]
     return {
         "id": problem_id,
         "prompt_ids": tree.prompt_ids,

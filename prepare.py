@@ -52,7 +52,7 @@ def sha256(path: Path) -> str:
         parts = [
             f"{p.name} {sha256(p)}"
             for p in sorted(path.iterdir())
-            if p.is_file() and p.name != ".sha256.json"
+            if p.is_file() and not p.name.startswith(".sha256.json")
         ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
     memory, stat = path.parent / ".sha256.json", path.stat()
@@ -707,6 +707,7 @@ def stage(s: Settings):
     for spec in (s.train, s.test, s.demos):
         for _, path in parse(spec):
             inputs[path] = path
+    demos = [d for name, path in parse(s.demos) for d in load_demos(name, path, s)]
     for split in ("train", "valid", "test"):
         out = Stage(folder / f"{split}.jsonl", s, inputs, facts={"split": f"{s.split_seed}"})
         if not out.complete:
@@ -718,7 +719,7 @@ def stage(s: Settings):
     if s.make_base and (s.demos or not s.train):
         base = Stage(folder / "base", s, inputs | ({"base": s.base} if s.base else {}))
         if not base.complete:
-            tune_base(base, s) if s.demos else make_base(base, s.seed)
+            tune_base(base, demos, s) if demos else make_base(base, s.seed)
 
 
 def parse(spec: str) -> list[tuple[str, str]]:
@@ -762,9 +763,8 @@ def real_problems(s: Settings) -> dict[str, list[dict]]:
     return {"train": train, "valid": valid, "test": test}
 
 
-def tune_base(out: Stage, s: Settings):
+def tune_base(out: Stage, demos: list[dict], s: Settings):
     """Fine-tune --base on demonstrations: what users do with a base model before RL."""
-    demos = [d for name, path in parse(s.demos) for d in load_demos(name, path, s)]
     lm = LM(s.base, train=True)
     trees = [demo_tree(lm, d) for d in demos]
     fine_tune(lm, trees, out.work, s.lr, batch=32, passes=s.passes, seed=s.seed, prompt_weight=0.0)

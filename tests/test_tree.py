@@ -4,7 +4,9 @@ import json
 import random
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tokenizers as tk
 import torch
@@ -177,6 +179,11 @@ def flat(steps) -> tuple[list[int], list[int]]:
     return ids, [sum(map(len, steps[: k + 1])) for k in range(len(steps))]
 
 
+def draw(ids, ends):
+    """A completion and how it is cut, from wherever the walk has come to."""
+    return ids, lambda rest: [e - len(ids) + len(rest) for e in ends if e > len(ids) - len(rest)]
+
+
 def steps_to(tree: StepTree, v: int) -> tuple:
     steps = ()
     while v:
@@ -196,7 +203,7 @@ def grow(bandit: Bandit, rng, n1=12, n=4, m=5):
             for _ in range(m - tree.nodes[v]["n"]):
                 state = steps_to(tree, v)
                 steps, reward = bandit.draw(rng, state)
-                tree.complete(v, *flat(steps), reward)
+                tree.complete(v, *draw(*flat(steps)), reward)
                 log.append((state, steps, reward))
     return tree, kept, log
 
@@ -260,10 +267,10 @@ def test_hand_worked_tree():
     assert [(n["draws"], n["n"], n["wins"]) for n in tree.nodes] == [(0, 0, 0)] * 4
     assert [n["reward"] for n in tree.nodes] == [None, None, 1, 0]
     assert tree.states() == [[0], [1]]
-    tree.complete(0, [5, 6, 7], [1, 3], 1)  # along a kept response to its end
-    tree.complete(0, [5, 9, 9], [1, 2, 3], 1)  # leaves it after the first step; 9 is a leaf
-    tree.complete(0, [4, 5, 6, 7], [1, 2, 4], 0)  # leaves at once
-    tree.complete(1, [9, 8], [1, 2], 0)  # meets the leaf
+    tree.complete(0, *draw([5, 6, 7], [1, 3]), 1)  # along a kept response to its end
+    tree.complete(0, *draw([5, 9, 9], [1, 2, 3]), 1)  # leaves it after the first step; 9 is a leaf
+    tree.complete(0, *draw([4, 5, 6, 7], [1, 2, 4]), 0)  # leaves at once
+    tree.complete(1, *draw([9, 8], [1, 2]), 0)  # meets the leaf
     rows = [(n["parent"], n["ids"], n["draws"], n["n"], n["wins"], n["reward"]) for n in tree.nodes]
     assert rows == [
         (-1, [], 0, 3, 2, None),
@@ -426,3 +433,27 @@ def test_trees_of_the_stage(labelled):
                 assert not set(node["ids"]) & set(lm.eos)
     wanted = {"topped up", "shared", "kept ends drawn", "kept ends not drawn", "cut off"}
     assert wanted == {k for k in seen if seen[k] > 1}, seen
+
+
+def test_a_boundary_that_needs_a_look_ahead_does_not_bias_the_counts():
+    """Token 1 is a blank line: "0" then "1" is one step, "0" then anything else ends after the 0.
+
+    The policy draws 0, then with equal chance 1 2 (right) or 3 (wrong), so V(after 0) = 1/2. The kept
+    response 0 | 3 makes a state of "0". Counting a completion from above there only if its own cut
+    ends after the 0 would let the wrong ones in and keep the right ones out: MC would be 1/4.
+    """
+    toy = SimpleNamespace(breaks=np.array([1, 1, 0, 0], bool), blank=np.array([0, 1, 0, 0], bool))
+    rng, wins, n = random.Random(0), 0, 0
+    for _ in range(400):
+        tree = StepTree([9])
+        tree.keep([0, 3], [1, 2], 0)
+        for _ in range(8):
+            right = rng.random() < 0.5
+            ids = [0, 1, 2] if right else [0, 3]
+            tree.complete(0, ids, lambda rest: LM.step_ends(toy, rest), int(right))
+        while tree.nodes[1]["n"] < 8:
+            right = rng.random() < 0.5
+            ids = [1, 2] if right else [3]
+            tree.complete(1, ids, lambda rest: LM.step_ends(toy, rest), int(right))
+        wins, n = wins + tree.nodes[1]["wins"], n + tree.nodes[1]["n"]
+    assert abs(wins / n - 0.5) < 4 * (0.25 / n) ** 0.5
