@@ -324,7 +324,8 @@ def attend(module, query, key, value, attention_mask=None, scaling=None, view=No
     `view` (TreeView or CacheView) comes through the model's own forward and does the work.
     """
     if kwargs.get("softcap") or kwargs.get("sliding_window"):
-        raise UserError("attention with a soft-cap or a sliding window cannot be packed")
+        name = type(module).__name__
+        raise UserError(f"{name} has a soft-cap or a sliding window, which cannot be packed")
     return view(module.layer_idx, query, key, value, scaling).transpose(1, 2).contiguous(), None
 
 

@@ -102,7 +102,7 @@ def advantage_states(record: dict, q, gap: float) -> list[dict]:
     adv, mean, gaps = step_advantages(q[actions], parent, draws)
     kept = []
     for i, state in enumerate(states):
-        if gaps[i] >= gap:
+        if gaps[i] >= gap - 1e-9:  # .6 - .5 is .0999...
             chosen = [
                 {
                     "node": actions[j],
