@@ -225,7 +225,7 @@ def test_gsm8k_with_a_bpe_model_through_every_stage(bpe, tmp_path):
 
 
 def blocks(kind):
-    return re.findall(rf"```{kind}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    return re.findall(rf"```{kind}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
 def test_readme_commands_have_flags_that_exist():
