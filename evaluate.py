@@ -561,9 +561,8 @@ def report(run: Path):
             else ""
         )
         low, high = row["interval"]
-        print(
-            f"{name:8}{row['accuracy']:8.1%}   [{low:.1%}, {high:.1%}] {row.get('sampled', math.nan):8.1%} {p} {gain}"
-        )
+        sampled = f"{row['sampled']:.1%}" if "sampled" in row else ""
+        print(f"{name:8}{row['accuracy']:8.1%}   [{low:.1%}, {high:.1%}] {sampled:>8} {p} {gain}")
 
     figure, axes = plt.subplots(2, 2, figsize=(11, 8))
     x = range(len(rows))

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 from evaluate import grade_all
 from model import LM, Prefixes, Tree, draw_key, pack_trees, sample, step_logprobs
 from prepare import fine_tune, read_jsonl
@@ -103,7 +104,7 @@ def main(run):
     show("rejection-sampling SFT", lm)
     flags = "--advantage outcome --beta 1 --lr 1e-4 --passes 4 --batch 256".split()  # noqa: SIM905
     paths = ["--actor", base, "--trees", samples, "--out", run / "outcome" / "actor"]
-    subprocess.run([sys.executable, "train_actor.py", *paths, *flags], check=True)
+    subprocess.run([sys.executable, ROOT / "train_actor.py", *paths, *flags], check=True)
     show("outcome advantages", LM(str(run / "outcome" / "actor")))
 
 
