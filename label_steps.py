@@ -28,7 +28,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from evaluate import grade_all
-from model import LM, Prefixes, Tree, UserError, draw_key, flag, sample
+from model import LM, Prefixes, UserError, draw_key, flag, record_tree, sample
 from prepare import Stage, fingerprint, main, read_jsonl, tokenizer_facts
 
 
@@ -155,7 +155,6 @@ def stage(s: Settings):
         "prefixes": 0,
         "states": 0,
         "unshared": 0,
-        "wanted": 0,
     }
     with tqdm(desc="label_steps", unit=" tokens", disable=None) as progress:
         for i in range(0, len(todo), 64):
@@ -192,9 +191,8 @@ def label(
     prefix_trees = []
     for tree, states in zip(trees, levels):
         wanted = {v for level in states for v in level}
-        ids = [tree.prompt_ids] + [node["ids"] for node in tree.nodes[1:]]
-        parent = [node["parent"] for node in tree.nodes]
-        prefix_trees.append(Tree(ids, parent, [v in wanted for v in range(len(ids))]))
+        nodes = {"prompt_ids": tree.prompt_ids, "nodes": tree.nodes}
+        prefix_trees.append(record_tree(nodes, [v in wanted for v in range(len(tree.nodes))]))
     prefixes = Prefixes(lm, prefix_trees)
     total["prefilled"] += prefixes.tokens
     for depth in range(max(map(len, levels))):

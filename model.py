@@ -530,6 +530,20 @@ def step_values(lm: LM, head: torch.nn.Linear, pack: Pack) -> torch.Tensor:
     return head(pack_hidden(lm, pack)[pack.last.to(lm.device)].float())[:, 0]
 
 
+@torch.no_grad()
+def tree_values(lm: LM, head, records: list[dict], retokenise: bool, budget: int) -> list[list]:
+    """V of every node of trees.jsonl lines, one pass over each tree; the reward where a step ended."""
+    other = lm if retokenise else None
+    trees = [record_tree(r, [n["reward"] is None for n in r["nodes"]], other) for r in records]
+    values = [[float(n["reward"] or 0) for n in r["nodes"]] for r in records]
+    for pack in pack_trees(trees, budget):
+        for (t, v), x in zip(pack.owner, torch.sigmoid(step_values(lm, head, pack)).tolist()):
+            if not np.isfinite(x):
+                raise UserError(f"{lm.path}: V is {x} in problem {records[t]['id']}; train it anew")
+            values[t][v] = x
+    return values
+
+
 def step_advantages(q, parent, draws):
     """Eq. 13, A(s, a) = Q(s, a) - 1/M sum_j Q(s, a_j), for every action of every state at once.
 

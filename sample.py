@@ -69,9 +69,8 @@ def stage(s: Settings):
     with tqdm(desc="sample", unit=" tokens", disable=None) as progress:
         for i in range(0, len(todo), 64):
             chunk = todo[i : i + 64]
-            prefixes = Prefixes(
-                lm, [Tree([lm.prompt_ids(p["prompt"])], [-1], [True]) for p in chunk]
-            )
+            prompts = [lm.prompt_ids(p["prompt"]) for p in chunk]
+            prefixes = Prefixes(lm, [Tree([ids], [-1], [True]) for ids in prompts])
             rows = [
                 (j, 0, draw_key(s.seed, "sample", p["id"], k), s.max_new)
                 for j, p in enumerate(chunk)
@@ -95,7 +94,7 @@ def stage(s: Settings):
                 records.append(
                     {
                         "id": p["id"],
-                        "prompt_ids": lm.prompt_ids(p["prompt"]),
+                        "prompt_ids": prompts[j],
                         "kept": kept,
                         "responses": responses,
                     }

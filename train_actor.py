@@ -40,7 +40,7 @@ from model import (
     replace,
     step_advantages,
     step_logprobs,
-    step_values,
+    tree_values,
     whole_batches,
 )
 from prepare import Stage, dump, fingerprint, main, read_jsonl, sha256, tokenizer_facts
@@ -150,26 +150,6 @@ def pair_tree(record: dict, line: dict):
 
 
 @torch.no_grad()
-def all_values(records, critic: str, budget: int) -> list[list[float]]:
-    """V of every node that goes on, one pass over each tree."""
-    lm, head = load_critic(critic)
-    made = tokenizer_facts(lm)["tokenizer"]
-    trees = [
-        record_tree(
-            r, [n["reward"] is None for n in r["nodes"]], lm if r["tokenizer"] != made else None
-        )
-        for r in records
-    ]
-    values = [[0.0] * len(r["nodes"]) for r in records]
-    for pack in pack_trees(trees, budget):
-        for (t, v), x in zip(pack.owner, torch.sigmoid(step_values(lm, head, pack)).tolist()):
-            if not math.isfinite(x):
-                raise UserError(f"{critic}: V is {x} in problem {records[t]['id']}; train it anew")
-            values[t][v] = x
-    return values
-
-
-@torch.no_grad()
 def reference_logprobs(lm: LM, records: list[dict], lines: list[dict], budget: int):
     """log pi_ref(a | s) of every action, by B.2's kernel, dtype and layout: ratios start at 0."""
     trees = [pair_tree(r, line) for r, line in zip(records, lines)]
@@ -227,16 +207,17 @@ def stage(s: Settings):
     out = Stage(s.out, s, inputs, expects=expects, facts=facts)
     if out.complete:
         return
-    for r in records:
-        r["tokenizer"] = facts["tokenizer"]
     if not step:
         records = [outcome_record(r) for r in records]
 
     # B.1
     table = out.out.parent / "advantages.jsonl"
-    values = (
-        all_values(records, s.critic, s.budget) if step and s.kappa > 0 else [None] * len(records)
-    )
+    values = [None] * len(records)
+    if step and s.kappa > 0:
+        critic, head = load_critic(s.critic)
+        retokenise = tokenizer_facts(critic)["tokenizer"] != facts["tokenizer"]
+        values = tree_values(critic, head, records, retokenise, s.budget)
+        del critic, head
     lines = [
         {"id": r["id"], "states": advantage_states(r, action_values(r, value, s.kappa), s.gap)}
         for r, value in zip(records, values)

@@ -40,7 +40,7 @@ from model import (
     pack_trees,
     record_tree,
     replace,
-    step_values,
+    tree_values,
     whole_batches,
 )
 from prepare import Stage, main, read_jsonl, read_manifest, sha256, tokenizer_facts
@@ -139,22 +139,13 @@ def train(lm, head, records: list[dict], retokenise: bool, s: Settings, work: Pa
     )
 
 
-@torch.no_grad()
 def measure(lm, head, records: list[dict], retokenise: bool, budget: int, constant: float) -> dict:
     """How good V is on labelled states of problems that it was not trained on.
 
     siblings: of the pairs of actions of one state whose MC differ by at least 0.5 (n >= 4, or an
     end), the share that V (at an end: the reward) puts in the right order; 0.5 is chance.
     """
-    trees = [
-        record_tree(r, [n["reward"] is None for n in r["nodes"]], lm if retokenise else None)
-        for r in records
-    ]
-    value = [np.array([n["reward"] or 0.0 for n in r["nodes"]], float) for r in records]
-    for pack in pack_trees(trees, budget):
-        v = torch.sigmoid(step_values(lm, head, pack)).cpu().numpy()
-        for (t, node), x in zip(pack.owner, v):
-            value[t][node] = x
+    value = tree_values(lm, head, records, retokenise, budget)
     states = [
         (value[t][v], n["wins"] / n["n"])
         for t, r in enumerate(records)
