@@ -419,6 +419,7 @@ class Settings:
     critic: str = flag("critic that picks the best of --samples (with the actor's tokenizer)", "")
     max_new: int = flag("length limit of a response in tokens", 2048)
     batch: int = flag("rows decoded at once", 256)
+    dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the samples", 0)
     report: str = flag("a run folder: print its table and draw its figures, nothing else", "")
     force: bool = flag("throw an existing output away", False)
@@ -445,8 +446,8 @@ def stage(s: Settings):
         raise UserError(
             f"{s.against}: problem {lacks} is not there; compare actors on the same problems"
         )
-    lm = LM(s.actor)
-    critic = load_critic(s.critic) if s.critic and s.samples else None
+    lm = LM(s.actor, dtype=s.dtype)
+    critic = load_critic(s.critic, dtype=s.dtype) if s.critic and s.samples else None
     inputs = {"actor": s.actor, **{f"problems{i or ''}": p for i, p in enumerate(paths)}}
     inputs |= {"critic": s.critic} if critic else {}
     out = Stage(s.out, s, inputs, facts={"actor": fingerprint(s.actor), **tokenizer_facts(lm)})

@@ -41,6 +41,7 @@ class Settings:
     m: int = flag("completions a state", 16)
     max_new: int = flag("length limit of a whole response in tokens", 2048)
     batch: int = flag("rows decoded at once", 256)
+    dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the draws", 0)
     force: bool = flag("throw an existing output away", False)
 
@@ -136,7 +137,7 @@ class StepTree:
 def stage(s: Settings):
     problems = {p["id"]: p for p in read_jsonl(Path(s.problems), needs=("id", "prompt", "answer"))}
     samples = read_jsonl(Path(s.samples), needs=("id", "prompt_ids", "responses"))
-    lm = LM(s.actor)
+    lm = LM(s.actor, dtype=s.dtype)
     facts = {"actor": fingerprint(s.actor), "max_new": str(s.max_new), **tokenizer_facts(lm)}
     inputs = {"actor": s.actor, "problems": s.problems, "samples": s.samples}
     out = Stage(s.out, s, inputs, expects=facts, facts=facts)

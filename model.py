@@ -57,17 +57,20 @@ def flag(help: str, default=MISSING):
 class LM:
     """A decoder and its tokenizer, from a Hugging Face folder or hub id.
 
-    train=True holds the weights in float32 (bfloat16 cannot hold AdamW's updates at the paper's
-    learning rates) and computes in bfloat16 by autocast on CUDA; train=False loads them in the
-    dtype that they compute in. Raises UserError for what cannot work: no tokenizer, no EOS, no
-    line break, attention that a tree mask would break.
+    dtype: what it computes in, by default bfloat16 on CUDA and float32 on the CPU. train=True holds
+    the weights in float32 all the same (bfloat16 cannot hold AdamW's updates at the paper's
+    learning rates) and computes by autocast. Raises UserError for what cannot work: no tokenizer,
+    no EOS, no line break, attention that a tree mask would break.
     """
 
-    def __init__(self, path: str, train: bool = False, device: str | None = None):
+    def __init__(self, path: str, train: bool = False, device: str | None = None, dtype: str = ""):
         self.path = str(path)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        compute = torch.bfloat16 if self.device == "cuda" else torch.float32
-        dtype = torch.float32 if train else compute
+        dtype = dtype or ("bfloat16" if self.device == "cuda" else "float32")
+        if dtype not in ("bfloat16", "float32"):
+            raise UserError(f"--dtype {dtype}: wanted bfloat16 or float32")
+        self.rounds = dtype == "bfloat16"
+        dtype = torch.float32 if train else getattr(torch, dtype)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -125,7 +128,7 @@ class LM:
         together = step_logprobs(self, pack)
         alone = [tree._replace(score=[False, v == 1, v == 2]) for _, v in pack.owner]
         apart = torch.cat([step_logprobs(self, *pack_trees([t], 99)) for t in alone])
-        if not torch.allclose(together, apart, atol=0.5 if self.device == "cuda" else 1e-3):
+        if not torch.allclose(together, apart, atol=0.5 if self.rounds else 1e-3):
             raise UserError(
                 f"{self.path}: {kind} does not honour a tree mask, so it cannot be used"
             )
@@ -164,13 +167,12 @@ class LM:
 
     def hidden(self, ids: torch.Tensor, pos: torch.Tensor, view) -> torch.Tensor:
         """Last hidden states (B, T, d) of ids (B, T) at positions (B, T); `view`: who sees whom."""
-        autocast = self.device == "cuda" and self.head.dtype is torch.float32
-        with torch.autocast(self.device, torch.bfloat16, enabled=autocast):
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.rounds):
             out = self.decoder(input_ids=ids, position_ids=pos, use_cache=False, view=view)
         return out.last_hidden_state
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        z = F.linear(hidden, self.head.to(hidden.dtype)).float() * self.scale  # (B, V)
+        z = _logits32(hidden, self.head.to(hidden.dtype)) * self.scale  # (B, V)
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def save(self, folder: Path):
@@ -178,9 +180,9 @@ class LM:
         self.tokenizer.save_pretrained(folder)
 
 
-def load_critic(path: str, train: bool = False) -> tuple[LM, torch.nn.Linear]:
+def load_critic(path: str, train: bool = False, dtype: str = "") -> tuple[LM, torch.nn.Linear]:
     """A decoder and its value head; without value_head.safetensors the head starts at zero."""
-    lm = LM(path, train)
+    lm = LM(path, train, dtype=dtype)
     head = torch.nn.Linear(lm.config.hidden_size, 1).to(lm.device)
     file = Path(path) / "value_head.safetensors"
     if file.exists():
@@ -426,10 +428,17 @@ class CacheView:
 
 
 def _logits32(hidden, weight):
-    """hidden (n, d) @ weight (v, d)' in float32 (n, v); CUDA rounds no product to bfloat16."""
-    if hidden.is_cuda and hidden.dtype is not torch.float32:
+    """hidden (n, d) @ weight (v, d)' in float32 (n, v): sums of bfloat16 products are not rounded."""
+    if hidden.dtype is not torch.bfloat16:
+        return hidden @ weight.T
+    if hidden.is_cuda:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
+    matmul = torch.backends.mkldnn.matmul  # the CPU's bfloat16 units, but with a float32 result
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        return hidden.float() @ weight.float().T
+    finally:
+        matmul.fp32_precision = before
 
 
 class _LinearLogprobs(torch.autograd.Function):

@@ -696,6 +696,7 @@ class Settings:
     train_size: int = flag("embedded training problems", 2000)
     valid_size: int = flag("embedded validation problems", 300)
     test_size: int = flag("embedded test problems", 500)
+    dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the embedded problems and of base training", 0)
     force: bool = flag("throw existing outputs away", False)
 
@@ -707,7 +708,6 @@ def stage(s: Settings):
     for spec in (s.train, s.test, s.demos):
         for _, path in parse(spec):
             inputs[path] = path
-    demos = [d for name, path in parse(s.demos) for d in load_demos(name, path, s)]
     for split in ("train", "valid", "test"):
         out = Stage(folder / f"{split}.jsonl", s, inputs, facts={"split": f"{s.split_seed}"})
         if not out.complete:
@@ -719,7 +719,7 @@ def stage(s: Settings):
     if s.make_base and (s.demos or not s.train):
         base = Stage(folder / "base", s, inputs | ({"base": s.base} if s.base else {}))
         if not base.complete:
-            tune_base(base, demos, s) if demos else make_base(base, s.seed)
+            tune_base(base, folder, s) if s.demos else make_base(base, s.seed)
 
 
 def parse(spec: str) -> list[tuple[str, str]]:
@@ -763,9 +763,19 @@ def real_problems(s: Settings) -> dict[str, list[dict]]:
     return {"train": train, "valid": valid, "test": test}
 
 
-def tune_base(out: Stage, demos: list[dict], s: Settings):
-    """Fine-tune --base on demonstrations: what users do with a base model before RL."""
-    lm = LM(s.base, train=True)
+def tune_base(out: Stage, folder: Path, s: Settings):
+    """Fine-tune --base on demonstrations of questions that are neither in valid nor in test."""
+    held_out = {
+        normalised_question(p["prompt"])
+        for split in ("valid", "test")
+        for p in read_jsonl(folder / f"{split}.jsonl", torn_tail=True)  # valid may be empty
+    }
+    found = [d for name, path in parse(s.demos) for d in load_demos(name, path, s)]
+    demos = [d for d in found if normalised_question(d["prompt"]) not in held_out]
+    if not demos:
+        raise UserError(f"{s.demos}: no demonstration is left that is not of a held-out question")
+    print(f"{len(demos)} demonstrations; {len(found) - len(demos)} are of held-out questions")
+    lm = LM(s.base, train=True, dtype=s.dtype)
     trees = [demo_tree(lm, d) for d in demos]
     fine_tune(lm, trees, out.work, s.lr, batch=32, passes=s.passes, seed=s.seed, prompt_weight=0.0)
     out.finish(lm.save)

@@ -37,6 +37,7 @@ class Settings:
     limit: int = flag("use at most this many problems; 0: all", 0)
     max_new: int = flag("length limit of a response in tokens", 2048)
     batch: int = flag("rows decoded at once", 256)
+    dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the draws", 0)
     force: bool = flag("throw an existing output away", False)
 
@@ -58,7 +59,7 @@ def stage(s: Settings):
     problems = problems[s.first :][: s.limit or None]
     if not problems:
         raise UserError(f"{s.problems}: no problem is left after --first {s.first}")
-    lm = LM(s.actor)
+    lm = LM(s.actor, dtype=s.dtype)
     facts = {"actor": fingerprint(s.actor), "max_new": str(s.max_new), **tokenizer_facts(lm)}
     out = Stage(s.out, s, {"actor": s.actor, "problems": s.problems}, facts=facts)
     if out.complete:

@@ -61,6 +61,7 @@ class Settings:
     batch: int = flag("pairs an optimiser step, in whole problems", 2048)
     budget: int = flag("tokens a pack", 8192)
     save_every: int = flag("steps between checkpoints", 100)
+    dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the order of the problems", 0)
     force: bool = flag("throw an existing output away", False)
 
@@ -200,7 +201,7 @@ def stage(s: Settings):
             "--critic is missing; give a critic folder, or --kappa 0 for raw Monte Carlo values"
         )
     records = read_jsonl(s.trees, ("id", "prompt_ids", "nodes" if step else "responses"))
-    lm = LM(s.actor, train=True)
+    lm = LM(s.actor, train=True, dtype=s.dtype)
     inputs = {"actor": s.actor, "trees": s.trees, **({"critic": s.critic} if s.critic else {})}
     facts = tokenizer_facts(lm)
     expects = {"actor": fingerprint(s.actor), "trees": sha256(Path(s.trees)), **facts}
@@ -214,7 +215,7 @@ def stage(s: Settings):
     table = out.out.parent / "advantages.jsonl"
     values = [None] * len(records)
     if step and s.kappa > 0:
-        critic, head = load_critic(s.critic)
+        critic, head = load_critic(s.critic, dtype=s.dtype)
         retokenise = tokenizer_facts(critic)["tokenizer"] != facts["tokenizer"]
         values = tree_values(critic, head, records, retokenise, s.budget)
         del critic, head

@@ -59,6 +59,7 @@ class Settings:
     batch: int = flag("states an optimiser step, in whole problems", 512)
     budget: int = flag("tokens a pack", 8192)
     save_every: int = flag("steps between checkpoints", 100)
+    dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the order of the problems", 0)
     force: bool = flag("throw an existing output away", False)
 
@@ -201,7 +202,7 @@ def stage(s: Settings):
         for path in paths
         for r in {r["id"]: r for r in read_jsonl(path, ("id", "prompt_ids", "nodes"))}.values()
     ]
-    lm, head = load_critic(s.critic_model, train=True)
+    lm, head = load_critic(s.critic_model, train=True, dtype=s.dtype)
     inputs = {"critic_model": s.critic_model, **{f"trees{i or ''}": p for i, p in enumerate(paths)}}
     inputs |= {"held_out": s.held_out} if s.held_out else {}
     out = Stage(s.out, s, inputs, facts={"trees": sha256(Path(paths[-1]))})
