@@ -324,7 +324,7 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share. 8 of 10 -> (0.490, 0.943)"""
     z, p = 1.959964, right / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return max(0.0, (middle - half) / (1 + z * z / n)), (middle + half) / (1 + z * z / n)
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -426,12 +426,7 @@ class Settings:
 
 
 def stage(s: Settings):
-    from prepare import (
-        Stage,
-        fingerprint,
-        read_jsonl,
-        tokenizer_facts,
-    )  # which imports this file for its graders
+    from prepare import Stage, actor_facts, read_jsonl  # which imports this file for its graders
 
     if s.report:
         return report(Path(s.report))
@@ -446,12 +441,13 @@ def stage(s: Settings):
         raise UserError(
             f"{s.against}: problem {lacks} is not there; compare actors on the same problems"
         )
-    lm = LM(s.actor, dtype=s.dtype)
-    critic = load_critic(s.critic, dtype=s.dtype) if s.critic and s.samples else None
     inputs = {"actor": s.actor, **{f"problems{i or ''}": p for i, p in enumerate(paths)}}
-    inputs |= {"critic": s.critic} if critic else {}
-    out = Stage(s.out, s, inputs, facts={"actor": fingerprint(s.actor), **tokenizer_facts(lm)})
+    inputs |= {"critic": s.critic} if s.critic else {}
+    out = Stage(s.out, s, inputs)
     if not out.complete:
+        lm = LM(s.actor, dtype=s.dtype)
+        critic = load_critic(s.critic, dtype=s.dtype) if s.critic and s.samples else None
+        out.begin(actor_facts(lm, s.max_new))
         done = {x["id"] for x in out.done}
         todo = [p for p in problems if p["id"] not in done]
         for i in range(0, len(todo), 64):

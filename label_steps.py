@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from evaluate import grade_all
 from model import LM, Prefixes, UserError, draw_key, flag, record_tree, sample
-from prepare import Stage, fingerprint, main, read_jsonl, tokenizer_facts
+from prepare import Stage, actor_facts, main, read_jsonl, sha256
 
 
 @dataclass(frozen=True)
@@ -137,12 +137,12 @@ class StepTree:
 def stage(s: Settings):
     problems = {p["id"]: p for p in read_jsonl(Path(s.problems), needs=("id", "prompt", "answer"))}
     samples = read_jsonl(Path(s.samples), needs=("id", "prompt_ids", "responses"))
-    lm = LM(s.actor, dtype=s.dtype)
-    facts = {"actor": fingerprint(s.actor), "max_new": str(s.max_new), **tokenizer_facts(lm)}
-    inputs = {"actor": s.actor, "problems": s.problems, "samples": s.samples}
-    out = Stage(s.out, s, inputs, expects=facts, facts=facts)
+    out = Stage(s.out, s, {"actor": s.actor, "problems": s.problems, "samples": s.samples})
     if out.complete:
         return
+    lm = LM(s.actor, dtype=s.dtype)
+    facts = {**actor_facts(lm, s.max_new), "problems": sha256(s.problems)}
+    out.begin(facts, expects=facts)
     if foreign := next((r["id"] for r in samples if r["id"] not in problems), None):
         raise UserError(
             f"{s.samples}: {foreign} is not in {s.problems}; pass the problems it was drawn from"

@@ -34,10 +34,6 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
 
 BLOCK = 64  # queries that share one gathered key set (tree attention on the CPU)
 
@@ -64,6 +60,10 @@ class LM:
     """
 
     def __init__(self, path: str, train: bool = False, device: str | None = None, dtype: str = ""):
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        # here, not on import: it takes seconds, and a stage that is complete should say so at once
+        transformers.AttentionInterface.register("dapo", attend)
         self.path = str(path)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or ("bfloat16" if self.device == "cuda" else "float32")
@@ -72,8 +72,8 @@ class LM:
         self.rounds = dtype == "bfloat16"
         dtype = torch.float32 if train else getattr(torch, dtype)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-            model, report = AutoModelForCausalLM.from_pretrained(
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, attn_implementation="dapo", output_loading_info=True
             )
             if report["missing_keys"]:
@@ -329,9 +329,6 @@ def attend(module, query, key, value, attention_mask=None, scaling=None, view=No
         name = type(module).__name__
         raise UserError(f"{name} has a soft-cap or a sliding window, which cannot be packed")
     return view(module.layer_idx, query, key, value, scaling).transpose(1, 2).contiguous(), None
-
-
-transformers.AttentionInterface.register("dapo", attend)
 
 
 def _attention(query, key, value, bias, scaling):
@@ -736,14 +733,15 @@ def replace(path: Path, write):
     ) as e:  # how torch and safetensors say that the disk is full
         raise OSError(errno.EIO, f"not written ({str(e).splitlines()[0]})", str(path)) from e
     for p in (*beside.rglob("*"), beside) if beside.is_dir() else [beside]:
-        _fsync(p)
+        fsync(p)
     if path.is_dir():
         shutil.rmtree(path)
     os.replace(beside, path)
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
-def _fsync(path):
+def fsync(path):
+    """Wait until a file, or a folder's list of names, is on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -805,6 +803,7 @@ def fit(
             module.load_state_dict(state["modules"][key])
         optimiser.load_state_dict(state["optimiser"])
         torch.set_rng_state(state["rng"])
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
         first = state["step"]
         print(f"resuming {work} at step {first} of {len(batches)}")
     lines = log.read_text().splitlines(keepends=True)[:first] if first else []
@@ -814,8 +813,8 @@ def fit(
     bar = tqdm(steps, initial=first, total=len(batches), disable=None, desc=work.stem)
     with (
         ThreadPoolExecutor(1) as ahead,
-        log.open("a") as metrics,
-        (work / "timing.jsonl").open("a") as timing,
+        log.open("a", buffering=1) as metrics,
+        (work / "timing.jsonl").open("a", buffering=1) as timing,
     ):
         packs = ahead.submit(prepare, batches[first]) if steps else None
         for i in bar:
@@ -847,13 +846,13 @@ def fit(
             metrics.write(json.dumps({"step": i, **sums, "norm": norm, "lr": lr * rate}) + "\n")
             timing.write(json.dumps({"step": i, "seconds": perf_counter() - begin}) + "\n")
             if (i + 1) % save_every == 0 or i + 1 == len(batches):
-                metrics.flush()
                 os.fsync(metrics.fileno())
                 state = {
                     "step": i + 1,
                     "modules": {k: m.state_dict() for k, m in modules.items()},
                     "optimiser": optimiser.state_dict(),
                     "rng": torch.get_rng_state(),
+                    "cuda_rng": torch.cuda.get_rng_state_all(),
                 }
                 replace(work / f"step-{i + 1:08d}.pt", functools.partial(torch.save, state))
                 for old in sorted(work.glob("step-*.pt"))[:-2]:

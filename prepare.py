@@ -26,6 +26,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import sys
 import time
 import zlib
@@ -33,6 +34,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +42,7 @@ import torch
 from transformers import HfArgumentParser
 
 from evaluate import exact_number, extract_answer
-from model import LM, Tree, UserError, fit, flag, pack_trees, replace, step_logprobs
+from model import LM, Tree, UserError, fit, flag, fsync, pack_trees, replace, step_logprobs
 
 # ------------------------------------------------------------ records and manifests
 
@@ -76,6 +78,12 @@ def fingerprint(model: str) -> str:
         return str(model)
     parts = [sha256(p) for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".bin")]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def actor_facts(lm: LM, max_new: int) -> dict:
+    """What two stages must agree on if one's responses are to fit the other's."""
+    facts = {"actor": fingerprint(lm.path), "max_new": str(max_new)}
+    return {**facts, "grader": version("math-verify"), **tokenizer_facts(lm)}
 
 
 def tokenizer_facts(lm: LM) -> dict:
@@ -145,62 +153,68 @@ def dump(record: dict) -> bytes:
 class Stage:
     """One output of one stage: its lock, its manifest, and for JSONL its records.
 
-    The manifest `OUT.manifest.json` holds settings, code, input hashes and facts. Started again with the same ones, the
-    stage goes on where it stopped (`done` holds the records that are there); with others it is refused.
+    The manifest `OUT.manifest.json` holds settings, code, input hashes and facts. Started again with
+    the same ones, the stage goes on where it stopped (`done` holds the records that are there);
+    with others it is refused. Making a Stage only looks: `complete` says that nothing is left to
+    do, before any model is loaded. `begin` locks the folder and starts or resumes.
 
     inputs    {name: path}; an input made by a stage must be complete and as that stage left it
-    expects   {fact: value} that inputs' manifests must agree with, where they state that fact
-    facts     {fact: value} that the manifest states for the stages that come after
     """
 
-    def __init__(
-        self, out, settings, inputs: dict, expects: dict | None = None, facts: dict | None = None
-    ):
-        self.out, self.begin = Path(out), time.perf_counter()
-        self.path = Path(f"{self.out}.manifest.json")
-        name = Path(sys.argv[0]).stem
+    def __init__(self, out, settings, inputs: dict):
+        self.out, self.began = Path(out), time.perf_counter()
+        self.path, self.inputs, self.done = Path(f"{self.out}.manifest.json"), inputs, []
         if self.out.exists() and not self.path.exists():
             raise UserError(
                 f"{self.out}: there already, and not by this pipeline; choose another --out"
             )
         if self.out.resolve() in [Path(path).resolve() for path in inputs.values()]:
             raise UserError(f"{self.out}: is an input too; choose another --out")
-        hashes = {
-            key: _checked_input(key, str(path), expects or {}) for key, path in inputs.items()
-        }
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self._lock()
-        flags = {
-            k: v
-            for k, v in asdict(settings).items()
-            if k not in ("out", "force") and k not in inputs
-        }
+        self.force, flags = settings.force, asdict(settings)
+        for key in ("out", "force", *inputs):
+            flags.pop(key, None)
         files = {Path(sys.argv[0]).name, "model.py", "prepare.py", "evaluate.py"}
         code = hashlib.sha256(
             b"".join((Path(__file__).parent / f).read_bytes() for f in sorted(files))
         ).hexdigest()
         self.manifest = {
-            "stage": name,
+            "stage": Path(sys.argv[0]).stem,
             "settings": json.loads(json.dumps(flags)),
             "code": code[:16],
-            "inputs": hashes,
-            "facts": facts or {},
+            "grader": version("math-verify"),
+            "inputs": {key: _checked_input(key, str(path)) for key, path in inputs.items()},
         }
-        if settings.force:
-            _remove(self.out, Path(f"{self.out}.work"), self.path)
-        old = read_manifest(self.out)
+        self.complete = "output" in self._same_as_before() and self.out.exists()
+        if self.complete:
+            _checked_input("out", str(self.out))
+            print(f"{self.out}: complete, nothing to do")
+
+    def _same_as_before(self) -> dict:
+        """The manifest of an earlier start, if it does not differ from this one's."""
+        old = {} if self.force else read_manifest(self.out)
         if old and (difference := _difference(old, self.manifest)):
             raise UserError(
                 f"{self.out}: {difference}; --force starts over, another --out keeps both"
             )
-        self.complete = "output" in old and self.out.exists()
-        if self.complete:
-            _checked_input("out", str(self.out), {})
-            print(f"{self.out}: complete, nothing to do")
-            self.lock.close()
-        self.done = []
-        if self.out.is_file() and not self.complete:
+        return old
+
+    def begin(self, facts: dict | None = None, expects: dict | None = None):
+        """Take the folder's lock and find the records that are there.
+
+        facts     {fact: value} that the manifest states for the stages that come after
+        expects   {fact: value} that inputs' manifests must agree with, where they state that fact
+        """
+        for path in self.inputs.values():
+            _agree(path, expects or {})
+        self.manifest["facts"] = facts or {}
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        self._same_as_before()
+        if self.force:
+            _remove(self.out, Path(f"{self.out}.work"), self.path)
+        if self.out.is_file():
             self._repair()
+        return self
 
     @property
     def work(self) -> Path:
@@ -234,12 +248,15 @@ class Stage:
 
     def append(self, records: list[dict]):
         """Write whole lines, flushed and fsynced before the next ones are made."""
-        if not self.out.exists():
+        new = not self.out.exists()
+        if new:
             self._state()
         with self.out.open("ab") as f:
             f.write(b"".join(map(dump, records)))
             f.flush()
             os.fsync(f.fileno())
+        if new:
+            fsync(self.out.parent)
 
     def finish(self, folder=None):
         """State that the output is whole; `folder(path)`, if given, writes it as a folder first."""
@@ -250,11 +267,11 @@ class Stage:
         self.manifest["output"] = sha256(self.out)
         self._state()
         self.lock.close()
-        print(f"{self.out}: written, {time.perf_counter() - self.begin:.0f} s")
+        print(f"{self.out}: written, {time.perf_counter() - self.began:.0f} s")
 
 
-def _checked_input(key: str, path: str, expects: dict) -> str:
-    """Hash of an input; refuses an unfinished, changed or disagreeing one."""
+def _checked_input(key: str, path: str) -> str:
+    """Hash of an input; refuses an unfinished or changed one."""
     if not Path(path).exists():
         if key in ("actor", "base", "critic_model"):
             return path  # a hub id
@@ -271,14 +288,19 @@ def _checked_input(key: str, path: str, expects: dict) -> str:
             f"{path}: changed since {made['stage']}.py wrote it ({made['output'][:8]}, now "
             f"{found[:8]}); restore it, or make it anew with --force"
         )
+    return found
+
+
+def _agree(path: str, expects: dict):
+    """Refuse an input whose stage had another actor, tokenizer, grader ... than this one."""
+    made = read_manifest(path)
     for fact, value in expects.items():
-        was = made["facts"].get(fact, value)
+        was = made.get("facts", {}).get(fact, value)
         if was != value:
             raise UserError(
                 f"{path}: made with {fact} {was[:16]}, this run has {value[:16]}; pass that {fact}, "
                 "or make it anew"
             )
-    return found
 
 
 def read_manifest(path: Path) -> dict:
@@ -294,8 +316,8 @@ def read_manifest(path: Path) -> dict:
 
 def _difference(old: dict, new: dict) -> str | None:
     """The first field in which two manifests differ, with both values."""
-    for key in ("stage", "settings", "inputs", "facts", "code"):
-        a, b = old[key], new[key]
+    for key in ("stage", "settings", "inputs", "facts", "code", "grader"):
+        a, b = old[key], new.get(key, old[key])  # facts come with `begin`
         if not isinstance(a, dict):
             a, b = {"": a}, {"": b}
         for name in sorted({*a, *b}):
@@ -319,7 +341,12 @@ def main(stage, settings_class, doc: str):
     def refuse(message):
         raise UserError(f"{Path(sys.argv[0]).name}: {message}; --help lists the flags")
 
+    def stop(*_):  # a record in hand is dropped; a second Ctrl-C ends the process at once
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
     parser.error = refuse
+    signal.signal(signal.SIGINT, stop)
     try:
         settings = settings_class(**vars(parser.parse_args()))
         check_numbers(settings)
@@ -705,12 +732,14 @@ def stage(s: Settings):
     if bool(s.train) != bool(s.test) or bool(s.base) != bool(s.demos):
         raise UserError("--train and --test go together, and so do --base and --demos")
     folder, problems, inputs = Path(s.out), None, {}
+    demos = [d for name, path in parse(s.demos) for d in load_demos(name, path, s)]
     for spec in (s.train, s.test, s.demos):
         for _, path in parse(spec):
             inputs[path] = path
     for split in ("train", "valid", "test"):
-        out = Stage(folder / f"{split}.jsonl", s, inputs, facts={"split": f"{s.split_seed}"})
+        out = Stage(folder / f"{split}.jsonl", s, inputs)
         if not out.complete:
+            out.begin()
             if problems is None:
                 sizes = {"train": s.train_size, "valid": s.valid_size, "test": s.test_size}
                 problems = real_problems(s) if s.train else demo_problems(s.seed, sizes)
@@ -719,7 +748,8 @@ def stage(s: Settings):
     if s.make_base and (s.demos or not s.train):
         base = Stage(folder / "base", s, inputs | ({"base": s.base} if s.base else {}))
         if not base.complete:
-            tune_base(base, folder, s) if s.demos else make_base(base, s.seed)
+            base.begin()
+            tune_base(base, demos, folder, s) if demos else make_base(base, s.seed)
 
 
 def parse(spec: str) -> list[tuple[str, str]]:
@@ -763,20 +793,19 @@ def real_problems(s: Settings) -> dict[str, list[dict]]:
     return {"train": train, "valid": valid, "test": test}
 
 
-def tune_base(out: Stage, folder: Path, s: Settings):
+def tune_base(out: Stage, demos: list[dict], folder: Path, s: Settings):
     """Fine-tune --base on demonstrations of questions that are neither in valid nor in test."""
     held_out = {
         normalised_question(p["prompt"])
         for split in ("valid", "test")
         for p in read_jsonl(folder / f"{split}.jsonl", torn_tail=True)  # valid may be empty
     }
-    found = [d for name, path in parse(s.demos) for d in load_demos(name, path, s)]
-    demos = [d for d in found if normalised_question(d["prompt"]) not in held_out]
-    if not demos:
-        raise UserError(f"{s.demos}: no demonstration is left that is not of a held-out question")
-    print(f"{len(demos)} demonstrations; {len(found) - len(demos)} are of held-out questions")
+    chosen = [d for d in demos if normalised_question(d["prompt"]) not in held_out]
+    if not chosen:
+        raise UserError(f"{s.demos}: every demonstration is of a held-out question; give others")
+    print(f"{len(chosen)} demonstrations; {len(demos) - len(chosen)} are of held-out questions")
     lm = LM(s.base, train=True, dtype=s.dtype)
-    trees = [demo_tree(lm, d) for d in demos]
+    trees = [demo_tree(lm, d) for d in chosen]
     fine_tune(lm, trees, out.work, s.lr, batch=32, passes=s.passes, seed=s.seed, prompt_weight=0.0)
     out.finish(lm.save)
 

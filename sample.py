@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from evaluate import grade_all
 from model import LM, Prefixes, Tree, UserError, draw_key, flag, sample
-from prepare import Stage, fingerprint, main, read_jsonl, tokenizer_facts
+from prepare import Stage, actor_facts, main, read_jsonl, sha256
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ def stage(s: Settings):
     problems = problems[s.first :][: s.limit or None]
     if not problems:
         raise UserError(f"{s.problems}: no problem is left after --first {s.first}")
-    lm = LM(s.actor, dtype=s.dtype)
-    facts = {"actor": fingerprint(s.actor), "max_new": str(s.max_new), **tokenizer_facts(lm)}
-    out = Stage(s.out, s, {"actor": s.actor, "problems": s.problems}, facts=facts)
+    out = Stage(s.out, s, {"actor": s.actor, "problems": s.problems})
     if out.complete:
         return
+    lm = LM(s.actor, dtype=s.dtype)
+    out.begin({**actor_facts(lm, s.max_new), "problems": sha256(s.problems)})
     done = {r["id"] for r in out.done}
     todo = [p for p in problems if p["id"] not in done]
     tokens = right = 0

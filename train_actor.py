@@ -201,13 +201,13 @@ def stage(s: Settings):
             "--critic is missing; give a critic folder, or --kappa 0 for raw Monte Carlo values"
         )
     records = read_jsonl(s.trees, ("id", "prompt_ids", "nodes" if step else "responses"))
-    lm = LM(s.actor, train=True, dtype=s.dtype)
     inputs = {"actor": s.actor, "trees": s.trees, **({"critic": s.critic} if s.critic else {})}
-    facts = tokenizer_facts(lm)
-    expects = {"actor": fingerprint(s.actor), "trees": sha256(Path(s.trees)), **facts}
-    out = Stage(s.out, s, inputs, expects=expects, facts=facts)
+    out = Stage(s.out, s, inputs)
     if out.complete:
         return
+    lm = LM(s.actor, train=True, dtype=s.dtype)
+    facts = tokenizer_facts(lm)
+    out.begin(facts, {"actor": fingerprint(s.actor), "trees": sha256(Path(s.trees)), **facts})
     if not step:
         records = [outcome_record(r) for r in records]
 

@@ -202,12 +202,13 @@ def stage(s: Settings):
         for path in paths
         for r in {r["id"]: r for r in read_jsonl(path, ("id", "prompt_ids", "nodes"))}.values()
     ]
-    lm, head = load_critic(s.critic_model, train=True, dtype=s.dtype)
     inputs = {"critic_model": s.critic_model, **{f"trees{i or ''}": p for i, p in enumerate(paths)}}
     inputs |= {"held_out": s.held_out} if s.held_out else {}
-    out = Stage(s.out, s, inputs, facts={"trees": sha256(Path(paths[-1]))})
+    out = Stage(s.out, s, inputs)
     if out.complete:
         return
+    lm, head = load_critic(s.critic_model, train=True, dtype=s.dtype)
+    out.begin({"trees": sha256(Path(paths[-1]))})
     made = {read_manifest(path).get("facts", {}).get("tokenizer") for path in paths}
     if None in made or len(made) > 1:
         raise UserError(f"{s.trees}: no manifest beside it, or made with different tokenizers")

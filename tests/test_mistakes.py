@@ -188,7 +188,7 @@ TABLE = [
     (S, SAMPLE, "--problems tiny/model.safetensors", "model.safetensors:1"),
     (L, LABEL, "--samples run/trees.jsonl", "responses"),
     (L, LABEL, "--problems run/samples.jsonl --samples problems.jsonl", "prompt"),
-    (L, LABEL, "--problems test.jsonl", "test.jsonl"),
+    (L, LABEL, "--problems test.jsonl", "made with problems"),
     (L, LABEL, "--actor run/actor", "actor"),
     (L, LABEL, "--actor other_words", "made with"),
     (L, LABEL, "--samples changed/samples.jsonl", "changed since"),
