@@ -12,7 +12,7 @@ import pytest
 import torch
 import toy
 
-from model import UserError, fit, load_critic, replace
+from model import LM, UserError, fit, load_critic, replace
 from prepare import Stage, dump, read_jsonl
 from train_actor import advantage_states
 
@@ -202,8 +202,10 @@ def test_changed_output(work):
     assert code == 2 and "samples.jsonl: changed since" in err and err.count("\n") == 1
 
 
-def test_complete_run_says_so(work):
+def test_complete_run_says_so(work, monkeypatch):
+    """At once: before a model is loaded."""
     there = toy.hashes(work)
+    monkeypatch.setattr(LM, "__init__", None)
     for script in (S, L, C):
         code, out, err = toy.stage(script, toy.FLAGS[script])
         assert code == 0 and out.endswith("complete, nothing to do\n") and not err
