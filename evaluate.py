@@ -426,7 +426,12 @@ class Settings:
 
 
 def stage(s: Settings):
-    from prepare import Stage, actor_facts, read_jsonl  # which imports this file for its graders
+    from prepare import (
+        Stage,
+        actor_facts,
+        misfit,
+        read_jsonl,
+    )  # which imports this file for its graders
 
     if s.report:
         return report(Path(s.report))
@@ -437,6 +442,11 @@ def stage(s: Settings):
     if len({p["id"] for p in problems}) < len(problems):
         raise UserError(f"{s.problems}: some problem is in two of these files")
     other = {x["id"]: x for x in read_jsonl(s.against)} if s.against else None
+    shape = {"correct": bool, "sampled": [{"correct": bool}]}
+    if bad := next((i for i, x in (other or {}).items() if misfit(x, shape)), None):
+        raise UserError(
+            f"{s.against}: {bad}: no line of evaluate.py; pass another actor's eval.jsonl"
+        )
     if other and (lacks := next((p["id"] for p in problems if p["id"] not in other), None)):
         raise UserError(
             f"{s.against}: problem {lacks} is not there; compare actors on the same problems"
@@ -473,7 +483,7 @@ def stage(s: Settings):
     lines = {x["id"]: x for x in read_jsonl(s.out)}
     sets = {}
     for p in problems:
-        sets.setdefault(p["source"], []).append(lines[p["id"]])
+        sets.setdefault(str(p.get("source")), []).append(lines[p["id"]])
     if len(sets) > 1:
         sets["pooled"] = list(lines.values())
     summary = {

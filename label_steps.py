@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from evaluate import grade_all
 from model import LM, Prefixes, UserError, draw_key, flag, record_tree, sample
-from prepare import Stage, actor_facts, main, read_jsonl, sha256
+from prepare import Stage, actor_facts, main, read_jsonl, read_samples, sha256
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class StepTree:
 
 def stage(s: Settings):
     problems = {p["id"]: p for p in read_jsonl(Path(s.problems), needs=("id", "prompt", "answer"))}
-    samples = read_jsonl(Path(s.samples), needs=("id", "prompt_ids", "responses"))
+    samples = read_samples(s.samples)
     out = Stage(s.out, s, {"actor": s.actor, "problems": s.problems, "samples": s.samples})
     if out.complete:
         return

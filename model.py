@@ -514,10 +514,15 @@ def linear_logprobs(hidden, weight, targets, scale: float = 1.0, softcap: float 
     return _LinearLogprobs.apply(hidden, weight, targets, scale, softcap)
 
 
-def pack_hidden(lm: LM, pack: Pack) -> torch.Tensor:
+def pack_hidden(lm: LM, pack: Pack, view: TreeView | None = None) -> torch.Tensor:
     """Last hidden states (N, d) of a pack's tokens, every path at once."""
+    if not 0 <= int(pack.ids.min()) <= int(pack.ids.max()) < lm.config.vocab_size:
+        raise UserError(
+            f"{lm.path}: has {lm.config.vocab_size} tokens, but token {int(pack.ids.max())} is asked "
+            "for: the records are of another tokenizer"
+        )
     ids, pos = pack.ids[None].to(lm.device), pack.pos[None].to(lm.device)
-    return lm.hidden(ids, pos, TreeView(pack, lm.device))[0]
+    return lm.hidden(ids, pos, view or TreeView(pack, lm.device))[0]
 
 
 def step_logprobs(lm: LM, pack: Pack) -> torch.Tensor:
@@ -610,9 +615,7 @@ class Prefixes:
         self.path, hidden, kept, self.tokens = {}, [], [], 0
         for pack in pack_trees(trees, budget, align=BLOCK):
             view = TreeView(pack, lm.device, keep=True)
-            hidden.append(
-                lm.hidden(pack.ids[None].to(lm.device), pack.pos[None].to(lm.device), view)[0]
-            )
+            hidden.append(pack_hidden(lm, pack, view))
             kept.append(view.kept)
             end = pack.end.numpy()
             for owner, last in zip(pack.owner, pack.last.tolist()):

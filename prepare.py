@@ -35,8 +35,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from types import EllipsisType
+from typing import NamedTuple, get_args
 
 import torch
 from transformers import HfArgumentParser
@@ -143,6 +145,56 @@ def read_jsonl(path: Path, needs: tuple[str, ...] = ("id",), torn_tail: bool = F
         records.append(record)
     if not records and not torn_tail:
         raise UserError(f"{path}: empty; one JSON object a line is wanted")
+    return records
+
+
+NODE = {"parent": int, "ids": [int], "text": str, "draws": int, "n": int, "wins": int}
+NODE |= {"reward": int | None, "labelled": bool}
+RESPONSE = {"ids": [int], "ends": [int], "text": str, "reward": int, "finished": bool}
+MANIFEST = {"stage": str, "settings": dict, "code": str, "grader": str, "inputs": dict}
+MANIFEST |= {"facts": dict, "output": str | EllipsisType}  # which may be missing
+
+
+def misfit(value, shape, name: str = "") -> str | None:
+    """Where a value first differs from a shape: a type, [shape of each item] or {field: shape}."""
+    if isinstance(shape, list) and isinstance(value, list):
+        found = (misfit(x, shape[0], f"{name}[{i}]") for i, x in enumerate(value))
+    elif isinstance(shape, dict) and isinstance(value, dict):
+        found = (
+            misfit(value.get(k, ...), part, f"{name} {k}".strip()) for k, part in shape.items()
+        )
+    else:
+        fits = type(value) in (get_args(shape) or [shape])
+        return None if fits and not (type(value) is int and abs(value) >> 62) else name
+    return next(filter(None, found), None)
+
+
+def read_trees(path: str) -> list[dict]:
+    """trees.jsonl, looked at whole: a tree that is none would be trained on without a word."""
+    records = read_jsonl(path, ("id", "prompt_ids", "nodes"))
+    for r in records:
+        bad = misfit(r, {"prompt_ids": [int], "nodes": [NODE]})
+        for v, n in enumerate(r["nodes"]):
+            up, step = (-1 < n["parent"] < v, n["ids"]) if v and not bad else (True, True)
+            if bad or not (up and step and 0 <= n["wins"] <= n["n"] and n["draws"] >= 0):
+                raise UserError(
+                    f"{path}: {r['id']}, {bad or f'nodes[{v}]'}: no step tree; make it anew"
+                )
+    return records
+
+
+def read_samples(path: str) -> list[dict]:
+    """samples.jsonl, looked at whole: offsets that cut steps, and choices that exist."""
+    records = read_jsonl(path, ("id", "prompt_ids", "responses"))
+    for r in records:
+        bad = misfit(r, {"prompt_ids": [int], "kept": [int], "responses": [RESPONSE]})
+        rising = bad or all(a < b for x in r["responses"] for a, b in pairwise([0, *x["ends"]]))
+        whole = bad or all((x["ends"] or [0])[-1] == len(x["ids"]) for x in r["responses"])
+        chosen = bad or all(0 <= k < len(r["responses"]) for k in r["kept"])
+        if bad or not (rising and whole and chosen):
+            raise UserError(
+                f"{path}: {r['id']}, {bad or 'ends or kept'}: no samples; make them anew"
+            )
     return records
 
 
@@ -306,18 +358,23 @@ def _agree(path: str, expects: dict):
 def read_manifest(path: Path) -> dict:
     """What the stage that made `path` stated about it; empty if no stage did."""
     manifest = Path(f"{path}.manifest.json")
-    try:
-        return json.loads(manifest.read_text()) if manifest.exists() else {}
-    except ValueError:
-        raise UserError(
-            f"{manifest}: broken; remove it with its output, and make that anew"
-        ) from None
+    if not manifest.exists():
+        return {}
+    with suppress(ValueError):
+        made = json.loads(manifest.read_text())
+        words = not misfit(made, MANIFEST, "it") and [
+            made.get("output", "0"),
+            *made["facts"].values(),
+        ]
+        if words and all(isinstance(w, str) and w.isprintable() for w in words):
+            return made
+    raise UserError(f"{manifest}: broken; remove it with its output, and make that anew")
 
 
 def _difference(old: dict, new: dict) -> str | None:
     """The first field in which two manifests differ, with both values."""
     for key in ("stage", "settings", "inputs", "facts", "code", "grader"):
-        a, b = old[key], new.get(key, old[key])  # facts come with `begin`
+        a, b = old.get(key), new.get(key, old.get(key))  # facts come with `begin`
         if not isinstance(a, dict):
             a, b = {"": a}, {"": b}
         for name in sorted({*a, *b}):
@@ -377,7 +434,8 @@ def check_numbers(settings):
 
 
 def _say(message, code: int) -> int:
-    print(f"error: {message}" if code != 130 else message, file=sys.stderr)
+    line = " ".join(str(message).splitlines())
+    print(f"error: {line}" if code != 130 else line, file=sys.stderr)
     return code
 
 
@@ -675,9 +733,10 @@ def load_set(name: str, path: str | Path) -> tuple[list[dict], list[tuple[str, s
                 problem["answer"] = str(problem["answer"]).strip()
             if not problem["prompt"] or not (problem["answer"] or problem["tests"]):
                 raise LeftOut("no gold answer" if problem["prompt"] else "no question")
+            dump(problem)
             problems.append(problem)
-        except LeftOut as reason:
-            left_out.append((problem["id"], str(reason)))
+        except (LeftOut, UnicodeEncodeError) as reason:  # half a surrogate pair is no text
+            left_out.append((problem["id"], str(reason).partition(" in position")[0]))
     return problems, left_out
 
 
@@ -818,8 +877,12 @@ def load_demos(name: str, path: str, s: Settings) -> list[dict]:
     for row in read_rows(path):
         try:
             demo = makers[name](row)
-            demos.append({"prompt": demo["prompt"], "response": demo["response"]})
-        except LeftOut:
+            demo = {"prompt": demo["prompt"], "response": demo["response"]}
+            dump(demo)
+            if bad := misfit(demo, {"prompt": str, "response": str}):
+                raise UserError(f"{path}: a demonstration whose {bad} is no text")
+            demos.append(demo)
+        except (LeftOut, UnicodeEncodeError):
             continue
         except KeyError as e:
             raise UserError(f"{path}: a row without {e}; {name} demonstrations need it") from None

@@ -43,7 +43,16 @@ from model import (
     tree_values,
     whole_batches,
 )
-from prepare import Stage, dump, fingerprint, main, read_jsonl, sha256, tokenizer_facts
+from prepare import (
+    Stage,
+    dump,
+    fingerprint,
+    main,
+    read_samples,
+    read_trees,
+    sha256,
+    tokenizer_facts,
+)
 
 
 @dataclass(frozen=True)
@@ -200,7 +209,7 @@ def stage(s: Settings):
         raise UserError(
             "--critic is missing; give a critic folder, or --kappa 0 for raw Monte Carlo values"
         )
-    records = read_jsonl(s.trees, ("id", "prompt_ids", "nodes" if step else "responses"))
+    records = (read_trees if step else read_samples)(s.trees)
     inputs = {"actor": s.actor, "trees": s.trees, **({"critic": s.critic} if s.critic else {})}
     out = Stage(s.out, s, inputs)
     if out.complete:

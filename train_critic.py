@@ -43,7 +43,7 @@ from model import (
     tree_values,
     whole_batches,
 )
-from prepare import Stage, main, read_jsonl, read_manifest, sha256, tokenizer_facts
+from prepare import Stage, main, read_manifest, read_trees, sha256, tokenizer_facts
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def training_nodes(record: dict, states: str) -> list[bool]:
 
 
 def held_out_by_hash(problem_id: str) -> bool:
-    return hashlib.sha256(problem_id.encode()).digest()[0] % 10 == 0
+    return hashlib.sha256(str(problem_id).encode()).digest()[0] % 10 == 0
 
 
 def critic_loss(lm, head, pack, target, weight, token_share: float):
@@ -197,11 +197,7 @@ def stage(s: Settings):
     if s.states not in ("all", "labelled"):
         raise UserError(f"--states {s.states}: wanted all or labelled")
     paths = s.trees.split(",")
-    records = [
-        r
-        for path in paths
-        for r in {r["id"]: r for r in read_jsonl(path, ("id", "prompt_ids", "nodes"))}.values()
-    ]
+    records = [r for path in paths for r in read_trees(path)]
     inputs = {"critic_model": s.critic_model, **{f"trees{i or ''}": p for i, p in enumerate(paths)}}
     inputs |= {"held_out": s.held_out} if s.held_out else {}
     out = Stage(s.out, s, inputs)
@@ -214,7 +210,7 @@ def stage(s: Settings):
         raise UserError(f"{s.trees}: no manifest beside it, or made with different tokenizers")
     retokenise = made != {tokenizer_facts(lm)["tokenizer"]}
     if s.held_out:
-        training, testing = records, read_jsonl(s.held_out, ("id", "prompt_ids", "nodes"))
+        training, testing = records, read_trees(s.held_out)
     else:
         training = [r for r in records if not held_out_by_hash(r["id"])]
         testing = [r for r in records if held_out_by_hash(r["id"])]
