@@ -555,3 +555,9 @@ def test_dropout_is_off_in_training(build):
     lm = LM(build(hf.GPT2Config, {}, sizes), train=True, device="cpu")
     (pack,) = pack_trees(forest(100)[:2], 9999)
     assert torch.equal(step_logprobs(lm, pack), step_logprobs(lm, pack))
+
+
+def test_token_of_another_vocabulary_is_refused(lm):
+    (pack,) = pack_trees([Tree([[1, 2], [lm.config.vocab_size]], [-1, 0], [False, True])], 99)
+    with pytest.raises(UserError, match="of another tokenizer"):
+        step_logprobs(lm, pack)

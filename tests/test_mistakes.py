@@ -113,6 +113,34 @@ def foreign(folder: Path):
     model("misshapen", weights(lambda w: w.update({name: w[name][:3].clone()})))
     model("lacking", weights(lambda w: w.pop(name)))
     model("nan", weights(lambda w: w[name].fill_(float("nan"))))
+    # found by fuzz_readers.py
+    tree = json.loads((folder / "run" / "trees.jsonl").read_text().splitlines()[0])
+    samples = json.loads((folder / "run" / "samples.jsonl").read_text().splitlines()[0])
+    response = samples["responses"][0]
+    for name, change in (
+        ("parent", {"parent": 5}),
+        ("wins", {"wins": 99}),
+        ("huge", {"ids": [10**30]}),
+        ("empty", {"ids": []}),
+        ("reward", {"reward": 0.5}),
+    ):
+        nodes = [*tree["nodes"]]
+        nodes[1] = nodes[1] | change
+        write(f"tree_{name}.jsonl", json.dumps(tree | {"nodes": nodes}))
+    for name, change in (
+        ("ends", {"ends": [3, 2]}),
+        ("text", {"text": None}),
+    ):
+        write(f"sample_{name}.jsonl", json.dumps(samples | {"responses": [response | change] * 5}))
+    write("sample_kept.jsonl", json.dumps(samples | {"kept": [5]}))
+    lines = (folder / "run" / "eval.jsonl").read_text().splitlines()
+    write("eval_line.jsonl", *(x.replace('"sampled"', '"sample"') for x in lines))
+    (folder / "odd").mkdir()
+    shutil.copy(folder / "run" / "trees.jsonl", folder / "odd")
+    made = json.loads((folder / "run" / "trees.jsonl.manifest.json").read_text())
+    made["facts"]["tokenizer"] = {"a": 1}
+    (folder / "odd" / "trees.jsonl.manifest.json").write_text(json.dumps(made))
+    write("demo_list.jsonl", json.dumps({"prompt": " 1", "response": [1]}))
     shutil.copytree(folder / "run" / "critic", folder / "bad_head")
     os.truncate(folder / "bad_head" / "value_head.safetensors", 100)
     shutil.copytree(folder / "run", folder / "changed")
@@ -224,6 +252,18 @@ TABLE = [
     (S, SAMPLE, "--problems nul.jsonl", "nul.jsonl:2"),
     (S, SAMPLE, "--problems deep.jsonl", "deep.jsonl:1"),
     (S, SAMPLE, "--problems surrogate.jsonl", "surrogate.jsonl:1"),
+    (C, CRITIC, "--trees tree_parent.jsonl", "nodes[1]"),
+    (C, CRITIC, "--trees tree_wins.jsonl", "nodes[1]"),
+    (C, CRITIC, "--trees tree_huge.jsonl", "nodes[1] ids[0]"),
+    (C, CRITIC, "--trees tree_empty.jsonl", "nodes[1]"),
+    (C, CRITIC, "--trees tree_reward.jsonl", "nodes[1] reward"),
+    (A, ACTOR, "--trees tree_parent.jsonl", "nodes[1]"),
+    (L, LABEL, "--samples sample_ends.jsonl", "ends or kept"),
+    (L, LABEL, "--samples sample_kept.jsonl", "ends or kept"),
+    (L, LABEL, "--samples sample_text.jsonl", "responses[0] text"),
+    (E, EVALUATE, "--against eval_line.jsonl", "no line of evaluate.py"),
+    (C, CRITIC, "--trees odd/trees.jsonl", "manifest"),
+    (P, REAL, "--base tiny --demos jsonl:demo_list.jsonl", "response"),
     # models
     (S, SAMPLE, "--actor no_tokenizer", "no_tokenizer"),
     (S, SAMPLE, "--actor other_tokenizer", "other_tokenizer"),
