@@ -96,22 +96,28 @@ def logprobs(n=4096, d=896, v=151936):
         for name, row in rows.items():
             print(
                 f"  {dtype:9} {name:16} {row['seconds']:7.2f} s {row['seconds'] / base['seconds']:6.2f}x  "
-                f"{row['mib']:8.0f} MiB {row['mib'] / base['mib']:7.1%}"
+                f"{row['mib']:8.0f} MiB {row['mib'] / max(base['mib'], 1e-9):7.1%}"
             )
 
 
 # ------------------------------------------------------------ tree packing
 
 
-def small_model(folder, width=192, layers=4):
-    """A 2M-parameter model with the embedded tokenizer."""
+SMALL = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+
+
+def random_model(folder, sizes=SMALL):
+    """Random weights in bfloat16 where they will be computed in it, and the embedded tokenizer."""
     demos = prepare.demonstrations(0, 200, True)
     tokenizer = prepare.build_tokenizer([d[k] for d in demos for k in ("prompt", "response")])
-    model = prepare.new_model(tokenizer, 0, layers, width)
-    model.config.max_position_embeddings = 4096
+    eos = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
+    sizes = {"vocab_size": len(tokenizer), "tie_word_embeddings": True, **eos, **sizes}
+    torch.manual_seed(0)
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes)).to(torch.bfloat16 if CUDA else None)
+    model.generation_config = hf.GenerationConfig(**eos)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return LM(folder, train=True)
 
 
 def pairs_tree(steps, width, length, prompt=80):
@@ -131,14 +137,17 @@ def pairs_tree(steps, width, length, prompt=80):
     return Tree(ids, parent, score)
 
 
-def tree():
+def tree(sizes=SMALL):
     with tempfile.TemporaryDirectory() as folder:
-        lm = small_model(folder)
+        random_model(folder, sizes)
+        lm = LM(folder)
         count = sum(p.numel() for p in lm.model.parameters()) / 1e6
         print(
             f"tree packing, forward + backward of all pairs of a response, {count:.1f}M parameters, prompt 80"
         )
-        plain = hf.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+        plain = hf.AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="sdpa", dtype=lm.head.dtype
+        ).to(DEVICE)
         for steps, length in ((8, 20), (20, 30)):
             one = pairs_tree(steps, 8, length)
 
@@ -159,13 +168,14 @@ def tree():
                 for i in range(0, len(rows), 16):
                     batch = rows[i : i + 16]
                     width = max(len(p) for p, _ in batch)
-                    ids = torch.tensor([p + [0] * (width - len(p)) for p, _ in batch])
-                    seen = torch.tensor([[1] * len(p) + [0] * (width - len(p)) for p, _ in batch])
+                    ids = [p + [0] * (width - len(p)) for p, _ in batch]
+                    seen = [[1] * len(p) + [0] * (width - len(p)) for p, _ in batch]
+                    ids, seen = torch.tensor(ids, device=DEVICE), torch.tensor(seen, device=DEVICE)
                     hidden = plain.base_model(ids, attention_mask=seen).last_hidden_state
                     keep = [
                         (r, t) for r, (p, n) in enumerate(batch) for t in range(len(p) - n, len(p))
                     ]
-                    r, t = torch.tensor(keep).T
+                    r, t = torch.tensor(keep, device=DEVICE).T
                     z = plain.lm_head(hidden[r, t - 1])
                     selected = z.gather(1, ids[r, t][:, None])[:, 0] - z.logsumexp(-1)
                     selected.sum().backward()
@@ -179,16 +189,17 @@ def tree():
 # ------------------------------------------------------------ sampler
 
 
-def sampler(new=80):
+def sampler(sizes=SMALL, batches=(256, 512), new=80):
     with tempfile.TemporaryDirectory() as folder:
-        lm = small_model(folder)
+        random_model(folder, sizes)
+        lm = LM(folder)
         lm.eos, ids = [lm.eos[0]], lm.prompt_ids("Ann has 6 coins.\nHow many coins does Ann have?")
-        plain = hf.AutoModelForCausalLM.from_pretrained(folder).eval()
+        plain = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=lm.head.dtype).to(DEVICE)
         print(
-            f"sampler, {new} new tokens, random 2M model (it ends rows at random), against generate()"
+            f"sampler, {new} new tokens, random model (it ends rows at random), against generate()"
         )
-        for batch in (256, 512):
-            prompt = torch.tensor([ids] * batch)
+        for batch in batches:
+            prompt = torch.tensor([ids] * batch, device=DEVICE)
 
             def ours(batch=batch):
                 prefixes = Prefixes(lm, [Tree([ids], [-1], [True])])

@@ -1,0 +1,99 @@
+"""Every GPU figure in one call, by hand: python tests/bench_gpu.py   (needs CUDA, about 8 minutes on one H100)
+
+1. The two ceilings of this machine: bfloat16 matrix products (FLOP/s) and copies (bytes/s).
+2. linear_logprobs at the sizes of a 0.5B and a 7B model, against naive, with its share of the ceiling.
+3. Tree packing and the sampler against their rivals on a 0.5B model with random weights; the sampler's share of
+   the memory bandwidth.
+4. All stages of the pipeline on that model, as run.sh runs them.
+
+`--tiny` runs the same on the CPU with toy sizes: it shows that the script works, its figures mean nothing.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import bench_kernels as bench
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+HALF_B = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+HALF_B |= {"num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+HALF_B |= {"vocab_size": 151936}
+
+
+def ceilings(size=8192, mib=4096):
+    dtype = torch.bfloat16
+    a, b = (torch.randn(size, size, device=bench.DEVICE, dtype=dtype) for _ in range(2))
+    flops = 2 * size**3 / bench.seconds(lambda: a @ b, 9)
+    x = torch.zeros(mib << 20, dtype=torch.uint8, device=bench.DEVICE)
+    y = torch.empty_like(x)
+    rate = 2 * x.numel() / bench.seconds(lambda: y.copy_(x), 9)
+    print(f"ceilings: {flops / 1e12:.1f} TFLOP/s in bfloat16, {rate / 1e9:.0f} GB/s")
+    return flops, rate
+
+
+def logprob_share(flops, n, d, v):
+    """Four products of 2 N d V each: forward, its recomputation, two gradients."""
+    torch.manual_seed(0)
+    hidden = torch.randn(n, d, device=bench.DEVICE, dtype=torch.bfloat16).requires_grad_()
+    weight = (0.05 * torch.randn(v, d, device=bench.DEVICE)).bfloat16().requires_grad_()
+    targets = torch.randint(0, v, (n,), device=bench.DEVICE)
+    run = lambda: bench.linear_logprobs(hidden, weight, targets).sum().backward()
+    took = bench.seconds(run, 5)
+    print(f"  d {d}, V {v}: {took * 1e3:.1f} ms, {8 * n * d * v / took / flops:.0%} of the ceiling")
+
+
+def sampler_share(rate, sizes, batch, new=80):
+    """A decoding step reads every weight once, and the keys and values of every row so far."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench.random_model(folder, sizes)
+        lm = bench.LM(folder)
+        stop, lm.eos = lm.eos, [len(lm.head)]  # no row ends early
+        prefixes = bench.Prefixes(lm, [bench.Tree([[5] * 16], [-1], [True])])
+        rows = [(0, 0, i, new) for i in range(batch)]
+        took = bench.seconds(lambda: bench.sample(lm, prefixes, rows, batch=batch), 2)
+        weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
+        kept = (
+            2 * sizes["num_key_value_heads"] * sizes["num_hidden_layers"] * lm.head.element_size()
+        )
+        kept *= batch * (16 + new / 2) * sizes["hidden_size"] // sizes["num_attention_heads"]
+        speed = (weights + kept) * new / took
+        print(
+            f"  batch {batch}: {batch * new / took:.0f} tokens/s, {speed / rate:.0%} of the bandwidth"
+        )
+        lm.eos = stop
+
+
+def pipeline(sizes):
+    """run.sh with a random model of these sizes: every stage on this device."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench.random_model(f"{folder}/model", sizes)
+        recipe = {"RUN": f"{folder}/run", "BASE": f"{folder}/model", "ITERATIONS": "1"}
+        recipe |= {"PROBLEMS": "64", "SAMPLE": "--n1 8 --n 2", "LABEL": "--m 4"}
+        recipe |= {"LENGTH": "--max_new 32", "CRITIC": "--lr 1e-5", "EVALUATE": "--samples 2"}
+        recipe |= {"ACTOR": "--gap 0 --lr 1e-6 --beta 0.1 --batch 256"}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        subprocess.run(
+            ["bash", ROOT / "run.sh"], check=True, env={**os.environ, **recipe, "PATH": path}
+        )
+
+
+if __name__ == "__main__":
+    tiny = "--tiny" in sys.argv
+    if not (tiny or bench.CUDA):
+        sys.exit("no CUDA here; --tiny shows that the script works")
+    name = torch.cuda.get_device_name() if bench.CUDA else "CPU"
+    print(f"{name}, torch {torch.__version__}, transformers {bench.hf.__version__}")
+    sizes = {**bench.SMALL, "vocab_size": 512} if tiny else HALF_B
+    flops, rate = ceilings(256, 16) if tiny else ceilings()
+    shapes = [(64, 32, 512)] if tiny else [(4096, 896, 151936), (4096, 3584, 152064)]
+    for shape in shapes:
+        bench.logprobs(*shape)
+        logprob_share(flops, *shape)
+    bench.tree(sizes)
+    bench.sampler(sizes, (16,) if tiny else (256, 512))
+    sampler_share(rate, sizes, 16 if tiny else 256)
+    pipeline(sizes)
