@@ -96,13 +96,14 @@ def tokenizer_facts(lm: LM) -> dict:
     }
 
 
-KINDS = {"id": str | int, "prompt": str, "answer": str}
+KINDS = {"id": str | int, "prompt": str, "answer": str, "tests": dict}
 KINDS |= {"prompt_ids": list, "nodes": list, "responses": list}
 
 
 def read_jsonl(path: Path, needs: tuple[str, ...] = ("id",), torn_tail: bool = False) -> list[dict]:
     """All records of a JSONL file. A broken line is an error that names file and line.
 
+    needs: fields that must be there and not empty; "answer or tests": one of them.
     torn_tail=True (a file that was being written): a last line without its line break is dropped.
     """
     path = Path(path)
@@ -127,9 +128,9 @@ def read_jsonl(path: Path, needs: tuple[str, ...] = ("id",), torn_tail: bool = F
         except (ValueError, RecursionError) as e:
             raise UserError(f"{where}: not JSON ({e}); one JSON object a line is wanted") from None
         known = record if isinstance(record, dict) else {}
-        missing = [
-            k for k in needs if not isinstance(known.get(k), KINDS[k]) or known[k] in ("", [])
-        ]
+        usable = {k for k, kind in KINDS.items() if isinstance(known.get(k), kind)}
+        usable -= {k for k in usable if known[k] in ("", [], {})}
+        missing = [need for need in needs if usable.isdisjoint(need.split(" or "))]
         if missing:
             found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
             raise UserError(
