@@ -340,12 +340,13 @@ TESTS = {  # the fields of a problem's tests, and what holds where one is not gi
 }
 
 
-def extract_program(prompt: str, text: str) -> str | None:
+def extract_program(setup: str, text: str) -> str | None:
     """The program in a response, None if there is none. The first that applies:
 
     1. the last fenced block; a fence left open runs to the end;
     2. with a def or class at the margin: from the first import, def, class or decorator there;
-    3. with a def in the prompt (HumanEval): the prompt, then the text up to a line at the margin;
+    3. with a def in the tests' setup (HumanEval: the prompt): it, and the text up to a line at the
+       margin;
     4. the whole text, if it is Python.
     """
     blocks = re.findall(r"^ *```[^`\n]*\n(.*?)(?:^ *```|\Z)", text, re.DOTALL | re.MULTILINE)
@@ -354,9 +355,9 @@ def extract_program(prompt: str, text: str) -> str | None:
     if re.search(r"^(async def|def|class) ", text, re.MULTILINE):
         first = re.search(r"^(import |from |async |def |class |@)", text, re.MULTILINE)
         return text[first.start() :]
-    if re.search(r"^def \w+\(", prompt, re.MULTILINE):
+    if re.search(r"^def \w+\(", setup, re.MULTILINE):
         body = re.split(r"^(?=\S)", text, maxsplit=1, flags=re.MULTILINE)[0]
-        return f"{prompt.rstrip()}\n{body}"
+        return f"{setup.rstrip()}\n{body}" if body.strip() else None
     try:
         return text if ast.parse(text).body else None
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -864,7 +865,8 @@ def grade_all(
     for problem, text in zip(problems, texts):
         key = problem["id"], text
         if problem.get("tests"):
-            jobs[key] = problem["tests"], extract_program(problem["prompt"], text)
+            program = extract_program(problem["tests"].get("setup", ""), text)
+            jobs[key] = problem["tests"], program
         elif key not in seen:
             seen[key] = grade_math(problem["answer"], text, _math)
     if jobs:

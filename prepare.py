@@ -16,12 +16,16 @@ the base model fails in a way that is visible in its steps, and knows the right 
 find it by sampling.
 """
 
+import ast
+import base64
 import fcntl
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shlex
@@ -35,13 +39,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from transformers import HfArgumentParser
 
-from evaluate import exact_number, extract_answer
+from evaluate import TESTS, encode, exact_number, extract_answer, sandbox
 from model import LM, Tree, UserError, fit, flag, fsync, pack_trees, replace, step_logprobs
 
 # ------------------------------------------------------------ records and manifests
@@ -52,8 +57,8 @@ def sha256(path: Path) -> str:
     path = Path(path)
     if path.is_dir():
         parts = [
-            f"{p.name} {sha256(p)}"
-            for p in sorted(path.iterdir())
+            f"{p.relative_to(path)} {sha256(p)}"
+            for p in sorted(path.rglob("*"))
             if p.is_file() and not p.name.startswith(".sha256.json")
         ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -567,6 +572,7 @@ def fine_tune(
 
 INSTRUCTIONS = {  # by the kind of answer
     "boxed": r"Please reason step by step, and put your final answer within \boxed{}.",
+    "program": "Write it in Python, in one ```python block.",
     "####": 'Solve it step by step, one step a line. The last line is "#### " and the answer.',
 }
 
@@ -582,8 +588,12 @@ class Loader(NamedTuple):
 
 
 def read_rows(path: str | Path) -> list[dict]:
-    """Rows of a .jsonl, .jsonl.gz, .json (a list, or a dict of columns) or .parquet file."""
+    """Rows of a .jsonl, .jsonl.gz, .json (a list, or a dict of columns) or .parquet file; of a
+    folder with a folder for each row, in which every field is a file (APPS)."""
     path = Path(path)
+    if path.is_dir():
+        folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
+        return [{file.stem: file.read_text("utf-8") for file in f.iterdir()} for f in folders]
     if path.suffix == ".parquet":
         try:
             from pyarrow import parquet
@@ -645,6 +655,179 @@ def gsm8k(row: dict) -> dict:
     return {"prompt": row["question"], "answer": row["answer"].rpartition("####")[2]}
 
 
+# Sets of programs. Their converters give readings of the tests, of which one is to hold, and the
+# row's own solutions, one of which must pass (keep_solved); or tests that are taken on trust.
+
+LIBRARY = ["typing", "collections", "functools", "itertools", "heapq", "bisect", "math", "string"]
+LEETCODE = "\n".join(f"from {name} import *" for name in LIBRARY)  # as LeetCode does for its users
+STDIN = "Read standard input and print the answer."
+
+
+def apps(row: dict) -> dict:
+    """APPS and TACO, whose outputs may or may not be wrapped in a list."""
+    cases, solutions = (
+        json.loads(value or "{}") if isinstance(value, str) else value
+        for value in (row["input_output"], row["solutions"])
+    )
+    if not cases.get("inputs") or not solutions:
+        raise LeftOut("no solution" if cases.get("inputs") else "no tests")
+    name, outputs = cases.get("fn_name"), [cases["outputs"]]
+    tests = {"kind": "call", "entry": name, "setup": LEETCODE, "inputs": cases["inputs"]}
+    if not name:
+        tests |= {"kind": "stdin", "setup": "", "inputs": list(map(lines, cases["inputs"]))}
+        outputs = [list(map(lines, cases["outputs"]))]
+    elif all(isinstance(value, list) and len(value) == 1 for value in outputs[0]):
+        outputs.insert(0, [value for (value,) in outputs[0]])
+    readings = [tests | {"atol": 1e-6, "outputs": list(map(as_json, o))} for o in outputs]
+    how = f"Write the function {name}." if name else STDIN
+    prompt = f"{row['question'].strip()}\n\n{how}\n{row.get('starter_code') or ''}".rstrip()
+    return {"prompt": prompt, "readings": readings, "solutions": solutions}
+
+
+def lines(text: str | list[str]) -> str:
+    return "\n".join(text) if isinstance(text, list) else text
+
+
+def as_json(value):
+    """A JSON value as an output. A tuple will do for a list, since JSON writes both alike."""
+    return {"!json": value} if isinstance(value, (list, dict)) else value
+
+
+def humaneval(row: dict) -> dict:
+    tests = {"kind": "assert", "entry": row["entry_point"], "setup": row["prompt"]}
+    return {
+        "id": f"humaneval/test/{row['task_id'].split('/')[1]}",
+        "prompt": row["prompt"],
+        "readings": [tests | {"code": f"{row['test']}\ncheck({row['entry_point']})"}],
+        "solutions": [row["prompt"] + row["canonical_solution"]],
+    }
+
+
+def mbpp(row: dict) -> dict:
+    number, asserts = row["task_id"], "\n".join(row["test_list"])
+    splits = {"prompt": 10, "test": 510, "validation": 600, "train": 974}  # their last task_id
+    split = next(split for split, last in splits.items() if number <= last)
+    names = re.findall(r"^def (\w+)", row["code"], re.MULTILINE)
+    called = [name for name in names if re.search(rf"\b{name}\(", asserts)]
+    if not called:
+        raise LeftOut("its tests call none of its functions")
+    setup = f"import math, sys\n{row['test_setup_code']}"
+    return {
+        "id": f"mbpp/{split}/{number}",
+        "prompt": f"{row['text'].strip()}\nYour code should pass these tests:\n{asserts}",
+        "readings": [{"kind": "assert", "entry": called[0], "setup": setup, "code": asserts}],
+        "solutions": [row["code"]],
+    }
+
+
+def plus(row: dict) -> dict:
+    """HumanEval+ and MBPP+: the expected values are what the reference solution returns."""
+    name, number, asserts = row["entry_point"], row["task_id"].split("/")[1], row.get("assertion")
+    inputs, start = row["base_input"] + list(row["plus_input"]), "" if asserts else row["prompt"]
+    # in MBPP+ JSON has made lists of tuples and sets, and text of complex numbers
+    if calls := list(literal_calls(asserts or "", name)):
+        inputs = [[like(*pair) for pair in zip(args, zip(*calls))] for args in inputs]
+    if asserts and number in ("124", "252"):
+        inputs = [[complex(arg) for arg in args] for args in inputs]
+    code = ""  # for tasks with more than one right answer
+    if "assert set(" in row["prompt"]:
+        code = f"for i, o in zip(inputs, outputs): assert set({name}(*i)) == set(o)"
+    if f"assert not {name}(" in (asserts or ""):
+        code = f"for i, o in zip(inputs, outputs): assert bool({name}(*i)) == bool(o)"
+    if name == "find_zero":
+        code = f"for i in inputs: assert abs(poly(*i, {name}(*i))) <= {row['atol']}"
+    tests = {"kind": "assert" if code else "call", "entry": name, "setup": start, "code": code}
+    tests |= {"inputs": list(map(encode, inputs)), "outputs": None, "atol": row["atol"] or 1e-6}
+    return {
+        "id": f"{'mbpp' if asserts else 'humaneval'}_plus/test/{number}",
+        "prompt": row["prompt"],
+        "readings": [tests],
+        "solutions": [start + row["canonical_solution"]],
+    }
+
+
+def literal_calls(assertions: str, name: str):
+    """The arguments of the calls of `name`, where they are literals."""
+    for node in ast.walk(ast.parse(assertions)):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == name:
+            with suppress(ValueError):
+                yield [ast.literal_eval(arg) for arg in node.args]
+
+
+def like(value, examples):
+    """A JSON value with its lists turned into what the examples have in their place."""
+    if isinstance(value, dict):
+        inside = [item for e in examples if isinstance(e, dict) for item in e.values()]
+        return {key: like(item, inside) for key, item in value.items()}
+    if not isinstance(value, list):
+        return value
+    alike = [e for e in examples if isinstance(e, (list, tuple, set))]
+    items = [like(item, [inner for e in alike for inner in e]) for item in value]
+    return type(alike[0])(items) if alike else items
+
+
+class PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        raise LeftOut(f"its private tests ask for {module}.{name}")
+
+
+def livecodebench(row: dict) -> dict:
+    """The public tests and the private ones: JSON, or JSON pickled, zipped, in base64."""
+    private = row.get("private_test_cases") or "[]"
+    if not private.startswith("["):
+        packed = zlib.decompress(base64.b64decode(private))
+        private = PlainUnpickler(io.BytesIO(packed)).load()
+    cases = json.loads(row["public_test_cases"]) + json.loads(private)
+    name = json.loads(row["metadata"]).get("func_name")
+    tests = {"kind": "stdin", "entry": name, "atol": 1e-6}
+    inputs, outputs = ([case[key] for case in cases] for key in ("input", "output"))
+    if name:
+        tests |= {"kind": "call", "setup": LEETCODE}
+        inputs = [[json.loads(line) for line in text.split("\n")] for text in inputs]
+        outputs = [as_json(json.loads(text)) for text in outputs]
+    return {
+        "id": f"livecodebench/test/{row['question_id']}",
+        "prompt": f"{row['question_content'].strip()}\n\n"
+        + (f"Complete this:\n{row['starter_code']}" if name else STDIN),
+        "tests": tests | {"inputs": inputs, "outputs": outputs},
+    }
+
+
+def own(row: dict) -> dict:
+    """A user's line: an answer, or tests."""
+    tests = row.get("tests")
+    if not tests:
+        return {"prompt": row["prompt"], "answer": row.get("answer")}
+    if unknown := tests.keys() - TESTS.keys():
+        raise LeftOut(f"tests have no field {', '.join(sorted(unknown))}")
+    kind = tests.get("kind", TESTS["kind"])
+    if kind not in ("call", "stdin", "assert") or not tests.get(
+        "code" if kind == "assert" else "inputs"
+    ):
+        raise LeftOut("no tests")
+    return {"prompt": row["prompt"], "domain": "code", "tests": tests}
+
+
+def keep_solved(problems: list[dict], unsafe: bool) -> tuple[list[dict], list[tuple[str, str]]]:
+    """-> the problems that one of their first three solutions solves, by the first reading of the
+    tests that it passes; and (id, reason) of the others. Outputs that are None it fills in."""
+    box = sandbox(unsafe)
+    unknown = [p for p in problems if p["readings"][0].get("outputs", "") is None]
+    jobs = [(p["readings"][0] | {"kind": "call"}, p["solutions"][0]) for p in unknown]
+    for p, (verdict, values) in zip(unknown, box.grade(jobs)):
+        p["readings"] = [p["readings"][0] | {"outputs": values}] if verdict == "right" else []
+    tries = [list(product(p.pop("readings"), p.pop("solutions")[:3])) for p in problems]
+    verdicts = ["no answer"] * len(problems)
+    for attempt in range(max(map(len, tries), default=0)):
+        todo = [i for i, t in enumerate(tries) if attempt < len(t) and verdicts[i] != "right"]
+        for i, (verdict, _) in zip(todo, box.grade([tries[i][attempt] for i in todo])):
+            verdicts[i], problems[i]["tests"] = verdict, tries[i][attempt][0]
+    kept = [p for p, verdict in zip(problems, verdicts) if verdict == "right"]
+    failed = [(p["id"], v) for p, v in zip(problems, verdicts) if v != "right"]
+    return kept, [(problem, f"its own solution: {verdict}") for problem, verdict in failed]
+
+
+PLUS = "task_id prompt entry_point canonical_solution base_input plus_input atol"
 LOADERS = {
     "math": Loader("problem solution", boxed),
     "math500": Loader("problem answer", question("problem")),
@@ -654,31 +837,50 @@ LOADERS = {
     "college_math": Loader("question answer", question("question")),
     "asdiv": Loader("body question answer", asdiv, "####"),
     "mawps": Loader("input target", mawps, "####"),
-    "jsonl": Loader("prompt answer", question("prompt")),
+    "jsonl": Loader("prompt answer/tests", own),
+    "taco": Loader("question input_output solutions", apps, "program"),
+    "apps": Loader("question input_output solutions", apps, "program"),
+    "humaneval": Loader("task_id prompt entry_point canonical_solution test", humaneval, "program"),
+    "humaneval_plus": Loader(PLUS, plus, "program"),
+    "mbpp": Loader("task_id text code test_list test_setup_code", mbpp, "program"),
+    "mbpp_plus": Loader(f"{PLUS} assertion", plus, "program"),
+    "livecodebench": Loader(
+        "question_id question_content starter_code public_test_cases metadata",
+        livecodebench,
+        "program",
+    ),
 }
 
 
-def load_set(name: str, path: str | Path) -> tuple[list[dict], list[tuple[str, str]]]:
+def load_set(
+    name: str, path: str | Path, unsafe: bool = False
+) -> tuple[list[dict], list[tuple[str, str]]]:
     """-> problems, and (id, reason) of each row left out. A file of another layout: UserError."""
     if name not in LOADERS:
         raise UserError(f"no data set is called {name!r}; there are {', '.join(LOADERS)}")
-    fields, convert, _ = LOADERS[name]
+    fields, convert, kind = LOADERS[name]
+    domain = "code" if kind == "program" else "math"
     problems, left_out = [], []
     for index, row in enumerate(read_rows(path)):
-        if not set(fields.split()) <= row.keys():
+        if any(row.keys().isdisjoint(field.split("/")) for field in fields.split()):
             found = f"row {index} has the fields {', '.join(row)}"
-            raise UserError(f"{path}: {found}; {name} wants {fields.replace(' ', ', ')}")
+            wanted = fields.replace(" ", ", ").replace("/", " or ")
+            raise UserError(f"{path}: {found}; {name} wants {wanted}")
         problem = {"id": f"{name}/{Path(path).name.split('.')[0]}/{index}", "source": name}
         try:
-            problem |= {"domain": "math", "prompt": "", "answer": None, "tests": None}
+            problem |= {"domain": domain, "prompt": "", "answer": None, "tests": None}
             problem |= convert(row)
             if problem["answer"] is not None:
                 problem["answer"] = str(problem["answer"]).strip()
-            if not problem["prompt"] or not (problem["answer"] or problem["tests"]):
+            known = problem["answer"] or problem["tests"] or "readings" in problem
+            if not problem["prompt"] or not known:
                 raise LeftOut("no gold answer" if problem["prompt"] else "no question")
             problems.append(problem)
-        except LeftOut as reason:
+        except (LeftOut, ValueError) as reason:  # a field that should hold JSON, and does not
             left_out.append((problem["id"], str(reason)))
+    if any("readings" in problem for problem in problems):
+        problems, unsolved = keep_solved(problems, unsafe)
+        left_out += unsolved
     return problems, left_out
 
 
@@ -726,6 +928,7 @@ class Settings:
     test_size: int = flag("embedded test problems", 500)
     dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the embedded problems and of base training", 0)
+    unsafe: bool = flag("run solutions even where they cannot be walled off", False)
     force: bool = flag("throw existing outputs away", False)
 
 
@@ -763,15 +966,17 @@ def parse(spec: str) -> list[tuple[str, str]]:
 
 def load(name: str, path: str, s: Settings) -> list[dict]:
     """The problems of one set, with its instruction; says what was read and what left out."""
-    problems, left_out = load_set(name, path)
+    problems, left_out = load_set(name, path, s.unsafe)
     print(f"{name} {path}: {len(problems) + len(left_out)} rows, {len(problems)} used")
     for reason in sorted({r for _, r in left_out}):
         ids = [i for i, r in left_out if r == reason]
         print(
             f"  left out, {reason}: {len(ids)} ({', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''})"
         )
-    instruction = s.instruction or INSTRUCTIONS[LOADERS[name].kind]
-    return [{**p, "prompt": f"{p['prompt']}\n{instruction}".strip()} for p in problems]
+    for p in problems:
+        kind = "program" if p["tests"] else LOADERS[name].kind
+        p["prompt"] = f"{p['prompt']}\n{s.instruction or INSTRUCTIONS[kind]}".strip()
+    return problems
 
 
 def real_problems(s: Settings) -> dict[str, list[dict]]:

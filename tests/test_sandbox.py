@@ -620,28 +620,29 @@ SIGNATURE = 'from typing import List\n\n\ndef f(x: int) -> int:\n    """Double x
 
 
 @pytest.mark.parametrize(
-    "prompt, text, program",
+    "setup, text, program",
     [
         (
-            "Write f.",
+            "",
             "Here:\n```python\ndef f(x): return 1\n```\nor\n```\ndef f(x): return 2\n```\n",
             "def f(x): return 2\n",
         ),
-        ("Write f.", "```python\ndef f(x):\n    return 1", "def f(x):\n    return 1"),
-        ("Write f.", "1. So:\n   ```py\n   x = 1\n   ```", "   x = 1\n"),
+        ("", "```python\ndef f(x):\n    return 1", "def f(x):\n    return 1"),
+        ("", "1. So:\n   ```py\n   x = 1\n   ```", "   x = 1\n"),
         (
-            "Write f.",
+            "",
             "Sure.\nimport math\n\ndef f(x): return 1\n",
             "import math\n\ndef f(x): return 1\n",
         ),
-        ("Write f.", "def f(x):\n  y = x\n  return y", "def f(x):\n  y = x\n  return y"),
-        ("Read n.", "n = int(input())\nprint(n)", "n = int(input())\nprint(n)"),
-        ("Read n.", "I do not know.", None),
-        ("Read n.", "", None),
-        ("Read n.", "(" * 5000, None),
+        ("", "def f(x):\n  y = x\n  return y", "def f(x):\n  y = x\n  return y"),
+        ("", "n = int(input())\nprint(n)", "n = int(input())\nprint(n)"),
+        ("", "I do not know.", None),
+        ("", "", None),
+        ("", "(" * 5000, None),
         (SIGNATURE, "    return 2 * x\n\nprint(f(1))", SIGNATURE + "    return 2 * x\n\n"),
         (SIGNATURE, "def f(x):\n    return 2 * x", "def f(x):\n    return 2 * x"),
+        (SIGNATURE, "I do not know.", None),
     ],
 )
-def test_extract_program(prompt, text, program):
-    assert extract_program(prompt, text) == program
+def test_extract_program(setup, text, program):
+    assert extract_program(setup, text) == program
