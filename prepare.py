@@ -398,21 +398,45 @@ RELATIONS = {
     "thrice": ("3 times as many as {a}", "* 3", "+ 3", 0.38),
     "half": ("half as many as {a}", "/ 2", "- 2", 0.60),
 }
+OPERATIONS = {
+    "add": ("add {k} to x", "x = x + {k}", "x = x - {k}", 0.03),
+    "subtract": ("subtract {k} from x", "x = x - {k}", "x = x + {k}", 0.15),
+    "double": ("double x", "x = x * 2", "x = x + 2", 0.72),
+    "triple": ("triple x", "x = x * 3", "x = x + 3", 0.38),
+    "over": ("if x is over {t}, subtract {k}", "if x > {t}: x = x - {k}", "if x < {t}: x = x - {k}", 0.42),
+    "under": ("if x is under {t}, add {k}", "if x < {t}: x = x + {k}", "if x > {t}: x = x + {k}", 0.15),
+}  # fmt: skip
+INPUTS = [-8, 1, 6, 11, 19, 32]
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
+class Task(NamedTuple):
+    """An embedded task. A skeleton is what a problem says, in JSON."""
+
+    draw: Callable  # (rng, fewest steps) -> skeleton
+    tell: Callable  # skeleton -> prompt
+    solve: Callable  # (rng, skeleton, misread, slip) -> response, a line a step
+    check: Callable  # (rng, skeleton) -> {"answer"} or {"tests"}; None: a bad problem
+
+
+def read(rng: random.Random, phrase: tuple, misread: bool) -> str:
+    """A phrase's right reading, or its misreading as often as a careless reader's."""
+    _, right, wrong, share = phrase
+    return wrong if misread and rng.random() < share else right
+
+
 def apply(value: int, sign: str, k: int) -> int:
     return {"+": value + k, "-": value - k, "*": value * k, "/": value // k}[sign]
 
 
-def chain(rng: random.Random, low: int = 2, high: int = 4) -> tuple[int, list]:
-    """A first value and 2 to 4 relations [(kind, k)]; all values from 1 to 20."""
+def draw_chain(rng: random.Random, fewest: int = 2) -> tuple[int, list]:
+    """A first value and up to 4 relations [(kind, k)]; all values from 1 to 20."""
     value = first = rng.randint(1, 20)
     steps = []
-    for _ in range(rng.randint(low, high)):
+    for _ in range(rng.randint(fewest, 4)):
         while True:
             kind, k = rng.choice(list(RELATIONS)), rng.randint(1, 9)
             sign, _, constant = RELATIONS[kind][1].partition(" ")
@@ -425,20 +449,21 @@ def chain(rng: random.Random, low: int = 2, high: int = 4) -> tuple[int, list]:
     return first, steps
 
 
-def tell(first: int, steps: list) -> str:
+def tell_chain(skeleton: tuple[int, list]) -> str:
     """The problem's text."""
+    first, steps = skeleton
     lines = [f"{NAMES[0]} has {first} coins."]
     for (kind, k), a, b in zip(steps, NAMES, NAMES[1:]):
         lines.append(f"{b} has {RELATIONS[kind][0].format(k=k, a=a)}.")
     return "\n".join([*lines, f"How many coins does {NAMES[len(steps)]} have?"])
 
 
-def solve(rng: random.Random, first: int, steps: list, misread=False, slip=0.0) -> str:
-    """A solution, a line a relation: "Ben: 6 * 2 = 12"; misread: as a careless reader has it."""
-    value, lines = first, []
+def solve_chain(rng: random.Random, skeleton: tuple[int, list], misread=False, slip=0.0) -> str:
+    """A solution, a line a relation: "Ben: 6 * 2 = 12"."""
+    value, steps = skeleton
+    lines = []
     for (kind, k), name in zip(steps, NAMES[1:]):
-        _, right, wrong, share = RELATIONS[kind]
-        sign = (wrong if misread and rng.random() < share else right).split()[0]
+        sign = read(rng, RELATIONS[kind], misread).split()[0]
         new = apply(value, sign, k)
         if rng.random() < slip:
             new += rng.choice([-1, 1])
@@ -447,19 +472,73 @@ def solve(rng: random.Random, first: int, steps: list, misread=False, slip=0.0) 
     return "\n".join([*lines, f"The answer is {value}."])
 
 
-def demo_problems(seed: int, sizes: dict[str, int]) -> dict[str, list[dict]]:
-    """Problems of each split; the hash of a skeleton (relations and numbers) says which split."""
+def check_chain(rng: random.Random, skeleton: tuple[int, list]) -> dict:
+    return {"answer": solve_chain(rng, skeleton).split()[-1].rstrip(".")}
+
+
+def draw_function(rng: random.Random, fewest: int = 2) -> list:
+    """Up to 4 operations [(kind, k, t)]; a number that the phrase does not name is 0."""
+    steps = []
+    for _ in range(rng.randint(fewest, 4)):
+        kind, k, t = rng.choice(list(OPERATIONS)), rng.randint(1, 9), rng.randint(2, 30)
+        phrase = OPERATIONS[kind][0]
+        steps.append((kind, k * ("{k}" in phrase), t * ("{t}" in phrase)))
+    return steps
+
+
+def tell_function(skeleton: list) -> str:
+    phrases = [OPERATIONS[kind][0].format(k=k, t=t) for kind, k, t in skeleton]
+    lines = [f"{'Then' if i else 'First'}, {phrase}." for i, phrase in enumerate(phrases)]
+    return "\n".join(["Write f(x).", *lines])
+
+
+def solve_function(rng: random.Random, skeleton: list, misread=False, slip=0.0) -> str:
+    """The function, a line an operation: "    x = x * 2"."""
+    lines = []
+    for kind, k, t in skeleton:
+        if rng.random() < slip:
+            k += rng.choice([-1, 1])
+        lines.append(read(rng, OPERATIONS[kind], misread).format(k=k, t=t))
+    return "\n    ".join(["def f(x):", *lines, "return x"])
+
+
+def check_function(_, skeleton: list) -> dict | None:
+    """Its tests; none if some of its misreadings would pass them."""
+    readings = [
+        [reading.format(k=k, t=t) for reading in OPERATIONS[kind][1:3]] for kind, k, t in skeleton
+    ]
+    right, *wrong = (run_lines(lines) for lines in product(*readings))
+    tests = {"kind": "call", "entry": "f", "inputs": [[x] for x in INPUTS], "outputs": right}
+    return None if right in wrong else {"domain": "code", "tests": tests}
+
+
+def run_lines(lines: tuple[str, ...]) -> list[int]:
+    """x for each of INPUTS after these lines of ours."""
+    code, names = compile("\n".join(lines), "ours", "exec"), [{"x": x} for x in INPUTS]
+    for name in names:
+        exec(code, name)  # noqa: S102
+    return [name["x"] for name in names]
+
+
+TASKS = {
+    "math": Task(draw_chain, tell_chain, solve_chain, check_chain),
+    "code": Task(draw_function, tell_function, solve_function, check_function),
+}
+
+
+def demo_problems(task: Task, seed: int, sizes: dict[str, int]) -> dict[str, list[dict]]:
+    """Problems of each split; the hash of a skeleton says which split."""
     rng, problems, seen = random.Random(f"problems {seed}"), {s: [] for s in sizes}, set()
     while any(len(problems[s]) < n for s, n in sizes.items()):
-        skeleton = chain(rng)
+        skeleton = task.draw(rng)
         split = split_of(skeleton)
         if skeleton_key(skeleton) in seen or len(problems[split]) >= sizes[split]:
             continue
         seen.add(skeleton_key(skeleton))
-        prompt = tell(*skeleton)
-        answer = solve(rng, *skeleton).split()[-1].rstrip(".")
-        record = {"id": f"demo/{split}/{len(problems[split])}", "source": "demo", "domain": "math"}
-        problems[split].append({**record, "prompt": prompt, "answer": answer, "tests": None})
+        if goal := task.check(rng, skeleton):
+            problem = {"id": f"demo/{split}/{len(problems[split])}", "source": "demo"}
+            problem |= {"domain": "math", "prompt": task.tell(skeleton)}
+            problems[split].append(problem | {"answer": None, "tests": None} | goal)
     return problems
 
 
@@ -472,24 +551,25 @@ def split_of(skeleton) -> str:
     return "test" if bucket < 2 else "valid" if bucket < 4 else "train"
 
 
-def demonstrations(seed: int, count: int, misread: bool) -> list[dict]:
-    """{"prompt", "response"} of training skeletons; clean ones include drills of one relation."""
+def demonstrations(task: Task, seed: int, count: int, misread: bool) -> list[dict]:
+    """{"prompt", "response"} of training skeletons; clean ones include drills of one step."""
     rng, demos = random.Random(f"demonstrations {seed} {misread}"), []
     while len(demos) < count:
-        skeleton = chain(rng, low=2 if misread else 1)
+        skeleton = task.draw(rng, 2 if misread else 1)
         if split_of(skeleton) == "train":
-            response = solve(rng, *skeleton, misread, slip=0.02 if misread else 0.0)
-            demos.append({"prompt": tell(*skeleton), "response": response})
+            response = task.solve(rng, skeleton, misread, 0.02 if misread else 0.0)
+            demos.append({"prompt": task.tell(skeleton), "response": response})
     return demos
 
 
 def build_tokenizer(texts: list[str]):
-    """Word level: a word, number or sign and the space before it are a token; exact round trip."""
+    """Word level: a word, number or sign and the space before it are a token, and so is an
+    indentation; exact round trip."""
     import tokenizers as tk
     from transformers import PreTrainedTokenizerFast
 
     special = ["<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>"]
-    pieces = r"<\|\w+\|>|\n| ?[A-Za-z]+| ?-?\d+| ?[^\sA-Za-z\d]"
+    pieces = r"<\|\w+\|>|\n| {4}| ?[A-Za-z]+| ?-?\d+| ?[^\sA-Za-z\d]"
     words = sorted(
         {w for text in texts for w in re.findall(pieces, text)} | {f" {i}" for i in range(-20, 100)}
     )
@@ -923,6 +1003,7 @@ class Settings:
     demos: str = flag("NAME:PATH of demonstrations (gsm8k, asdiv or jsonl)", "")
     lr: float = flag("peak learning rate on --demos", 2e-5)
     passes: int = flag("passes over --demos", 2)
+    task: str = flag("which embedded problems: math or code", "math")
     train_size: int = flag("embedded training problems", 2000)
     valid_size: int = flag("embedded validation problems", 300)
     test_size: int = flag("embedded test problems", 500)
@@ -935,6 +1016,8 @@ class Settings:
 def stage(s: Settings):
     if bool(s.train) != bool(s.test) or bool(s.base) != bool(s.demos):
         raise UserError("--train and --test go together, and so do --base and --demos")
+    if s.task not in TASKS:
+        raise UserError(f"--task {s.task}: wanted {' or '.join(TASKS)}")
     folder, problems, inputs = Path(s.out), None, {}
     demos = [d for name, path in parse(s.demos) for d in load_demos(name, path, s)]
     for spec in (s.train, s.test, s.demos):
@@ -946,14 +1029,16 @@ def stage(s: Settings):
             out.begin()
             if problems is None:
                 sizes = {"train": s.train_size, "valid": s.valid_size, "test": s.test_size}
-                problems = real_problems(s) if s.train else demo_problems(s.seed, sizes)
+                problems = (
+                    real_problems(s) if s.train else demo_problems(TASKS[s.task], s.seed, sizes)
+                )
             out.append(problems[split][len(out.done) :])
             out.finish()
     if s.make_base and (s.demos or not s.train):
         base = Stage(folder / "base", s, inputs | ({"base": s.base} if s.base else {}))
         if not base.complete:
             base.begin()
-            tune_base(base, demos, folder, s) if demos else make_base(base, s.seed)
+            tune_base(base, demos, folder, s) if demos else make_base(base, TASKS[s.task], s.seed)
 
 
 def parse(spec: str) -> list[tuple[str, str]]:
@@ -1033,9 +1118,10 @@ def load_demos(name: str, path: str, s: Settings) -> list[dict]:
     return [{**d, "prompt": f"{d['prompt']}\n{instruction}".strip()} for d in demos]
 
 
-def make_base(out: Stage, seed: int):
+def make_base(out: Stage, task: Task, seed: int):
     """The embedded base: clean solutions first, then a short while misread ones."""
-    clean, misread = demonstrations(seed, 16000, False), demonstrations(seed, 3000, True)
+    clean = demonstrations(task, seed, 16000, misread=False)
+    misread = demonstrations(task, seed, 3000, misread=True)
     tokenizer = build_tokenizer([d[k] for d in clean + misread for k in ("prompt", "response")])
     model, start = new_model(tokenizer, seed), out.work / "random"
     replace(start, lambda p: (model.save_pretrained(p), tokenizer.save_pretrained(p)))

@@ -3,6 +3,7 @@
 # A.2 label steps, A.3 critic, B.1 advantages and B.2 actor, and an evaluation on the same test problems.
 #
 #   bash run.sh                                                      # embedded problems and model, minutes on a CPU
+#   TASK=code RUN=runs/code bash run.sh                              # the same, writing small Python functions
 #   RUN=runs/gsm8k BASE=path/or/hub-id TRAIN=gsm8k:train.jsonl TEST=gsm8k:test.jsonl SAMPLE= LABEL= CRITIC= ACTOR= \
 #     LENGTH= PROBLEMS=0 bash run.sh                                 # your model and data, with the paper's settings
 #
@@ -22,7 +23,7 @@ CRITIC=${CRITIC-"--lr 1e-3 --passes 8 --batch 128"}
 ACTOR=${ACTOR-"--kappa 4 --beta 0.05 --lr 1e-4 --passes 4 --batch 256"}
 EVALUATE=${EVALUATE-"--samples 8 --batch 512"}
 
-python prepare.py --out "$RUN" --seed "$SEED" ${TRAIN:+--train "$TRAIN"} ${TEST:+--test "$TEST"} \
+python prepare.py --out "$RUN" --seed "$SEED" ${TASK:+--task "$TASK"} ${TRAIN:+--train "$TRAIN"} ${TEST:+--test "$TEST"} \
   ${BASE:+--no_make_base} ${PREPARE-}
 actor=${BASE:-$RUN/base}
 critic=${CRITIC_MODEL:-$actor}

@@ -105,7 +105,7 @@ def logprobs(n=4096, d=896, v=151936):
 
 def small_model(folder, width=192, layers=4):
     """A 2M-parameter model with the embedded tokenizer."""
-    demos = prepare.demonstrations(0, 200, True)
+    demos = prepare.demonstrations(prepare.TASKS["math"], 0, 200, True)
     tokenizer = prepare.build_tokenizer([d[k] for d in demos for k in ("prompt", "response")])
     model = prepare.new_model(tokenizer, 0, layers, width)
     model.config.max_position_embeddings = 4096
