@@ -24,6 +24,9 @@ math answers, in order:
 5. Bases, times, ratios and words are right by rule 1 only: 2516_8 is neither 2516_7 nor 2516.
 6. (1,2) and [1,2) are ordered, \{1,2\} and a bare 1,2 are not; kinds and lengths must agree.
 7. What is left math-verify decides, part by part, with every decimal written as a fraction.
+
+A problem with tests is code: all must pass. Its prediction is the program, found by the rules of
+`extract_program` and run where it cannot cheat: see "grading programs" below.
 """
 
 import ast

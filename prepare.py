@@ -1,6 +1,7 @@
 """Stage 0: the problems and the base model. Also the records that every stage reads and writes.
 
     python prepare.py --out runs/demo    # embedded problems and base model
+    python prepare.py --out runs/code --task code
     python prepare.py --out runs/gsm8k --train gsm8k:train.jsonl --test gsm8k:test.jsonl
 
 Reads:  nothing, or data sets in their native files.
@@ -13,7 +14,8 @@ The embedded problems are chains of relations: "Ann has 6 coins. / Ben has twice
 ..." A word-level model of 0.5M parameters first learns to solve them, then, shortly, from
 demonstrations in which some phrases are misread more often than not ("twice as many" as + 2). So
 the base model fails in a way that is visible in its steps, and knows the right way well enough to
-find it by sampling.
+find it by sampling. With --task code they are small functions to write, "Let a be twice x. /
+Let b be a, but at least 5. ...", which are graded by running them.
 """
 
 import ast
@@ -38,6 +40,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
+from functools import cache
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -399,14 +402,15 @@ RELATIONS = {
     "half": ("half as many as {a}", "/ 2", "- 2", 0.60),
 }
 OPERATIONS = {
-    "add": ("add {k} to x", "x = x + {k}", "x = x - {k}", 0.03),
-    "subtract": ("subtract {k} from x", "x = x - {k}", "x = x + {k}", 0.15),
-    "double": ("double x", "x = x * 2", "x = x + 2", 0.72),
-    "triple": ("triple x", "x = x * 3", "x = x + 3", 0.38),
-    "over": ("if x is over {t}, subtract {k}", "if x > {t}: x = x - {k}", "if x < {t}: x = x - {k}", 0.42),
-    "under": ("if x is under {t}, add {k}", "if x < {t}: x = x + {k}", "if x > {t}: x = x + {k}", 0.15),
+    "more": ("{k} more than {x}", "{x} + {k}", "{x} - {k}", 0.03),
+    "less": ("{k} less than {x}", "{x} - {k}", "{k} - {x}", 0.15),
+    "twice": ("twice {x}", "{x} * 2", "{x} + 2", 0.72),
+    "thrice": ("3 times {x}", "{x} * 3", "{x} + 3", 0.38),
+    "least": ("{x}, but at least {k}", "max({x}, {k})", "min({x}, {k})", 0.60),
+    "over": ("{k} if {x} is over 9, else {x}", "{k} if {x} > 9 else {x}", "{k} if {x} < 9 else {x}", 0.10),
 }  # fmt: skip
-INPUTS = [-8, 1, 6, 11, 19, 32]
+VARIABLES = "xabcd"
+INPUTS = [-8, -1, 2, 5, 11, 32]
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -477,47 +481,49 @@ def check_chain(rng: random.Random, skeleton: tuple[int, list]) -> dict:
 
 
 def draw_function(rng: random.Random, fewest: int = 2) -> list:
-    """Up to 4 operations [(kind, k, t)]; a number that the phrase does not name is 0."""
+    """Up to 4 operations [(kind, k)]; a k that the phrase does not name is 0."""
     steps = []
     for _ in range(rng.randint(fewest, 4)):
-        kind, k, t = rng.choice(list(OPERATIONS)), rng.randint(1, 9), rng.randint(2, 30)
-        phrase = OPERATIONS[kind][0]
-        steps.append((kind, k * ("{k}" in phrase), t * ("{t}" in phrase)))
+        kind, k = rng.choice(list(OPERATIONS)), rng.randint(1, 9)
+        steps.append((kind, k if "{k}" in OPERATIONS[kind][0] else 0))
     return steps
 
 
 def tell_function(skeleton: list) -> str:
-    phrases = [OPERATIONS[kind][0].format(k=k, t=t) for kind, k, t in skeleton]
-    lines = [f"{'Then' if i else 'First'}, {phrase}." for i, phrase in enumerate(phrases)]
-    return "\n".join(["Write f(x).", *lines])
+    lines = ["Write f(x)."]
+    for (kind, k), x, y in zip(skeleton, VARIABLES, VARIABLES[1:]):
+        lines.append(f"Let {y} be {OPERATIONS[kind][0].format(x=x, k=k)}.")
+    return "\n".join([*lines, f"Return {VARIABLES[len(skeleton)]}."])
 
 
 def solve_function(rng: random.Random, skeleton: list, misread=False, slip=0.0) -> str:
-    """The function, a line an operation: "    x = x * 2"."""
-    lines = []
-    for kind, k, t in skeleton:
+    """The function, a line an operation: "    a = x * 2"."""
+    lines = ["def f(x):"]
+    for (kind, k), x, y in zip(skeleton, VARIABLES, VARIABLES[1:]):
         if rng.random() < slip:
             k += rng.choice([-1, 1])
-        lines.append(read(rng, OPERATIONS[kind], misread).format(k=k, t=t))
-    return "\n    ".join(["def f(x):", *lines, "return x"])
+        lines.append(f"{y} = {read(rng, OPERATIONS[kind], misread).format(x=x, k=k)}")
+    return "\n    ".join([*lines, f"return {VARIABLES[len(skeleton)]}"])
 
 
 def check_function(_, skeleton: list) -> dict | None:
-    """Its tests; none if some of its misreadings would pass them."""
-    readings = [
-        [reading.format(k=k, t=t) for reading in OPERATIONS[kind][1:3]] for kind, k, t in skeleton
-    ]
-    right, *wrong = (run_lines(lines) for lines in product(*readings))
+    """Its tests; None if some of its misreadings would pass them."""
+    readings = [[text.format(x="x", k=k) for text in OPERATIONS[kind][1:3]] for kind, k in skeleton]
+    right, *wrong = ([value(steps, x) for x in INPUTS] for steps in product(*readings))
     tests = {"kind": "call", "entry": "f", "inputs": [[x] for x in INPUTS], "outputs": right}
     return None if right in wrong else {"domain": "code", "tests": tests}
 
 
-def run_lines(lines: tuple[str, ...]) -> list[int]:
-    """x for each of INPUTS after these lines of ours."""
-    code, names = compile("\n".join(lines), "ours", "exec"), [{"x": x} for x in INPUTS]
-    for name in names:
-        exec(code, name)  # noqa: S102
-    return [name["x"] for name in names]
+def value(steps: tuple[str, ...], x: int) -> int:
+    """x after these expressions, one after the other."""
+    for step in steps:
+        x = expression(step)(x)
+    return x
+
+
+@cache
+def expression(text: str) -> Callable[[int], int]:
+    return eval(f"lambda x: {text}")  # ours, of OPERATIONS
 
 
 TASKS = {
