@@ -813,14 +813,10 @@ class Sandbox:
         source = "\n".join([JUDGE_IMPORTS, *map(inspect.getsource, JUDGE_PARTS), JUDGE_MAIN])
         # -I would ignore the hash seed, without which the order of a set, and with it a verdict,
         # changes from run to run; with this environment and -sS the rest is the same
-        return Popen(
-            [sys.executable, "-sSBc", source, self.mode],
-            stdin=PIPE,
-            stdout=PIPE,
-            stderr=DEVNULL,
-            env={"PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "utf-8"},
-            start_new_session=True,  # Ctrl-C is for the trainer
-        )
+        env = {"PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "utf-8"}
+        command = [sys.executable, "-sSBc", source, self.mode]
+        pipes = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL}
+        return Popen(command, env=env, start_new_session=True, **pipes)  # Ctrl-C is for the trainer
 
     def _ask(self, judge, job):
         try:

@@ -1,7 +1,9 @@
 """Programs as answers: the embedded code task, and every stage with rewards from the sandbox."""
 
+import ast
 import json
 import random
+import re
 from itertools import takewhile
 
 import pytest
@@ -73,6 +75,19 @@ def passes(problem, text):
         return [names["f"](*x) for x in problem["tests"]["inputs"]] == problem["tests"]["outputs"]
     except (SyntaxError, NameError, ZeroDivisionError):
         return False
+
+
+def test_the_forms_of_tests_that_readme_shows():
+    text = (toy.ROOT / "README.md").read_text()
+    shown = [ast.literal_eval(line) for line in re.findall(r"^\{.kind.*\}", text, re.MULTILINE)]
+    assert [tests["kind"] for tests in shown] == ["call", "stdin", "assert"]
+    add = "def f(a, b): return a + b"
+    texts = [add, "print(sum(map(int, input().split())))", add]
+    problems = [{"id": i, "tests": tests} for i, tests in enumerate(shown)]
+    grades = grade_all(problems, texts, unsafe=True)
+    assert [verdict for verdict, _ in grades] == ["right"] * 3
+    bad = grade_all(problems, [text.replace("+", "-").replace("sum", "max") for text in texts])
+    assert [verdict for verdict, _ in bad] == ["wrong"] * 3
 
 
 def records(path):

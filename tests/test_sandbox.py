@@ -541,13 +541,15 @@ def test_nothing_survives_a_trainer_that_is_killed(tmp_path):
         assert time.monotonic() < deadline, alive
 
 
-def test_a_judge_that_dies_is_replaced():
+def test_verdicts_are_remembered_and_a_judge_that_dies_is_replaced():
     with started(1, unsafe=True) as sandbox:
+        assert verdicts(sandbox, [(SQUARE, GOOD)]) == ["right"]
         judge = sandbox._judges.get()
         sandbox._judges.put(judge)
         judge.kill()
-        assert verdicts(sandbox, [(SQUARE, GOOD)]) == ["error"]
-        assert verdicts(sandbox, [(SQUARE, GOOD + "# again")]) == ["right"]
+        assert verdicts(sandbox, [(dict(SQUARE), GOOD)]) == ["right"], "no judge was needed"
+        assert verdicts(sandbox, [(SQUARE, GOOD + "# 2")]) == ["error"]
+        assert verdicts(sandbox, [(SQUARE, GOOD + "# 3")]) == ["right"]
 
 
 def test_judge_and_candidate_import_no_site_package():
