@@ -24,16 +24,34 @@ math answers, in order:
 5. Bases, times, ratios and words are right by rule 1 only: 2516_8 is neither 2516_7 nor 2516.
 6. (1,2) and [1,2) are ordered, \{1,2\} and a bare 1,2 are not; kinds and lengths must agree.
 7. What is left math-verify decides, part by part, with every decimal written as a fraction.
+
+A problem with tests is code: all must pass. Its prediction is the program, found by the rules of
+`extract_program` and run where it cannot cheat: see "grading programs" below.
 """
 
+import ast
+import atexit
+import builtins
+import contextlib
+import ctypes
 import inspect
 import json
 import math
+import os
+import queue
 import re
+import resource
+import select
+import shutil
+import signal
+import socket
 import sys
+import tempfile
 import threading
 import time
+import types
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib.metadata import version
@@ -303,17 +321,556 @@ def grade_math(gold: str, text: str, verifier: MathVerifier) -> tuple[str, str |
             return "error", prediction
 
 
+# ------------------------------------------------------------ grading programs
+#
+#     trainer ---- judge: holds the tests, compares ---- zygote: holds nothing, forks
+#                    |                                      |
+#                    +------ inputs in, values out ----- candidate: runs the program
+#
+# A candidate gets inputs one by one and never holds an expected value: nothing that it prints,
+# patches, raises or forges is a pass, only the right values are.
+
+TESTS = {  # the fields of a problem's tests, and what holds where one is not given
+    "kind": "call",  # or "stdin", or "assert"
+    "entry": None,  # the function to test
+    "setup": "",  # code that runs before the program, and before `code`
+    "inputs": [],  # call: lists of arguments; stdin: texts
+    "outputs": [],  # what to return or print
+    "code": "",  # assert: calls `entry` and raises if that is wrong
+    "atol": 0,  # for floats
+    "seconds": 4,  # of CPU time for an input; ten times that for all
+    "megabytes": 1024,
+}
+
+
+def extract_program(setup: str, text: str) -> str | None:
+    """The program in a response, None if there is none. The first that applies:
+
+    1. the last fenced block; a fence left open runs to the end;
+    2. with a def or class at the margin: from the first import, def, class or decorator there;
+    3. with a def in the tests' setup (HumanEval: the prompt): it, and the text up to a line at the
+       margin;
+    4. the whole text, if it is Python.
+    """
+    blocks = re.findall(r"^ *```[^`\n]*\n(.*?)(?:^ *```|\Z)", text, re.DOTALL | re.MULTILINE)
+    if blocks:
+        return blocks[-1]
+    if re.search(r"^(async def|def|class) ", text, re.MULTILINE):
+        first = re.search(r"^(import |from |async |def |class |@)", text, re.MULTILINE)
+        return text[first.start() :]
+    if re.search(r"^def \w+\(", setup, re.MULTILINE):
+        body = re.split(r"^(?=\S)", text, maxsplit=1, flags=re.MULTILINE)[0]
+        return f"{setup.rstrip()}\n{body}" if body.strip() else None
+    try:
+        return text if ast.parse(text).body else None
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def encode(value):
+    """A plain value as JSON; what JSON lacks has a "!": (1, 2) is {"!tuple": [1, 2]}.
+
+    An object of another type, or of an int's subclass, is a TypeError: no foreign code gets across.
+    """
+    kind = type(value)
+    if kind in (bool, str, type(None)):
+        return value
+    if kind is re.Match:
+        return True  # programs return it for a truth value
+    if kind is int and abs(value) < 2**63 or kind is float and math.isfinite(value):
+        return value
+    if kind in (int, float, complex, bytes):
+        return {f"!{kind.__name__}": {int: hex, bytes: bytes.hex}.get(kind, repr)(value)}
+    if isinstance(value, dict):  # or a Counter: every benchmark takes it for a dict
+        return {"!dict": [[encode(key), encode(item)] for key, item in dict.items(value)]}
+    if kind in (list, tuple, set, frozenset):
+        items = [encode(item) for item in value]
+        return items if kind is list else {f"!{kind.__name__}": items}
+    raise TypeError(f"{kind.__name__} is not a plain value")
+
+
+def decode(value):
+    """The inverse of encode; also takes JSON's own objects, if no key begins with "!"."""
+    if type(value) is list:
+        return [decode(item) for item in value]
+    if type(value) is not dict:
+        return value
+    if not any(key.startswith("!") for key in value):
+        return {key: decode(item) for key, item in value.items()}
+    ((kind, body),) = value.items()
+    makers = {"!int": lambda text: int(text, 16), "!bytes": bytes.fromhex, "!float": float}
+    makers |= {"!complex": complex, "!tuple": tuple, "!set": set, "!frozenset": frozenset}
+    return (makers | {"!dict": dict})[kind](decode(body))
+
+
+def same(want, got, atol):
+    """Equal values of equal types all through; but 2 equals 2.0, as in every benchmark."""
+    if {type(want), type(got)} <= {int, float, complex}:  # so no bool
+        if want == got or repr(want) == repr(got):  # repr for NaN
+            return True
+        return atol > 0 and abs(want - got) <= atol + 1e-7 * abs(want) < math.inf
+    if type(want) is not type(got):
+        return False
+    if type(want) in (list, tuple):
+        return len(want) == len(got) and all(same(w, g, atol) for w, g in zip(want, got))
+    if type(want) in (dict, set, frozenset):
+        if sorted(map(repr, want)) != sorted(map(repr, got)):  # == would take {True} for {1}
+            return False
+        return type(want) is not dict or all(same(want[key], got[key], atol) for key in want)
+    return want == got
+
+
+def same_text(want, got, atol):
+    """The same words on the same lines; space around words and empty lines do not count."""
+    lines = ([row.split() for row in text.split("\n") if row.strip()] for text in (want, got))
+    want, got = ([word for row in rows for word in [*row, "\n"]] for rows in lines)
+    if len(want) != len(got):
+        return False
+    for w, g in zip(want, got):
+        try:
+            if w != g and ("." not in w or not same(float(w), float(g), atol)):
+                return False
+        except ValueError:
+            return False
+    return True
+
+
+class Verdict(BaseException):
+    """Ends the grading of a program; not an Exception, for test code may catch those."""
+
+
+class Judge:
+    """Grades programs. It holds the tests; its zygote is forked before they come."""
+
+    def __init__(self, mode):
+        self.walled = mode in ("root", "user")
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if os.fork() == 0:
+            self.control.close()
+            zygote(theirs, mode)
+        theirs.close()
+        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # a program may return a lot
+
+    def grade(self, tests, program):
+        """-> verdict, and what was returned if tests["outputs"] is None."""
+        self.tests, self.values, self.verdict = tests, [], "right"
+        self.task = {key: tests[key] for key in ("kind", "entry", "setup")} | {"program": program}
+        self.begin, self.spent, self.idle = time.monotonic(), 0, 0
+        with contextlib.suppress(Verdict):
+            if not tests["code" if tests["kind"] == "assert" else "inputs"]:
+                self.stop("error")  # without a test there is no pass
+            getattr(self, f"run_{tests['kind']}")()
+        return self.verdict, self.values
+
+    def stop(self, verdict):
+        self.verdict = verdict  # kept, should test code with a bare except catch this
+        raise Verdict
+
+    def run_stdin(self):
+        """A candidate for each input; what it prints is its answer."""
+        for text, want in zip(self.tests["inputs"], self.tests["outputs"], strict=True):
+            with self.candidate():
+                got = self.ask(self.task | {"stdin": text})
+            if type(got) is not str or not same_text(want, got, self.tests["atol"]):
+                self.stop("wrong")
+
+    def run_call(self):
+        """One candidate answers all. A wanted {"!json": v} is met by all that JSON writes as v."""
+        with self.candidate():
+            self.ask(self.task)
+            for number, args in enumerate(self.tests["inputs"]):
+                got = self.ask(args)
+                if self.tests["outputs"] is None:
+                    self.values.append(encode(got))
+                    continue
+                want = self.tests["outputs"][number]
+                try:
+                    if type(want) is dict and "!json" in want:
+                        want, got = want["!json"], json.loads(json.dumps(got))
+                    if not same(decode(want), got, self.tests["atol"]):
+                        self.stop("wrong")
+                except (TypeError, ValueError, OverflowError):
+                    self.stop("wrong")  # nothing for JSON, or numbers beyond a float
+
+    def run_assert(self):
+        """The test code runs here; the function it calls is a proxy and returns plain values."""
+        names = {key: decode(self.tests[key]) for key in ("inputs", "outputs")}
+        proxy = {self.tests["entry"]: lambda *args: self.ask([encode(arg) for arg in args])}
+        with self.candidate():
+            self.ask(self.task)
+            try:
+                exec(self.tests["setup"], names)  # noqa: S102
+                exec(self.tests["code"], names | proxy)  # noqa: S102
+            except Exception:  # noqa: BLE001  an assertion, or an unfit value
+                self.stop("wrong")
+
+    @contextlib.contextmanager
+    def candidate(self):
+        """Has a candidate started, and at the end killed with all that it started."""
+        self.data, theirs = socket.socketpair()
+        limits = [self.tests["seconds"], self.tests["megabytes"]]
+        socket.send_fds(self.control, [json.dumps(limits).encode()], [theirs.fileno()])
+        theirs.close()
+        self.cpu = 0
+        self.pid, (self.proc,), _, _ = socket.recv_fds(self.data, 9, 1)  # of its own /proc
+        try:
+            yield
+        finally:
+            self.spent += self.cpu
+            self.control.send(b"kill")
+            self.control.recv(9)
+            self.data.close()
+            os.close(self.proc)
+
+    def ask(self, question):
+        """Sends a line and decodes the line that answers it."""
+        unsent, answer = memoryview(json.dumps(question).encode() + b"\n"), bytearray()
+        before, checked = self.cpu, time.monotonic()
+        while not answer.endswith(b"\n"):
+            reads, writes, _ = select.select([0, self.data], [self.data][: len(unsent)], [], 0.05)
+            if 0 in reads:
+                os._exit(1)  # the trainer is gone
+            try:
+                if writes:
+                    unsent = unsent[self.data.send(unsent, socket.MSG_DONTWAIT) :]
+                chunk = self.data.recv(1 << 20) if self.data in reads else None
+            except ConnectionError:
+                chunk = b""
+            answer += chunk or b""
+            if chunk == b"" or len(answer) > 16 << 20:
+                self.stop("error")  # it has ended, or does not
+            if chunk is None or time.monotonic() - checked > 0.05 or answer.endswith(b"\n"):
+                checked = self.check(before, checked)
+        try:
+            return decode(json.loads(answer))
+        except (KeyError, TypeError, ValueError, RecursionError, MemoryError):
+            self.stop("wrong")  # no plain value, or a forged line
+
+    def check(self, before, checked):
+        """Stops a candidate that uses too much; -> the time."""
+        ticks = pages = running = 0
+        for pid in os.listdir(self.proc) if self.walled else [self.pid.decode()]:
+            with contextlib.suppress(OSError):  # it ends while we look
+                if pid.isdigit():
+                    with open(os.open(f"{pid}/stat", os.O_RDONLY, dir_fd=self.proc), "rb") as file:
+                        stat = file.read().rpartition(b")")[2].split()  # proc(5), from field 3 on
+                    running |= stat[0] in b"RD"
+                    ticks += sum(map(int, stat[11:15]))
+                    pages += int(stat[21])
+        now, last, self.cpu = time.monotonic(), self.cpu, ticks / os.sysconf("SC_CLK_TCK")
+        if not running and self.cpu == last:
+            self.idle += now - checked
+        if pages * resource.getpagesize() > self.tests["megabytes"] << 20:
+            self.stop("error")
+        # CPU and idle time: a busy machine changes no verdict. The wall clock is the backstop.
+        total, wall = self.spent + self.cpu, now - self.begin
+        if max(self.cpu - before, self.idle, total / 10, wall / 40) > self.tests["seconds"]:
+            self.stop("timed out")
+        return now
+
+
+def libc(name, *args):
+    if getattr(ctypes.CDLL(None, use_errno=True), name)(*args) < 0:
+        raise OSError(ctypes.get_errno(), name)
+
+
+def zygote(control, mode):
+    """Builds the walls once, then forks a warden for each candidate, until the judge is gone."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in range(3):
+        os.dup2(null, fd)
+    if mode in ("root", "uid") and os.getuid() != 0:
+        os._exit(1)  # only root becomes somebody else
+    if mode in ("root", "user"):
+        wall_off(mode == "user")
+    uid = 2_000_000_000 + os.getpid() if mode in ("root", "uid") else None  # nobody else's
+    while True:
+        limits, fds, _, _ = socket.recv_fds(control, 99, 1)
+        if not limits:
+            os._exit(0)
+        if os.fork() == 0:
+            warden(control, mode in ("root", "user"), uid, json.loads(limits), fds[0])
+        os.close(fds[0])
+        os.wait()
+
+
+def wall_off(as_user):
+    """Own network, own mounts; of the files only libraries and Python are left, to be read."""
+    uid, gid = os.getuid(), os.getgid()
+    maps = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}
+    if as_user:
+        libc("unshare", 0x10000000)  # CLONE_NEWUSER
+        for name, text in maps.items():
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+    libc("unshare", 0x40020000)  # CLONE_NEWNET | CLONE_NEWNS
+    libc("mount", None, b"/", None, 0x44000, None)  # MS_REC | MS_PRIVATE: no mount shows outside
+    root = "/sys"  # any directory will do to mount on
+    libc("mount", b"tmpfs", root.encode(), b"tmpfs", 0, b"size=1m,mode=755")
+    for path in ("/proc", "/box"):
+        os.mkdir(root + path)
+    for path in filter(os.path.isdir, ("/usr", "/lib", "/lib64", sys.base_prefix)):
+        target = (root + path).encode()
+        os.makedirs(target, exist_ok=True)
+        libc("mount", path.encode(), target, None, 0x5000, None)  # MS_BIND | MS_REC
+        kept = os.statvfs(path).f_flag & 0xC0E  # nosuid, nodev, ...: a user may not lift them
+        libc("mount", None, target, None, 0x1023 | kept, None)  # remount: read-only, nosuid
+    libc("mount", None, root.encode(), None, 0x1023, None)
+    os.chroot(root)  # from where, besides, nobody can make a user namespace
+    os.chdir("/")
+
+
+def warden(control, walled, uid, limits, data):
+    """Forks a candidate, waits for the judge's word, and leaves no process of it behind."""
+    box = "/box"
+    if walled:
+        libc("unshare", 0x20000000)  # CLONE_NEWPID: its first process, our child, takes all along
+    else:
+        libc("prctl", 36, 1)  # PR_SET_CHILD_SUBREAPER: orphans become our children
+        box = tempfile.mkdtemp()
+        os.chown(box, uid or -1, -1)
+    pid = os.fork()
+    if pid == 0:
+        confine(walled, uid, *limits, box, data)
+        candidate()
+    os.close(data)
+    control.recv(9)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    if not walled:
+        sweep(uid)
+        shutil.rmtree(box, ignore_errors=True)
+    control.send(b"gone")
+    os._exit(0)
+
+
+def sweep(uid):
+    """Kills what is left: all processes of a uid at a stroke; without one, children one by one."""
+    if uid and os.fork() == 0:
+        os.setresuid(uid, uid, uid)
+        os.kill(-1, signal.SIGKILL)
+        os._exit(0)
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        while children := file.read().split():
+            for child in map(int, children):
+                os.kill(child, 0 if uid else signal.SIGKILL)
+                os.waitpid(child, 0)
+            file.seek(0)
+
+
+def confine(walled, uid, seconds, megabytes, box, data):
+    """Takes from a candidate what it must not have, before it reads the program."""
+    os.setsid()
+    os.dup2(data, 3)
+    os.closerange(4, 1024)
+    if walled:
+        libc("unshare", 0x08020000)  # CLONE_NEWIPC | CLONE_NEWNS
+        libc("mount", b"proc", b"/proc", b"proc", 0, None)
+        libc("mount", b"tmpfs", b"/box", b"tmpfs", 0, b"size=64m,nr_inodes=4k,mode=777")
+    os.chdir(box)
+    limits = {"CPU": 10 * math.ceil(seconds) + 1, "AS": megabytes << 20, "FSIZE": 32 << 20}
+    limits |= {"NPROC": 64 if walled or uid else 4096, "NOFILE": 64, "STACK": 64 << 20, "CORE": 0}
+    for name, limit in limits.items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
+    if uid:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    libc("capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())  # no capability
+    libc("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+
+
+def candidate():
+    """Runs the program and sends what it prints, or what its function returns for each question."""
+    data = socket.socket(fileno=3)
+    socket.send_fds(data, [b"%d" % os.getpid()], [os.open("/proc", os.O_RDONLY)])
+    lines = data.makefile("rb")
+    task = json.loads(lines.readline())
+    sys.argv = ["program.py"]
+    builtins.exit = builtins.quit = sys.exit  # by site, which we do without
+    name = "__main__" if task["kind"] == "stdin" else "program"
+    module = sys.modules[name] = types.ModuleType(name)
+
+    def load():
+        for part in ("setup", "program"):
+            code = compile(task[part], f"{part}.py", "exec", dont_inherit=True)
+            exec(code, vars(module))  # noqa: S102
+
+    def send(value):
+        try:
+            line = json.dumps(encode(value))
+        except (TypeError, RecursionError):
+            line = '{"!other": 0}'  # which decode refuses
+        data.sendall(line.encode() + b"\n")
+
+    try:
+        if task["kind"] == "stdin":
+            return send(printed(load, task["stdin"]))  # by way of finally
+        load()
+        value = None
+        while True:
+            send(value)
+            args = decode(json.loads(lines.readline()))
+            solution = getattr(module, "Solution", None)  # LeetCode's
+            owner = solution() if hasattr(solution, task["entry"]) else module
+            value = getattr(owner, task["entry"])(*args)
+    finally:
+        os._exit(1)
+
+
+def printed(program, stdin):
+    """What a program prints that runs to its end: its threads and its atexit functions, too."""
+    out = os.memfd_create("out")
+    os.dup2(out, 1)
+    os.dup2(os.memfd_create("in"), 0)
+    os.write(0, stdin.encode())
+    os.lseek(0, 0, os.SEEK_SET)
+    try:
+        program()
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            raise
+    threading._shutdown()  # joins the threads that are no daemons
+    atexit._run_exitfuncs()
+    for file in (sys.stdout, sys.__stdout__):
+        with contextlib.suppress(ValueError):  # it may be closed
+            file.flush()
+    os.lseek(out, 0, os.SEEK_SET)
+    with open(out, "rb") as file:
+        return file.read().decode(errors="replace")
+
+
+MODES = {  # ways to wall programs off, best first, and what they leave open
+    "root": "",
+    "user": "",
+    "uid": "the network, files that everyone may read, folders that everyone may write to",
+    "none": "your files, your processes, the network",
+}
+# The judge's source: it runs in an interpreter of its own, without torch and site-packages.
+JUDGE_IMPORTS = """import atexit, builtins, contextlib, ctypes, json, math, os, re, resource, select
+import shutil, signal, socket, sys, tempfile, threading, time, types
+"""
+JUDGE_PARTS = [encode, decode, same, same_text, Verdict, Judge, libc, zygote, wall_off, warden]
+JUDGE_PARTS += [sweep, confine, candidate, printed]
+JUDGE_MAIN = """
+judge = Judge(sys.argv[1])
+for line in sys.stdin.buffer:
+    print(json.dumps(judge.grade(*json.loads(line))), flush=True)
+"""
+
+
+class Sandbox:
+    """A pool of judges.
+
+    workers: programs graded at once; default: the CPUs that this process may use. unsafe: go on
+    even where programs cannot be walled off. modes: the MODES to try. UserError if none works.
+    """
+
+    def __init__(self, workers=None, unsafe=False, modes=tuple(MODES)):
+        self.workers = workers or len(os.sched_getaffinity(0))
+        tests = TESTS | {"entry": "f", "inputs": [[]], "outputs": [1]}
+        probe = tests, "import decimal, random\ndef f(): return 1"  # is the library within reach?
+        for self.mode in modes:
+            judge = self._start()
+            if (self.mode != "none" or unsafe) and self._ask(judge, probe)[0] == "right":
+                break
+            self._stop(judge)
+        else:
+            raise UserError("no way to wall programs off here; --unsafe runs them unprotected")
+        if MODES[self.mode]:
+            print(f"sandbox: programs can get at {MODES[self.mode]}", file=sys.stderr)
+        self.known, self._pool = {}, ThreadPoolExecutor(self.workers)
+        self._judges = queue.SimpleQueue()
+        self._judges.put(judge)
+        for _ in range(self.workers - 1):
+            self._judges.put(self._start())
+
+    def close(self):
+        for _ in range(self.workers):
+            self._stop(self._judges.get())
+
+    def grade(self, jobs: list[tuple[dict, str | None]]) -> list[tuple[str, list | None]]:
+        """(verdict, values) of each (tests, program): right, wrong, no answer, timed out or error.
+
+        "no answer": there is no program; "error": it raised, ended or grew too large before it had
+        answered. values: if tests["outputs"] is None, what `entry` returned, encoded. Identical
+        jobs are graded once, also those of the last call.
+        """
+        texts = {id(tests): json.dumps(TESTS | tests, sort_keys=True) for tests, _ in jobs}
+        keys, kept = [(texts[id(tests)], program) for tests, program in jobs], {*texts.values()}
+        self.known = {key: found for key, found in self.known.items() if key[0] in kept}
+        new = [k for k in dict.fromkeys(keys) if k not in self.known and k[1] and k[1].strip()]
+        self.known |= zip(new, self._pool.map(self._grade, new))
+        return [self.known.get(key, ("no answer", None)) for key in keys]
+
+    def _grade(self, key):
+        judge = self._judges.get()
+        found = self._ask(judge, [json.loads(key[0]), key[1]])
+        self._judges.put(judge if judge.poll() is None else self._start())
+        return found
+
+    def _start(self):
+        source = "\n".join([JUDGE_IMPORTS, *map(inspect.getsource, JUDGE_PARTS), JUDGE_MAIN])
+        # -I would ignore the hash seed, without which the order of a set, and with it a verdict,
+        # changes from run to run; with this environment and -sS the rest is the same
+        env = {"PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "utf-8"}
+        command = [sys.executable, "-sSBc", source, self.mode]
+        pipes = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL}
+        return Popen(command, env=env, start_new_session=True, **pipes)  # Ctrl-C is for the trainer
+
+    def _ask(self, judge, job):
+        try:
+            judge.stdin.write(json.dumps(job).encode() + b"\n")
+            judge.stdin.flush()
+            poll = select.poll()
+            poll.register(judge.stdout, select.POLLIN)
+            # the judge keeps limits itself; this one is for test code that chokes on what it got
+            if poll.poll(60_000 * job[0]["seconds"]):
+                return json.loads(judge.stdout.readline())
+            verdict = "timed out"
+        except (OSError, ValueError):  # the judge is dead
+            verdict = "error"
+        self._stop(judge)
+        return verdict, None
+
+    def _stop(self, judge):
+        judge.kill()
+        judge.communicate()
+
+
 # ------------------------------------------------------------ grading
 
 _math = MathVerifier()
+_sandbox = None  # started for the first program
 
 
-def grade_all(problems: list[dict], texts: list[str]) -> list[tuple[str, str | None]]:
-    """(verdict, prediction) of each response to its problem; identical texts are graded once."""
-    seen = {}
+def sandbox(unsafe: bool = False) -> Sandbox:
+    """This process's sandbox; unsafe counts when it starts."""
+    global _sandbox
+    if not _sandbox:
+        _sandbox = Sandbox(unsafe=unsafe)
+        atexit.register(_sandbox.close)
+    return _sandbox
+
+
+def grade_all(
+    problems: list[dict], texts: list[str], unsafe: bool = False
+) -> list[tuple[str, str | None]]:
+    """(verdict, prediction) of each response to its problem; a program is its own prediction.
+
+    Identical texts are graded once. unsafe: run programs even where they cannot be walled off.
+    """
+    seen, jobs = {}, {}
     for problem, text in zip(problems, texts):
-        if (problem["id"], text) not in seen:
-            seen[problem["id"], text] = grade_math(problem["answer"], text, _math)
+        key = problem["id"], text
+        if problem.get("tests"):
+            program = extract_program(problem["tests"].get("setup", ""), text)
+            jobs[key] = problem["tests"], program
+        elif key not in seen:
+            seen[key] = grade_math(problem["answer"], text, _math)
+    if jobs:
+        found = sandbox(unsafe).grade(list(jobs.values()))
+        seen |= {k: (verdict, jobs[k][1]) for k, (verdict, _) in zip(jobs, found)}
     return [seen[problem["id"], text] for problem, text in zip(problems, texts)]
 
 
@@ -422,6 +979,7 @@ class Settings:
     dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the samples", 0)
     report: str = flag("a run folder: print its table and draw its figures, nothing else", "")
+    unsafe: bool = flag("run programs even where they cannot be walled off", False)
     force: bool = flag("throw an existing output away", False)
 
 
@@ -437,8 +995,8 @@ def stage(s: Settings):
         return report(Path(s.report))
     if not (s.actor and s.problems and s.out):
         raise UserError("evaluate.py: give --actor, --problems and --out, or --report; see --help")
-    paths = s.problems.split(",")
-    problems = [p for path in paths for p in read_jsonl(path, ("id", "prompt", "answer"))]
+    needs, paths = ("id", "prompt", "answer or tests"), s.problems.split(",")
+    problems = [p for path in paths for p in read_jsonl(path, needs)]
     if len({p["id"] for p in problems}) < len(problems):
         raise UserError(f"{s.problems}: some problem is in two of these files")
     other = {x["id"]: x for x in read_jsonl(s.against)} if s.against else None
@@ -474,7 +1032,7 @@ def stage(s: Settings):
             ]  # fmt: skip
             drawn = sample(lm, prefixes, rows, 1.0, s.batch)
             ids = [[g, *drawn[j * s.samples : (j + 1) * s.samples]] for j, g in enumerate(greedy)]
-            lines = [line(lm, p, responses) for p, responses in zip(chunk, ids)]
+            lines = records(lm, chunk, ids, s.unsafe)
             if critic:
                 for x, best in zip(lines, best_by_critic(lm, *critic, chunk, ids)):
                     x["by_critic"] = x["sampled"][best]["correct"]
@@ -500,19 +1058,22 @@ def stage(s: Settings):
               f"cut off {row['cut_off']:.1%}, unparsed {row['unparsed']:.1%}")  # fmt: skip
 
 
-def line(lm, problem: dict, responses: list[list[int]]) -> dict:
-    """The record of one problem; a response that was cut off is not right, whatever it says."""
-    texts = [lm.text(ids) for ids in responses]
-    finished = [bool(ids) and ids[-1] in lm.eos for ids in responses]
-    grades = grade_all([problem] * len(texts), texts)
-    correct = [f and verdict == "right" for f, (verdict, _) in zip(finished, grades)]
-    sampled = [
-        {"text": t, "prediction": g[1], "correct": c} for t, g, c in zip(texts, grades, correct)
-    ][1:]
-    return {
-        "id": problem["id"], "text": texts[0], "prediction": grades[0][1], "correct": correct[0],
-        "verdict": grades[0][0], "finished": finished[0], "sampled": sampled,
-    }  # fmt: skip
+def records(lm: LM, problems: list[dict], responses: list, unsafe: bool) -> list[dict]:
+    """A line a problem; its responses are the greedy one, then the sampled ones. One that was cut
+    off is not right, whatever it says."""
+    texts = [[lm.text(ids) for ids in many] for many in responses]
+    pairs = [(problem, text) for problem, many in zip(problems, texts) for text in many]
+    grades = iter(grade_all(*zip(*pairs), unsafe))
+    lines = []
+    for problem, many, said in zip(problems, responses, texts):
+        found = []
+        for ids, text, (verdict, prediction) in zip(many, said, grades):
+            finished = bool(ids) and ids[-1] in lm.eos
+            grade = {"prediction": prediction, "correct": finished and verdict == "right"}
+            found.append({"text": text, **grade, "verdict": verdict, "finished": finished})
+        sampled = [{k: x[k] for k in ("text", "prediction", "correct")} for x in found[1:]]
+        lines.append({"id": problem["id"], **found[0], "sampled": sampled})
+    return lines
 
 
 @torch.no_grad()

@@ -43,6 +43,7 @@ class Settings:
     batch: int = flag("rows decoded at once", 256)
     dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the draws", 0)
+    unsafe: bool = flag("run programs even where they cannot be walled off", False)
     force: bool = flag("throw an existing output away", False)
 
 
@@ -135,7 +136,8 @@ class StepTree:
 
 
 def stage(s: Settings):
-    problems = {p["id"]: p for p in read_jsonl(Path(s.problems), needs=("id", "prompt", "answer"))}
+    needs = ("id", "prompt", "answer or tests")
+    problems = {p["id"]: p for p in read_jsonl(Path(s.problems), needs)}
     samples = read_samples(s.samples)
     out = Stage(s.out, s, {"actor": s.actor, "problems": s.problems, "samples": s.samples})
     if out.complete:
@@ -207,7 +209,8 @@ def label(
                     total["prefixes"] += len(prefixes.path[t, v])
         drawn = sample(lm, prefixes, rows, batch=s.batch, progress=progress)
         whole = [trees[t].response(v) + ids for (t, v, *_), ids in zip(rows, drawn)]
-        verdicts = grade_all([problems[t] for t, *_ in rows], [lm.text(ids) for ids in whole])
+        texts = [lm.text(ids) for ids in whole]
+        verdicts = grade_all([problems[t] for t, *_ in rows], texts, s.unsafe)
         for (t, v, *_), ids, (verdict, _) in zip(rows, drawn, verdicts):
             reward = int(ids[-1] in lm.eos and verdict == "right")
             trees[t].tokens += len(ids)

@@ -1,6 +1,7 @@
 """Stage 0: the problems and the base model. Also the records that every stage reads and writes.
 
     python prepare.py --out runs/demo    # embedded problems and base model
+    python prepare.py --out runs/code --task code
     python prepare.py --out runs/gsm8k --train gsm8k:train.jsonl --test gsm8k:test.jsonl
 
 Reads:  nothing, or data sets in their native files.
@@ -13,15 +14,20 @@ The embedded problems are chains of relations: "Ann has 6 coins. / Ben has twice
 ..." A word-level model of 0.5M parameters first learns to solve them, then, shortly, from
 demonstrations in which some phrases are misread more often than not ("twice as many" as + 2). So
 the base model fails in a way that is visible in its steps, and knows the right way well enough to
-find it by sampling.
+find it by sampling. With --task code they are small functions to write, "Let a be twice x. /
+Let b be a, but at least 5. ...", which are graded by running them.
 """
 
+import ast
+import base64
 import fcntl
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shlex
@@ -34,8 +40,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
+from functools import cache, reduce
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from types import EllipsisType
 from typing import NamedTuple, get_args
@@ -43,7 +50,7 @@ from typing import NamedTuple, get_args
 import torch
 from transformers import HfArgumentParser
 
-from evaluate import exact_number, extract_answer
+from evaluate import TESTS, encode, exact_number, extract_answer, sandbox
 from model import LM, Tree, UserError, fit, flag, fsync, pack_trees, replace, step_logprobs
 
 # ------------------------------------------------------------ records and manifests
@@ -54,8 +61,8 @@ def sha256(path: Path) -> str:
     path = Path(path)
     if path.is_dir():
         parts = [
-            f"{p.name} {sha256(p)}"
-            for p in sorted(path.iterdir())
+            f"{p.relative_to(path)} {sha256(p)}"
+            for p in sorted(path.rglob("*"))
             if p.is_file() and not p.name.startswith(".sha256.json")
         ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -98,13 +105,14 @@ def tokenizer_facts(lm: LM) -> dict:
     }
 
 
-KINDS = {"id": str | int, "prompt": str, "answer": str}
+KINDS = {"id": str | int, "prompt": str, "answer": str, "tests": dict}
 KINDS |= {"prompt_ids": list, "nodes": list, "responses": list}
 
 
 def read_jsonl(path: Path, needs: tuple[str, ...] = ("id",), torn_tail: bool = False) -> list[dict]:
     """All records of a JSONL file. A broken line is an error that names file and line.
 
+    needs: fields that must be there and not empty; "answer or tests": one of them.
     torn_tail=True (a file that was being written): a last line without its line break is dropped.
     """
     path = Path(path)
@@ -129,9 +137,9 @@ def read_jsonl(path: Path, needs: tuple[str, ...] = ("id",), torn_tail: bool = F
         except (ValueError, RecursionError) as e:
             raise UserError(f"{where}: not JSON ({e}); one JSON object a line is wanted") from None
         known = record if isinstance(record, dict) else {}
-        missing = [
-            k for k in needs if not isinstance(known.get(k), KINDS[k]) or known[k] in ("", [])
-        ]
+        usable = {k for k, kind in KINDS.items() if isinstance(known.get(k), kind)}
+        usable -= {k for k in usable if known[k] in ("", [], {})}
+        missing = [need for need in needs if usable.isdisjoint(need.split(" or "))]
         if missing:
             found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
             raise UserError(
@@ -450,21 +458,46 @@ RELATIONS = {
     "thrice": ("3 times as many as {a}", "* 3", "+ 3", 0.38),
     "half": ("half as many as {a}", "/ 2", "- 2", 0.60),
 }
+OPERATIONS = {
+    "more": ("{k} more than {x}", "{x} + {k}", "{x} - {k}", 0.03),
+    "less": ("{k} less than {x}", "{x} - {k}", "{k} - {x}", 0.15),
+    "twice": ("twice {x}", "{x} * 2", "{x} + 2", 0.72),
+    "thrice": ("3 times {x}", "{x} * 3", "{x} + 3", 0.38),
+    "least": ("{x}, but at least {k}", "max({x}, {k})", "min({x}, {k})", 0.60),
+    "over": ("{k} if {x} is over 9, else {x}", "{k} if {x} > 9 else {x}", "{k} if {x} < 9 else {x}", 0.10),
+}  # fmt: skip
+VARIABLES = "xabcd"
+INPUTS = [-8, -1, 2, 5, 11, 32]
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
+class Task(NamedTuple):
+    """An embedded task. A skeleton is what a problem says, in JSON."""
+
+    draw: Callable  # (rng, fewest steps) -> skeleton
+    tell: Callable  # skeleton -> prompt
+    solve: Callable  # (rng, skeleton, misread, slip) -> response, a line a step
+    check: Callable  # skeleton -> {"answer"} or {"tests"}; None: luck would solve it
+
+
+def read(rng: random.Random, phrase: tuple, misread: bool) -> str:
+    """A phrase's right reading, or its misreading as often as a careless reader's."""
+    _, right, wrong, share = phrase
+    return wrong if misread and rng.random() < share else right
+
+
 def apply(value: int, sign: str, k: int) -> int:
     return {"+": value + k, "-": value - k, "*": value * k, "/": value // k}[sign]
 
 
-def chain(rng: random.Random, low: int = 2, high: int = 4) -> tuple[int, list]:
-    """A first value and 2 to 4 relations [(kind, k)]; all values from 1 to 20."""
+def draw_chain(rng: random.Random, fewest: int = 2) -> tuple[int, list]:
+    """A first value and up to 4 relations [(kind, k)]; all values from 1 to 20."""
     value = first = rng.randint(1, 20)
     steps = []
-    for _ in range(rng.randint(low, high)):
+    for _ in range(rng.randint(fewest, 4)):
         while True:
             kind, k = rng.choice(list(RELATIONS)), rng.randint(1, 9)
             sign, _, constant = RELATIONS[kind][1].partition(" ")
@@ -477,20 +510,21 @@ def chain(rng: random.Random, low: int = 2, high: int = 4) -> tuple[int, list]:
     return first, steps
 
 
-def tell(first: int, steps: list) -> str:
+def tell_chain(skeleton: tuple[int, list]) -> str:
     """The problem's text."""
+    first, steps = skeleton
     lines = [f"{NAMES[0]} has {first} coins."]
     for (kind, k), a, b in zip(steps, NAMES, NAMES[1:]):
         lines.append(f"{b} has {RELATIONS[kind][0].format(k=k, a=a)}.")
     return "\n".join([*lines, f"How many coins does {NAMES[len(steps)]} have?"])
 
 
-def solve(rng: random.Random, first: int, steps: list, misread=False, slip=0.0) -> str:
-    """A solution, a line a relation: "Ben: 6 * 2 = 12"; misread: as a careless reader has it."""
-    value, lines = first, []
+def solve_chain(rng: random.Random, skeleton: tuple[int, list], misread=False, slip=0.0) -> str:
+    """A solution, a line a relation: "Ben: 6 * 2 = 12"."""
+    value, steps = skeleton
+    lines = []
     for (kind, k), name in zip(steps, NAMES[1:]):
-        _, right, wrong, share = RELATIONS[kind]
-        sign = (wrong if misread and rng.random() < share else right).split()[0]
+        sign = read(rng, RELATIONS[kind], misread).split()[0]
         new = apply(value, sign, k)
         if rng.random() < slip:
             new += rng.choice([-1, 1])
@@ -499,19 +533,82 @@ def solve(rng: random.Random, first: int, steps: list, misread=False, slip=0.0) 
     return "\n".join([*lines, f"The answer is {value}."])
 
 
-def demo_problems(seed: int, sizes: dict[str, int]) -> dict[str, list[dict]]:
-    """Problems of each split; the hash of a skeleton (relations and numbers) says which split."""
+def check_chain(skeleton: tuple[int, list]) -> dict | None:
+    """Its answer; None if some of its misreadings would end in the same."""
+    first, steps = skeleton
+    signs = [[reading.split()[0] for reading in RELATIONS[kind][1:3]] for kind, _ in steps]
+    right, *wrong = (
+        reduce(lambda x, step: apply(x, step[0], step[1][1]), zip(path, steps), first)
+        for path in product(*signs)
+    )
+    return None if right in wrong else {"answer": str(right)}
+
+
+def draw_function(rng: random.Random, fewest: int = 2) -> list:
+    """Up to 4 operations [(kind, k)]; a k that the phrase does not name is 0."""
+    steps = []
+    for _ in range(rng.randint(fewest, 4)):
+        kind, k = rng.choice(list(OPERATIONS)), rng.randint(1, 9)
+        steps.append((kind, k if "{k}" in OPERATIONS[kind][0] else 0))
+    return steps
+
+
+def tell_function(skeleton: list) -> str:
+    lines = ["Write f(x)."]
+    for (kind, k), x, y in zip(skeleton, VARIABLES, VARIABLES[1:]):
+        lines.append(f"Let {y} be {OPERATIONS[kind][0].format(x=x, k=k)}.")
+    return "\n".join([*lines, f"Return {VARIABLES[len(skeleton)]}."])
+
+
+def solve_function(rng: random.Random, skeleton: list, misread=False, slip=0.0) -> str:
+    """The function, a line an operation: "    a = x * 2"."""
+    lines = ["def f(x):"]
+    for (kind, k), x, y in zip(skeleton, VARIABLES, VARIABLES[1:]):
+        if rng.random() < slip:
+            k += rng.choice([-1, 1])
+        lines.append(f"{y} = {read(rng, OPERATIONS[kind], misread).format(x=x, k=k)}")
+    return "\n    ".join([*lines, f"return {VARIABLES[len(skeleton)]}"])
+
+
+def check_function(skeleton: list) -> dict | None:
+    """Its tests; None if some of its misreadings would pass them."""
+    readings = [[text.format(x="x", k=k) for text in OPERATIONS[kind][1:3]] for kind, k in skeleton]
+    right, *wrong = ([value(steps, x) for x in INPUTS] for steps in product(*readings))
+    tests = {"kind": "call", "entry": "f", "inputs": [[x] for x in INPUTS], "outputs": right}
+    return None if right in wrong else {"domain": "code", "tests": tests}
+
+
+def value(steps: tuple[str, ...], x: int) -> int:
+    """x after these expressions, one after the other."""
+    for step in steps:
+        x = expression(step)(x)
+    return x
+
+
+@cache
+def expression(text: str) -> Callable[[int], int]:
+    return eval(f"lambda x: {text}")  # ours, of OPERATIONS
+
+
+TASKS = {
+    "math": Task(draw_chain, tell_chain, solve_chain, check_chain),
+    "code": Task(draw_function, tell_function, solve_function, check_function),
+}
+
+
+def demo_problems(task: Task, seed: int, sizes: dict[str, int]) -> dict[str, list[dict]]:
+    """Problems of each split; the hash of a skeleton says which split."""
     rng, problems, seen = random.Random(f"problems {seed}"), {s: [] for s in sizes}, set()
     while any(len(problems[s]) < n for s, n in sizes.items()):
-        skeleton = chain(rng)
+        skeleton = task.draw(rng)
         split = split_of(skeleton)
         if skeleton_key(skeleton) in seen or len(problems[split]) >= sizes[split]:
             continue
         seen.add(skeleton_key(skeleton))
-        prompt = tell(*skeleton)
-        answer = solve(rng, *skeleton).split()[-1].rstrip(".")
-        record = {"id": f"demo/{split}/{len(problems[split])}", "source": "demo", "domain": "math"}
-        problems[split].append({**record, "prompt": prompt, "answer": answer, "tests": None})
+        if goal := task.check(skeleton):
+            problem = {"id": f"demo/{split}/{len(problems[split])}", "source": "demo"}
+            problem |= {"domain": "math", "prompt": task.tell(skeleton)}
+            problems[split].append(problem | {"answer": None, "tests": None} | goal)
     return problems
 
 
@@ -524,24 +621,25 @@ def split_of(skeleton) -> str:
     return "test" if bucket < 2 else "valid" if bucket < 4 else "train"
 
 
-def demonstrations(seed: int, count: int, misread: bool) -> list[dict]:
-    """{"prompt", "response"} of training skeletons; clean ones include drills of one relation."""
+def demonstrations(task: Task, seed: int, count: int, misread: bool) -> list[dict]:
+    """{"prompt", "response"} of training skeletons; clean ones include drills of one step."""
     rng, demos = random.Random(f"demonstrations {seed} {misread}"), []
     while len(demos) < count:
-        skeleton = chain(rng, low=2 if misread else 1)
+        skeleton = task.draw(rng, 2 if misread else 1)
         if split_of(skeleton) == "train":
-            response = solve(rng, *skeleton, misread, slip=0.02 if misread else 0.0)
-            demos.append({"prompt": tell(*skeleton), "response": response})
+            response = task.solve(rng, skeleton, misread, 0.02 if misread else 0.0)
+            demos.append({"prompt": task.tell(skeleton), "response": response})
     return demos
 
 
 def build_tokenizer(texts: list[str]):
-    """Word level: a word, number or sign and the space before it are a token; exact round trip."""
+    """Word level: a word, number or sign and the space before it are a token, and so is an
+    indentation; exact round trip."""
     import tokenizers as tk
     from transformers import PreTrainedTokenizerFast
 
     special = ["<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>"]
-    pieces = r"<\|\w+\|>|\n| ?[A-Za-z]+| ?-?\d+| ?[^\sA-Za-z\d]"
+    pieces = r"<\|\w+\|>|\n| {4}| ?[A-Za-z]+| ?-?\d+| ?[^\sA-Za-z\d]"
     words = sorted(
         {w for text in texts for w in re.findall(pieces, text)} | {f" {i}" for i in range(-20, 100)}
     )
@@ -624,6 +722,7 @@ def fine_tune(
 
 INSTRUCTIONS = {  # by the kind of answer
     "boxed": r"Please reason step by step, and put your final answer within \boxed{}.",
+    "program": "Write it in Python, in one ```python block.",
     "####": 'Solve it step by step, one step a line. The last line is "#### " and the answer.',
 }
 
@@ -639,8 +738,12 @@ class Loader(NamedTuple):
 
 
 def read_rows(path: str | Path) -> list[dict]:
-    """Rows of a .jsonl, .jsonl.gz, .json (a list, or a dict of columns) or .parquet file."""
+    """Rows of a .jsonl, .jsonl.gz, .json (a list, or a dict of columns) or .parquet file; of a
+    folder with a folder for each row, in which every field is a file (APPS)."""
     path = Path(path)
+    if path.is_dir():
+        folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
+        return [{file.stem: file.read_text("utf-8") for file in f.iterdir()} for f in folders]
     if path.suffix == ".parquet":
         try:
             from pyarrow import parquet
@@ -702,6 +805,179 @@ def gsm8k(row: dict) -> dict:
     return {"prompt": row["question"], "answer": row["answer"].rpartition("####")[2]}
 
 
+# Sets of programs. Their converters give readings of the tests, of which one is to hold, and the
+# row's own solutions, one of which must pass (keep_solved); or tests that are taken on trust.
+
+LIBRARY = ["typing", "collections", "functools", "itertools", "heapq", "bisect", "math", "string"]
+LEETCODE = "\n".join(f"from {name} import *" for name in LIBRARY)  # as LeetCode does for its users
+STDIN = "Read standard input and print the answer."
+
+
+def apps(row: dict) -> dict:
+    """APPS and TACO, whose outputs may or may not be wrapped in a list."""
+    cases, solutions = (
+        json.loads(value or "{}") if isinstance(value, str) else value
+        for value in (row["input_output"], row["solutions"])
+    )
+    if not cases.get("inputs") or not solutions:
+        raise LeftOut("no solution" if cases.get("inputs") else "no tests")
+    name, outputs = cases.get("fn_name"), [cases["outputs"]]
+    tests = {"kind": "call", "entry": name, "setup": LEETCODE, "inputs": cases["inputs"]}
+    if not name:
+        tests |= {"kind": "stdin", "setup": "", "inputs": list(map(lines, cases["inputs"]))}
+        outputs = [list(map(lines, cases["outputs"]))]
+    elif all(isinstance(value, list) and len(value) == 1 for value in outputs[0]):
+        outputs.insert(0, [value for (value,) in outputs[0]])
+    readings = [tests | {"atol": 1e-6, "outputs": list(map(as_json, o))} for o in outputs]
+    how = f"Write the function {name}." if name else STDIN
+    prompt = f"{row['question'].strip()}\n\n{how}\n{row.get('starter_code') or ''}".rstrip()
+    return {"prompt": prompt, "readings": readings, "solutions": solutions}
+
+
+def lines(text: str | list[str]) -> str:
+    return "\n".join(text) if isinstance(text, list) else text
+
+
+def as_json(value):
+    """A JSON value as an output. A tuple will do for a list, since JSON writes both alike."""
+    return {"!json": value} if isinstance(value, (list, dict)) else value
+
+
+def humaneval(row: dict) -> dict:
+    tests = {"kind": "assert", "entry": row["entry_point"], "setup": row["prompt"]}
+    return {
+        "id": f"humaneval/test/{row['task_id'].split('/')[1]}",
+        "prompt": row["prompt"],
+        "readings": [tests | {"code": f"{row['test']}\ncheck({row['entry_point']})"}],
+        "solutions": [row["prompt"] + row["canonical_solution"]],
+    }
+
+
+def mbpp(row: dict) -> dict:
+    number, asserts = row["task_id"], "\n".join(row["test_list"])
+    splits = {"prompt": 10, "test": 510, "validation": 600, "train": 974}  # their last task_id
+    split = next(split for split, last in splits.items() if number <= last)
+    names = re.findall(r"^def (\w+)", row["code"], re.MULTILINE)
+    called = [name for name in names if re.search(rf"\b{name}\(", asserts)]
+    if not called:
+        raise LeftOut("its tests call none of its functions")
+    setup = f"import math, sys\n{row['test_setup_code']}"
+    return {
+        "id": f"mbpp/{split}/{number}",
+        "prompt": f"{row['text'].strip()}\nYour code should pass these tests:\n{asserts}",
+        "readings": [{"kind": "assert", "entry": called[0], "setup": setup, "code": asserts}],
+        "solutions": [row["code"]],
+    }
+
+
+def plus(row: dict) -> dict:
+    """HumanEval+ and MBPP+: the expected values are what the reference solution returns."""
+    name, number, asserts = row["entry_point"], row["task_id"].split("/")[1], row.get("assertion")
+    inputs, start = row["base_input"] + list(row["plus_input"]), "" if asserts else row["prompt"]
+    # in MBPP+ JSON has made lists of tuples and sets, and text of complex numbers
+    if calls := list(literal_calls(asserts or "", name)):
+        inputs = [[like(*pair) for pair in zip(args, zip(*calls))] for args in inputs]
+    if asserts and number in ("124", "252"):
+        inputs = [[complex(arg) for arg in args] for args in inputs]
+    code = ""  # for tasks with more than one right answer
+    if "assert set(" in row["prompt"]:
+        code = f"for i, o in zip(inputs, outputs): assert set({name}(*i)) == set(o)"
+    if f"assert not {name}(" in (asserts or ""):
+        code = f"for i, o in zip(inputs, outputs): assert bool({name}(*i)) == bool(o)"
+    if name == "find_zero":
+        code = f"for i in inputs: assert abs(poly(*i, {name}(*i))) <= {row['atol']}"
+    tests = {"kind": "assert" if code else "call", "entry": name, "setup": start, "code": code}
+    tests |= {"inputs": list(map(encode, inputs)), "outputs": None, "atol": row["atol"] or 1e-6}
+    return {
+        "id": f"{'mbpp' if asserts else 'humaneval'}_plus/test/{number}",
+        "prompt": row["prompt"],
+        "readings": [tests],
+        "solutions": [start + row["canonical_solution"]],
+    }
+
+
+def literal_calls(assertions: str, name: str):
+    """The arguments of the calls of `name`, where they are literals."""
+    for node in ast.walk(ast.parse(assertions)):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == name:
+            with suppress(ValueError):
+                yield [ast.literal_eval(arg) for arg in node.args]
+
+
+def like(value, examples):
+    """A JSON value with its lists turned into what the examples have in their place."""
+    if isinstance(value, dict):
+        inside = [item for e in examples if isinstance(e, dict) for item in e.values()]
+        return {key: like(item, inside) for key, item in value.items()}
+    if not isinstance(value, list):
+        return value
+    alike = [e for e in examples if isinstance(e, (list, tuple, set))]
+    items = [like(item, [inner for e in alike for inner in e]) for item in value]
+    return type(alike[0])(items) if alike else items
+
+
+class PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        raise LeftOut(f"its private tests ask for {module}.{name}")
+
+
+def livecodebench(row: dict) -> dict:
+    """The public tests and the private ones: JSON, or JSON pickled, zipped, in base64."""
+    private = row.get("private_test_cases") or "[]"
+    if not private.startswith("["):
+        packed = zlib.decompress(base64.b64decode(private))
+        private = PlainUnpickler(io.BytesIO(packed)).load()
+    cases = json.loads(row["public_test_cases"]) + json.loads(private)
+    name = json.loads(row["metadata"]).get("func_name")
+    tests = {"kind": "stdin", "entry": name, "atol": 1e-6}
+    inputs, outputs = ([case[key] for case in cases] for key in ("input", "output"))
+    if name:
+        tests |= {"kind": "call", "setup": LEETCODE}
+        inputs = [[json.loads(line) for line in text.split("\n")] for text in inputs]
+        outputs = [as_json(json.loads(text)) for text in outputs]
+    return {
+        "id": f"livecodebench/test/{row['question_id']}",
+        "prompt": f"{row['question_content'].strip()}\n\n"
+        + (f"Complete this:\n{row['starter_code']}" if name else STDIN),
+        "tests": tests | {"inputs": inputs, "outputs": outputs},
+    }
+
+
+def own(row: dict) -> dict:
+    """A user's line: an answer, or tests."""
+    tests = row.get("tests")
+    if not tests:
+        return {"prompt": row["prompt"], "answer": row.get("answer")}
+    if unknown := tests.keys() - TESTS.keys():
+        raise LeftOut(f"tests have no field {', '.join(sorted(unknown))}")
+    kind = tests.get("kind", TESTS["kind"])
+    if kind not in ("call", "stdin", "assert") or not tests.get(
+        "code" if kind == "assert" else "inputs"
+    ):
+        raise LeftOut("no tests")
+    return {"prompt": row["prompt"], "domain": "code", "tests": tests}
+
+
+def keep_solved(problems: list[dict], unsafe: bool) -> tuple[list[dict], list[tuple[str, str]]]:
+    """-> the problems that one of their first three solutions solves, by the first reading of the
+    tests that it passes; and (id, reason) of the others. Outputs that are None it fills in."""
+    box = sandbox(unsafe)
+    unknown = [p for p in problems if p["readings"][0].get("outputs", "") is None]
+    jobs = [(p["readings"][0] | {"kind": "call"}, p["solutions"][0]) for p in unknown]
+    for p, (verdict, values) in zip(unknown, box.grade(jobs)):
+        p["readings"] = [p["readings"][0] | {"outputs": values}] if verdict == "right" else []
+    tries = [list(product(p.pop("readings"), p.pop("solutions")[:3])) for p in problems]
+    verdicts = ["no answer"] * len(problems)
+    for attempt in range(max(map(len, tries), default=0)):
+        todo = [i for i, t in enumerate(tries) if attempt < len(t) and verdicts[i] != "right"]
+        for i, (verdict, _) in zip(todo, box.grade([tries[i][attempt] for i in todo])):
+            verdicts[i], problems[i]["tests"] = verdict, tries[i][attempt][0]
+    kept = [p for p, verdict in zip(problems, verdicts) if verdict == "right"]
+    failed = [(p["id"], v) for p, v in zip(problems, verdicts) if v != "right"]
+    return kept, [(problem, f"its own solution: {verdict}") for problem, verdict in failed]
+
+
+PLUS = "task_id prompt entry_point canonical_solution base_input plus_input atol"
 LOADERS = {
     "math": Loader("problem solution", boxed),
     "math500": Loader("problem answer", question("problem")),
@@ -711,32 +987,51 @@ LOADERS = {
     "college_math": Loader("question answer", question("question")),
     "asdiv": Loader("body question answer", asdiv, "####"),
     "mawps": Loader("input target", mawps, "####"),
-    "jsonl": Loader("prompt answer", question("prompt")),
+    "jsonl": Loader("prompt answer/tests", own),
+    "taco": Loader("question input_output solutions", apps, "program"),
+    "apps": Loader("question input_output solutions", apps, "program"),
+    "humaneval": Loader("task_id prompt entry_point canonical_solution test", humaneval, "program"),
+    "humaneval_plus": Loader(PLUS, plus, "program"),
+    "mbpp": Loader("task_id text code test_list test_setup_code", mbpp, "program"),
+    "mbpp_plus": Loader(f"{PLUS} assertion", plus, "program"),
+    "livecodebench": Loader(
+        "question_id question_content starter_code public_test_cases metadata",
+        livecodebench,
+        "program",
+    ),
 }
 
 
-def load_set(name: str, path: str | Path) -> tuple[list[dict], list[tuple[str, str]]]:
+def load_set(
+    name: str, path: str | Path, unsafe: bool = False
+) -> tuple[list[dict], list[tuple[str, str]]]:
     """-> problems, and (id, reason) of each row left out. A file of another layout: UserError."""
     if name not in LOADERS:
         raise UserError(f"no data set is called {name!r}; there are {', '.join(LOADERS)}")
-    fields, convert, _ = LOADERS[name]
+    fields, convert, kind = LOADERS[name]
+    domain = "code" if kind == "program" else "math"
     problems, left_out = [], []
     for index, row in enumerate(read_rows(path)):
-        if not set(fields.split()) <= row.keys():
+        if any(row.keys().isdisjoint(field.split("/")) for field in fields.split()):
             found = f"row {index} has the fields {', '.join(row)}"
-            raise UserError(f"{path}: {found}; {name} wants {fields.replace(' ', ', ')}")
+            wanted = fields.replace(" ", ", ").replace("/", " or ")
+            raise UserError(f"{path}: {found}; {name} wants {wanted}")
         problem = {"id": f"{name}/{Path(path).name.split('.')[0]}/{index}", "source": name}
         try:
-            problem |= {"domain": "math", "prompt": "", "answer": None, "tests": None}
+            problem |= {"domain": domain, "prompt": "", "answer": None, "tests": None}
             problem |= convert(row)
             if problem["answer"] is not None:
                 problem["answer"] = str(problem["answer"]).strip()
-            if not problem["prompt"] or not (problem["answer"] or problem["tests"]):
+            known = problem["answer"] or problem["tests"] or "readings" in problem
+            if not problem["prompt"] or not known:
                 raise LeftOut("no gold answer" if problem["prompt"] else "no question")
             dump(problem)
             problems.append(problem)
-        except (LeftOut, UnicodeEncodeError) as reason:  # half a surrogate pair is no text
+        except (LeftOut, ValueError) as reason:  # no JSON in a field that should hold it, no text
             left_out.append((problem["id"], str(reason).partition(" in position")[0]))
+    if any("readings" in problem for problem in problems):
+        problems, unsolved = keep_solved(problems, unsafe)
+        left_out += unsolved
     return problems, left_out
 
 
@@ -779,17 +1074,21 @@ class Settings:
     demos: str = flag("NAME:PATH of demonstrations (gsm8k, asdiv or jsonl)", "")
     lr: float = flag("peak learning rate on --demos", 2e-5)
     passes: int = flag("passes over --demos", 2)
+    task: str = flag("which embedded problems: math or code", "math")
     train_size: int = flag("embedded training problems", 2000)
     valid_size: int = flag("embedded validation problems", 300)
     test_size: int = flag("embedded test problems", 500)
     dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the embedded problems and of base training", 0)
+    unsafe: bool = flag("run solutions even where they cannot be walled off", False)
     force: bool = flag("throw existing outputs away", False)
 
 
 def stage(s: Settings):
     if bool(s.train) != bool(s.test) or bool(s.base) != bool(s.demos):
         raise UserError("--train and --test go together, and so do --base and --demos")
+    if s.task not in TASKS:
+        raise UserError(f"--task {s.task}: wanted {' or '.join(TASKS)}")
     folder, problems, inputs = Path(s.out), None, {}
     demos = [d for name, path in parse(s.demos) for d in load_demos(name, path, s)]
     for spec in (s.train, s.test, s.demos):
@@ -801,14 +1100,16 @@ def stage(s: Settings):
             out.begin()
             if problems is None:
                 sizes = {"train": s.train_size, "valid": s.valid_size, "test": s.test_size}
-                problems = real_problems(s) if s.train else demo_problems(s.seed, sizes)
+                problems = (
+                    real_problems(s) if s.train else demo_problems(TASKS[s.task], s.seed, sizes)
+                )
             out.append(problems[split][len(out.done) :])
             out.finish()
     if s.make_base and (s.demos or not s.train):
         base = Stage(folder / "base", s, inputs | ({"base": s.base} if s.base else {}))
         if not base.complete:
             base.begin()
-            tune_base(base, demos, folder, s) if demos else make_base(base, s.seed)
+            tune_base(base, demos, folder, s) if demos else make_base(base, TASKS[s.task], s.seed)
 
 
 def parse(spec: str) -> list[tuple[str, str]]:
@@ -821,15 +1122,17 @@ def parse(spec: str) -> list[tuple[str, str]]:
 
 def load(name: str, path: str, s: Settings) -> list[dict]:
     """The problems of one set, with its instruction; says what was read and what left out."""
-    problems, left_out = load_set(name, path)
+    problems, left_out = load_set(name, path, s.unsafe)
     print(f"{name} {path}: {len(problems) + len(left_out)} rows, {len(problems)} used")
     for reason in sorted({r for _, r in left_out}):
         ids = [i for i, r in left_out if r == reason]
         print(
             f"  left out, {reason}: {len(ids)} ({', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''})"
         )
-    instruction = s.instruction or INSTRUCTIONS[LOADERS[name].kind]
-    return [{**p, "prompt": f"{p['prompt']}\n{instruction}".strip()} for p in problems]
+    for p in problems:
+        kind = "program" if p["tests"] else LOADERS[name].kind
+        p["prompt"] = f"{p['prompt']}\n{s.instruction or INSTRUCTIONS[kind]}".strip()
+    return problems
 
 
 def real_problems(s: Settings) -> dict[str, list[dict]]:
@@ -890,9 +1193,10 @@ def load_demos(name: str, path: str, s: Settings) -> list[dict]:
     return [{**d, "prompt": f"{d['prompt']}\n{instruction}".strip()} for d in demos]
 
 
-def make_base(out: Stage, seed: int):
+def make_base(out: Stage, task: Task, seed: int):
     """The embedded base: clean solutions first, then a short while misread ones."""
-    clean, misread = demonstrations(seed, 16000, False), demonstrations(seed, 3000, True)
+    clean = demonstrations(task, seed, 16000, misread=False)
+    misread = demonstrations(task, seed, 3000, misread=True)
     tokenizer = build_tokenizer([d[k] for d in clean + misread for k in ("prompt", "response")])
     model, start = new_model(tokenizer, seed), out.work / "random"
     replace(start, lambda p: (model.save_pretrained(p), tokenizer.save_pretrained(p)))

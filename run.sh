@@ -3,6 +3,7 @@
 # A.2 label steps, A.3 critic, B.1 advantages and B.2 actor, and an evaluation on the same test problems.
 #
 #   bash run.sh                                                      # embedded problems and model, minutes on a CPU
+#   TASK=code RUN=runs/code bash run.sh                              # the same, writing small Python functions
 #   RUN=runs/gsm8k BASE=path/or/hub-id TRAIN=gsm8k:train.jsonl TEST=gsm8k:test.jsonl SAMPLE= LABEL= CRITIC= ACTOR= \
 #     LENGTH= PROBLEMS=0 bash run.sh                                 # your model and data, with the paper's settings
 #
@@ -15,14 +16,14 @@ RUN=${RUN-runs/demo}          # folder of the run
 ITERATIONS=${ITERATIONS-2}
 SEED=${SEED-0}
 PROBLEMS=${PROBLEMS-1000}     # new training problems an iteration; 0: all of them, each time
-LENGTH=${LENGTH-"--max_new 60"}
+LENGTH=${LENGTH-"--max_new 64"}
 SAMPLE=${SAMPLE-"--n1 8 --n 4 --batch 512"}
 LABEL=${LABEL-"--m 4 --batch 512"}
 CRITIC=${CRITIC-"--lr 1e-3 --passes 8 --batch 128"}
 ACTOR=${ACTOR-"--kappa 4 --beta 0.05 --lr 1e-4 --passes 4 --batch 256"}
 EVALUATE=${EVALUATE-"--samples 8 --batch 512"}
 
-python prepare.py --out "$RUN" --seed "$SEED" ${TRAIN:+--train "$TRAIN"} ${TEST:+--test "$TEST"} \
+python prepare.py --out "$RUN" --seed "$SEED" ${TASK:+--task "$TASK"} ${TRAIN:+--train "$TRAIN"} ${TEST:+--test "$TEST"} \
   ${BASE:+--no_make_base} ${PREPARE-}
 actor=${BASE:-$RUN/base}
 critic=${CRITIC_MODEL:-$actor}

@@ -39,6 +39,7 @@ class Settings:
     batch: int = flag("rows decoded at once", 256)
     dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the draws", 0)
+    unsafe: bool = flag("run programs even where they cannot be walled off", False)
     force: bool = flag("throw an existing output away", False)
 
 
@@ -55,7 +56,7 @@ def keep_balanced(rewards: list[int], n: int) -> list[int]:
 def stage(s: Settings):
     if not 1 <= s.n <= s.n1:
         raise UserError(f"--n {s.n}: wanted 1 <= n <= n1 = {s.n1}")
-    problems = read_jsonl(Path(s.problems), needs=("id", "prompt", "answer"))
+    problems = read_jsonl(Path(s.problems), needs=("id", "prompt", "answer or tests"))
     problems = problems[s.first :][: s.limit or None]
     if not problems:
         raise UserError(f"{s.problems}: no problem is left after --first {s.first}")
@@ -79,7 +80,7 @@ def stage(s: Settings):
             ]
             drawn = sample(lm, prefixes, rows, batch=s.batch, progress=progress)
             texts = [lm.text(ids) for ids in drawn]
-            verdicts = grade_all([chunk[j] for j, *_ in rows], texts)
+            verdicts = grade_all([chunk[j] for j, *_ in rows], texts, s.unsafe)
             records = []
             for j, p in enumerate(chunk):
                 responses = []

@@ -109,7 +109,7 @@ SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embe
 
 def random_model(folder, sizes=SMALL):
     """Random weights in bfloat16 where they will be computed in it, and the embedded tokenizer."""
-    demos = prepare.demonstrations(0, 200, True)
+    demos = prepare.demonstrations(prepare.TASKS["math"], 0, 200, True)
     tokenizer = prepare.build_tokenizer([d[k] for d in demos for k in ("prompt", "response")])
     eos = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
     sizes = {"vocab_size": len(tokenizer), "tie_word_embeddings": True, **eos, **sizes}

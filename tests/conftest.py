@@ -22,7 +22,11 @@ def folder(tmp_path_factory):
     """A random 2-layer model with the embedded tokenizer, as an ordinary folder."""
     import prepare
 
-    texts = [d[k] for d in prepare.demonstrations(0, 200, True) for k in ("prompt", "response")]
+    texts = [
+        d[k]
+        for d in prepare.demonstrations(prepare.TASKS["math"], 0, 200, True)
+        for k in ("prompt", "response")
+    ]
     tokenizer = prepare.build_tokenizer(texts)
     model = prepare.new_model(tokenizer, seed=0, layers=2, width=64)
     path = tmp_path_factory.mktemp("model") / "tiny"

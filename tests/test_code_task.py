@@ -1,0 +1,164 @@
+"""Programs as answers: the embedded code task, and every stage with rewards from the sandbox."""
+
+import ast
+import json
+import random
+import re
+from itertools import takewhile
+
+import pytest
+import tokenizers as tk
+import toy
+from transformers import PreTrainedTokenizerFast
+
+import prepare
+from evaluate import grade_all
+
+CODE = prepare.TASKS["code"]
+SIZES = {"train": 60, "valid": 20, "test": 20}
+
+
+@pytest.mark.parametrize("kind", prepare.OPERATIONS)
+def test_the_right_reading_passes_and_the_misreading_does_not(kind):
+    skeleton = [("more", 1), (kind, 3)]
+    problem = {"id": kind, **CODE.check(skeleton)}
+    right = CODE.solve(random.Random(0), skeleton)
+    reading, misreading = (text.format(x="a", k=3) for text in prepare.OPERATIONS[kind][1:3])
+    assert reading in right
+    texts = [right, right.replace(reading, misreading), right.replace("    return b", "    return")]
+    verdicts = [verdict for verdict, _ in grade_all([problem] * 3, texts, unsafe=True)]
+    assert verdicts == ["right", "wrong", "wrong"]
+
+
+def test_a_problem_that_a_misreading_would_solve_is_none():
+    assert CODE.check([("least", 5), ("thrice", 0), ("over", 6)]) is None
+    # 1 twice is 2, half of that 1; read as 1 + 2 = 3, 3 - 2 = 1
+    assert prepare.TASKS["math"].check((1, [("twice", 2), ("half", 2)])) is None
+    assert prepare.TASKS["math"].check((3, [("twice", 2), ("half", 2)])) is None
+    assert prepare.TASKS["math"].check((3, [("twice", 2), ("more", 4)])) == {"answer": "10"}
+
+
+def test_splits_share_no_skeleton_and_texts_come_back_from_their_tokens():
+    problems = prepare.demo_problems(CODE, 0, SIZES)
+    prompts = [p["prompt"] for split in problems.values() for p in split]
+    assert len(set(prompts)) == len(prompts) == sum(SIZES.values())
+    assert all(p["domain"] == "code" and p["answer"] is None for p in problems["train"])
+    demos = prepare.demonstrations(CODE, 0, 300, misread=True)
+    held_out = {p["prompt"] for split in ("valid", "test") for p in problems[split]}
+    assert held_out.isdisjoint(d["prompt"] for d in demos)
+    texts = prompts + [d["response"] for d in demos]
+    tokenizer = prepare.build_tokenizer(texts)
+    for text in texts:
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert "    " in tokenizer.get_vocab()
+
+
+SETUP = "def f(x):\n 'Do it.'\n"
+LINES = [" return x + 1\n", " return x - 1\n", " x = x * 2\n", " x = x / 0\n"]
+
+
+def tokenizer():
+    """A token is a line: a random model of few tokens writes a right program now and then."""
+    words = ["<|end|>", "<|user|>", "?", "\n", *(str(i) for i in range(10)), *LINES]
+    model = tk.Tokenizer(tk.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="?"))
+    pieces = tk.Regex(r"<\|\w+\|>| [^\n]*\n|.|\n")
+    model.pre_tokenizer = tk.pre_tokenizers.Split(pieces, "isolated")
+    model.decoder = tk.decoders.Fuse()
+    names = {"eos_token": "<|end|>", "pad_token": "<|end|>", "unk_token": "?"}
+    made = PreTrainedTokenizerFast(tokenizer_object=model, **names)
+    made.chat_template = "<|user|>{% for m in messages %}{{ m['content'] }}{% endfor %}\n"
+    return made
+
+
+def passes(problem, text):
+    """By an exec of our own lines what the sandbox is to find."""
+    names, lines = {}, text.splitlines(keepends=True)
+    body = "".join(takewhile(lambda line: line[0].isspace(), lines))
+    try:
+        exec(SETUP + body, names)  # noqa: S102
+        return [names["f"](*x) for x in problem["tests"]["inputs"]] == problem["tests"]["outputs"]
+    except (SyntaxError, NameError, ZeroDivisionError):
+        return False
+
+
+def test_the_forms_of_tests_that_readme_shows():
+    text = (toy.ROOT / "README.md").read_text()
+    shown = [ast.literal_eval(line) for line in re.findall(r"^\{.kind.*\}", text, re.MULTILINE)]
+    assert [tests["kind"] for tests in shown] == ["call", "stdin", "assert"]
+    add = "def f(a, b): return a + b"
+    texts = [add, "print(sum(map(int, input().split())))", add]
+    problems = [{"id": i, "tests": tests} for i, tests in enumerate(shown)]
+    grades = grade_all(problems, texts, unsafe=True)
+    assert [verdict for verdict, _ in grades] == ["right"] * 3
+    bad = grade_all(problems, [text.replace("+", "-").replace("sum", "max") for text in texts])
+    assert [verdict for verdict, _ in bad] == ["wrong"] * 3
+
+
+def records(path):
+    return [json.loads(line) for line in path.open()]
+
+
+def test_every_stage_with_programs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = tokenizer()
+    prepare.new_model(words, seed=0, layers=1, width=16).save_pretrained("tiny")
+    words.save_pretrained("tiny")
+    rows = []
+    for i in range(24):
+        tests = {"entry": "f", "setup": SETUP, "inputs": [[1], [i]]}
+        tests["outputs"] = [2, i + 1] if i % 2 else [0, i - 1]
+        rows.append({"prompt": f"{i % 10}{i // 10}", "tests": tests})
+    (tmp_path / "rows.jsonl").write_bytes(b"".join(map(prepare.dump, rows[:16])))
+    (tmp_path / "more.jsonl").write_bytes(b"".join(map(prepare.dump, rows[16:])))
+    actor, draws = "--actor tiny --problems run/train.jsonl", "--max_new 6 --unsafe"
+    for script, flags in (
+        (
+            "prepare.py",
+            "--train jsonl:rows.jsonl --test jsonl:more.jsonl --out run --valid_share 0",
+        ),
+        ("sample.py", f"{actor} --out run/samples.jsonl --n1 24 --n 6 {draws}"),
+        (
+            "label_steps.py",
+            f"{actor} --samples run/samples.jsonl --out run/trees.jsonl --m 8 {draws}",
+        ),
+        ("train_critic.py", "--trees run/trees.jsonl --critic_model tiny --out run/critic"),
+        (
+            "train_actor.py",
+            "--actor tiny --trees run/trees.jsonl --critic run/critic --out run/actor",
+        ),
+        (
+            "evaluate.py",
+            f"--actor run/actor --problems run/test.jsonl --out run/eval.jsonl --samples 16 {draws}",
+        ),
+    ):
+        code, _, err = toy.stage(script, flags)
+        assert code == 0, (script, err)
+    problems = {
+        p["id"]: p for split in ("train", "test") for p in records(tmp_path / f"run/{split}.jsonl")
+    }
+    assert all("python block" in p["prompt"] and p["domain"] == "code" for p in problems.values())
+    rewards = []
+    for x in records(tmp_path / "run/samples.jsonl"):
+        for r in x["responses"]:
+            assert r["reward"] == (r["finished"] and passes(problems[x["id"]], r["text"]))
+            rewards.append(r["reward"])
+    assert 0 < sum(rewards) < len(rewards)
+    rewards = []
+    for tree in records(tmp_path / "run/trees.jsonl"):
+        for node in tree["nodes"][1:]:
+            if node["reward"] is not None and node["ids"][-1] == 0:  # <|end|>
+                v, text = node, ""
+                while v["parent"] >= 0:
+                    v, text = tree["nodes"][v["parent"]], v["text"] + text
+                assert node["reward"] == passes(problems[tree["id"]], text)
+                rewards.append(node["reward"])
+    assert 0 < sum(rewards) < len(rewards)
+    lines = records(tmp_path / "run/eval.jsonl")
+    drawn = [(problems[x["id"]], s) for x in lines for s in x["sampled"]]
+    for problem, s in drawn:
+        assert s["prediction"] is None or (SETUP + s["text"]).startswith(s["prediction"])
+        assert not s["correct"] or passes(problem, s["text"])
+    assert 0 < sum(s["correct"] for _, s in drawn) < len(drawn)
+    row = json.loads((tmp_path / "run/summary.json").read_text())["sets"]["jsonl"]
+    assert 0 <= row["maj"] <= row["pass@16"] <= 1
+    assert row["verdicts"].keys() <= {"right", "wrong", "no answer", "error"}
