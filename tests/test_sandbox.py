@@ -380,11 +380,11 @@ def test_case(sandbox, name):
     boxes = set(glob.glob(tempfile.gettempdir() + "/*"))
     begin = time.monotonic()
     (verdict,) = verdicts(sandbox, [(tests, program)])
-    assert time.monotonic() - begin < 12
+    assert time.monotonic() - begin < 60
     assert verdict in allowed.split("|")
     assert judge.poll() is None, "the judge has died"
     while left := stragglers(judge):  # a candidate's warden says that it is gone, and then goes
-        assert time.monotonic() - begin < 13, left
+        assert time.monotonic() - begin < 61, left
     assert set(glob.glob(tempfile.gettempdir() + "/tmp*")) <= boxes
     assert verdicts(sandbox, [(SQUARE, f"{GOOD}# {name}")]) == ["right"]
 
