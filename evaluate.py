@@ -939,7 +939,7 @@ def summarise(lines: list[dict], other: dict[str, dict] | None) -> dict:
         row["against"] = {
             "greedy": paired(
                 [x["correct"] for x in lines], [other[x["id"]]["correct"] for x in lines]
-            ),
+            )
         }
         if k and len(other[lines[0]["id"]]["sampled"]) == k:
             mean = lambda x: sum(s["correct"] for s in x["sampled"]) / k

@@ -766,16 +766,7 @@ def whole_batches(counts: list[int], size: int, passes: int, seed: str) -> list[
     return batches
 
 
-def fit(
-    modules,
-    batches,
-    prepare,
-    loss,
-    work: Path,
-    lr: float,
-    save_every: int,
-    name=str,
-):
+def fit(modules, batches, prepare, loss, work: Path, lr: float, save_every: int, name=str):
     """One optimiser step (AdamW, gradient norm clipped to 1) a batch; resumes exactly from `work`.
 
     modules   {name: torch.nn.Module} to train

@@ -94,12 +94,7 @@ def stage(s: Settings):
                     tokens, right = tokens + len(drawn[r]), right + reward
                 kept = keep_balanced([r["reward"] for r in responses], s.n)
                 records.append(
-                    {
-                        "id": p["id"],
-                        "prompt_ids": prompts[j],
-                        "kept": kept,
-                        "responses": responses,
-                    }
+                    {"id": p["id"], "prompt_ids": prompts[j], "kept": kept, "responses": responses}
                 )
             out.append(records)
     out.finish()

@@ -115,11 +115,7 @@ def train(lm, head, records: list[dict], retokenise: bool, s: Settings, work: Pa
         weight = [[n["n"] if s.states == "all" else 1 for n in row] for row in nodes]
         total = sum(map(sum, weight))  # over the whole batch: the one normaliser
         return [
-            (
-                pack,
-                torch.tensor([n["wins"] / n["n"] for n in row]),
-                torch.tensor(w) / total,
-            )
+            (pack, torch.tensor([n["wins"] / n["n"] for n in row]), torch.tensor(w) / total)
             for pack, row, w in zip(packs, nodes, weight)
         ]
 

@@ -127,10 +127,7 @@ def foreign(folder: Path):
         nodes = [*tree["nodes"]]
         nodes[1] = nodes[1] | change
         write(f"tree_{name}.jsonl", json.dumps(tree | {"nodes": nodes}))
-    for name, change in (
-        ("ends", {"ends": [3, 2]}),
-        ("text", {"text": None}),
-    ):
+    for name, change in (("ends", {"ends": [3, 2]}), ("text", {"text": None})):
         write(f"sample_{name}.jsonl", json.dumps(samples | {"responses": [response | change] * 5}))
     write("sample_kept.jsonl", json.dumps(samples | {"kept": [5]}))
     lines = (folder / "run" / "eval.jsonl").read_text().splitlines()

@@ -631,11 +631,7 @@ SIGNATURE = 'from typing import List\n\n\ndef f(x: int) -> int:\n    """Double x
         ),
         ("", "```python\ndef f(x):\n    return 1", "def f(x):\n    return 1"),
         ("", "1. So:\n   ```py\n   x = 1\n   ```", "   x = 1\n"),
-        (
-            "",
-            "Sure.\nimport math\n\ndef f(x): return 1\n",
-            "import math\n\ndef f(x): return 1\n",
-        ),
+        ("", "Sure.\nimport math\n\ndef f(x): return 1\n", "import math\n\ndef f(x): return 1\n"),
         ("", "def f(x):\n  y = x\n  return y", "def f(x):\n  y = x\n  return y"),
         ("", "n = int(input())\nprint(n)", "n = int(input())\nprint(n)"),
         ("", "I do not know.", None),
