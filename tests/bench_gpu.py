@@ -91,6 +91,7 @@ if __name__ == "__main__":
     flops, rate = ceilings(256, 16) if tiny else ceilings()
     shapes = [(64, 32, 512)] if tiny else [(4096, 896, 151936), (4096, 3584, 152064)]
     for shape in shapes:
+        bench.errors(*shape[1:])
         bench.logprobs(*shape)
         logprob_share(flops, *shape)
     bench.tree(sizes)

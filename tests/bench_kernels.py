@@ -1,4 +1,4 @@
-"""Speed and memory of the kernels against their rivals, by hand: python tests/bench_kernels.py [logprobs tree sampler]
+"""Speed and memory of the kernels against their rivals, by hand: python tests/bench_kernels.py [errors logprobs tree sampler]
 
 Every figure is a ratio against a rival timed in the same run, A B A B; the second timing of the same thing shows the
 noise. Peak memory is resident memory above what was there before the call, in a process of its own. CPU figures; a
@@ -48,7 +48,7 @@ def naive(hidden, weight, targets):
 
 
 def selective(hidden, weight, targets):
-    z = (hidden @ weight.T).float()
+    z = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
     return z.gather(1, targets[:, None])[:, 0] - z.logsumexp(-1)
 
 
@@ -98,6 +98,22 @@ def logprobs(n=4096, d=896, v=151936):
                 f"  {dtype:9} {name:16} {row['seconds']:7.2f} s {row['seconds'] / base['seconds']:6.2f}x  "
                 f"{row['mib']:8.0f} MiB {row['mib'] / max(base['mib'], 1e-9):7.1%}"
             )
+
+
+def errors(d=896, v=151936, steps=20, length=30):
+    """Of a 30-token step's log-prob in bfloat16, against float64 on the same numbers."""
+    torch.manual_seed(0)
+    hidden = (torch.randn(steps * length, d) * 0.5).bfloat16().to(DEVICE)
+    weight = (torch.randn(v, d) * 0.05).bfloat16().to(DEVICE)
+    targets = torch.randint(0, v, (steps * length,), device=DEVICE)
+    sums = lambda logp: logp.double().view(steps, length).sum(1)
+    exact = sums(selective(hidden.double(), weight.double(), targets))
+    rounded = lambda h, w, t: (h @ w.T).log_softmax(-1).gather(1, t[:, None])[:, 0]
+    print(f"bfloat16, mean error of a {length}-token step's log-prob, d {d}, V {v}")
+    rows = {"log_softmax in bfloat16": rounded, "bfloat16 logits, float32 after": selective}
+    for name, f in (rows | {"linear_logprobs": linear_logprobs}).items():
+        error = (sums(f(hidden, weight, targets)) - exact).abs()
+        print(f"  {name:32} {error.mean():.1e}, at most {error.max():.1e}")
 
 
 # ------------------------------------------------------------ tree packing
@@ -223,5 +239,5 @@ if __name__ == "__main__":
         one_logprob(name, getattr(torch, dtype), *map(int, sizes))
     else:
         print(f"torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads")
-        for part in sys.argv[1:] or ("logprobs", "tree", "sampler"):
+        for part in sys.argv[1:] or ("errors", "logprobs", "tree", "sampler"):
             globals()[part]()
