@@ -15,7 +15,8 @@ cd "$(dirname "$0")"
 RUN=${RUN-runs/demo}          # folder of the run
 ITERATIONS=${ITERATIONS-2}
 SEED=${SEED-0}
-PROBLEMS=${PROBLEMS-1000}     # new training problems an iteration; 0: all of them, each time
+# New training problems an iteration; 0: all of them, each time. Programs take longer to grade than answers.
+if [ "${TASK-}" = code ]; then PROBLEMS=${PROBLEMS-500}; else PROBLEMS=${PROBLEMS-1000}; fi
 LENGTH=${LENGTH-"--max_new 64"}
 SAMPLE=${SAMPLE-"--n1 8 --n 4 --batch 512"}
 LABEL=${LABEL-"--m 4 --batch 512"}
