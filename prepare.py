@@ -140,6 +140,8 @@ def read_jsonl(path: Path, needs: tuple[str, ...] = ("id",), torn_tail: bool = F
         usable = {k for k, kind in KINDS.items() if isinstance(known.get(k), kind)}
         usable -= {k for k in usable if known[k] in ("", [], {})}
         missing = [need for need in needs if usable.isdisjoint(need.split(" or "))]
+        if known.get("tests") and misfit(known["tests"], {"setup": str | EllipsisType}):
+            missing = ["tests"]
         if missing:
             found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
             raise UserError(

@@ -58,6 +58,8 @@ def foreign(folder: Path):
     write("no_answer.jsonl", without("answer"))
     write("number.jsonl", without("answer", answer=18))
     write("id_list.jsonl", without("id", id=["a"]))
+    write("bad_tests.jsonl", without("tests", tests="assert f(1) == 2"))
+    write("bad_setup.jsonl", without("tests", tests={"setup": 1}))
     write("empty_prompt.jsonl", without("prompt", prompt=""))
     write("windows.jsonl", without("prompt", prompt="caf\u00e9 1").encode("cp1252"), b"\n")
     text = json.dumps(line | {"prompt": "caf\u00e9 1"}, ensure_ascii=False)
@@ -243,6 +245,8 @@ TABLE = [
     (S, SAMPLE, "--problems no_answer.jsonl", "no_answer.jsonl:1"),
     (S, SAMPLE, "--problems number.jsonl", "number.jsonl:1"),
     (S, SAMPLE, "--problems id_list.jsonl", "id_list.jsonl:1"),
+    (S, SAMPLE, "--problems bad_tests.jsonl", "no usable tests"),
+    (S, SAMPLE, "--problems bad_setup.jsonl", "no usable tests"),
     (S, SAMPLE, "--problems empty_prompt.jsonl", "empty_prompt.jsonl:1"),
     (S, SAMPLE, "--problems windows.jsonl", "UTF-8"),
     (S, SAMPLE, "--problems utf16.jsonl", "UTF-8"),
