@@ -175,7 +175,9 @@ def misfit(value, shape, name: str = "") -> str | None:
         )
     else:
         fits = type(value) in (get_args(shape) or [shape])
-        return None if fits and not (type(value) is int and abs(value) >> 62) else name
+        return (
+            None if fits and not (type(value) is int and abs(value) >> 62) else name or "all of it"
+        )
     return next(filter(None, found), None)
 
 
@@ -372,7 +374,7 @@ def read_manifest(path: Path) -> dict:
         return {}
     with suppress(ValueError):
         made = json.loads(manifest.read_text())
-        words = not misfit(made, MANIFEST, "it") and [
+        words = not misfit(made, MANIFEST) and [
             made.get("output", "0"),
             *made["facts"].values(),
         ]
