@@ -174,10 +174,9 @@ def misfit(value, shape, name: str = "") -> str | None:
             misfit(value.get(k, ...), part, f"{name} {k}".strip()) for k, part in shape.items()
         )
     else:
-        fits = type(value) in (get_args(shape) or [shape])
-        return (
-            None if fits and not (type(value) is int and abs(value) >> 62) else name or "all of it"
-        )
+        huge = type(value) is int and abs(value) >> 62  # more than a tensor holds
+        fits = type(value) in (get_args(shape) or [shape]) and not huge
+        found = [] if fits else [name or "all of it"]
     return next(filter(None, found), None)
 
 
@@ -186,12 +185,12 @@ def read_trees(path: str) -> list[dict]:
     records = read_jsonl(path, ("id", "prompt_ids", "nodes"))
     for r in records:
         bad = misfit(r, {"prompt_ids": [int], "nodes": [NODE]})
-        for v, n in enumerate(r["nodes"]):
-            up, step = (-1 < n["parent"] < v, n["ids"]) if v and not bad else (True, True)
-            if bad or not (up and step and 0 <= n["wins"] <= n["n"] and n["draws"] >= 0):
-                raise UserError(
-                    f"{path}: {r['id']}, {bad or f'nodes[{v}]'}: no step tree; make it anew"
-                )
+        for v, n in enumerate([] if bad else r["nodes"]):
+            grows = n["parent"] in range(v) and n["ids"] if v else n["parent"] == -1
+            if not (grows and 0 <= n["wins"] <= n["n"] and n["draws"] >= 0):
+                bad = bad or f"nodes[{v}]"
+        if bad:
+            raise UserError(f"{path}: {r['id']}, {bad}: no step tree; make it anew")
     return records
 
 
@@ -200,13 +199,14 @@ def read_samples(path: str) -> list[dict]:
     records = read_jsonl(path, ("id", "prompt_ids", "responses"))
     for r in records:
         bad = misfit(r, {"prompt_ids": [int], "kept": [int], "responses": [RESPONSE]})
-        rising = bad or all(a < b for x in r["responses"] for a, b in pairwise([0, *x["ends"]]))
-        whole = bad or all((x["ends"] or [0])[-1] == len(x["ids"]) for x in r["responses"])
-        chosen = bad or all(0 <= k < len(r["responses"]) for k in r["kept"])
-        if bad or not (rising and whole and chosen):
-            raise UserError(
-                f"{path}: {r['id']}, {bad or 'ends or kept'}: no samples; make them anew"
-            )
+        for x in [] if bad else r["responses"]:
+            cuts = [0, *x["ends"]]
+            if cuts[-1] != len(x["ids"]) or any(a >= b for a, b in pairwise(cuts)):
+                bad = "ends"
+        if not bad and not {*r["kept"]} <= {*range(len(r["responses"]))}:
+            bad = "kept"
+        if bad:
+            raise UserError(f"{path}: {r['id']}, {bad}: no samples; make them anew")
     return records
 
 
