@@ -167,7 +167,8 @@ class LM:
 
     def hidden(self, ids: torch.Tensor, pos: torch.Tensor, view) -> torch.Tensor:
         """Last hidden states (B, T, d) of ids (B, T) at positions (B, T); `view`: who sees whom."""
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.rounds):
+        autocast = self.rounds and self.head.dtype is torch.float32
+        with torch.autocast(self.device, torch.bfloat16, enabled=autocast):
             out = self.decoder(input_ids=ids, position_ids=pos, use_cache=False, view=view)
         return out.last_hidden_state
 

@@ -561,3 +561,19 @@ def test_token_of_another_vocabulary_is_refused(lm):
     (pack,) = pack_trees([Tree([[1, 2], [lm.config.vocab_size]], [-1, 0], [False, True])], 99)
     with pytest.raises(UserError, match="of another tokenizer"):
         step_logprobs(lm, pack)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_bfloat16_on_the_cpu_is_close(folder, train):
+    """--dtype bfloat16: weights of a model that trains stay float32; log-probs come out in float32."""
+    tree = Tree([[5, 6, 7], [8, 9], [10, 11, 12]], [-1, 0, 0], [False, True, True])
+    (pack,) = pack_trees([tree], 99)
+    exact = step_logprobs(LM(folder, device="cpu"), pack)
+    lm = LM(folder, train, "cpu", "bfloat16")
+    logp = step_logprobs(lm, pack)
+    assert lm.head.dtype is (torch.float32 if train else torch.bfloat16)
+    assert logp.dtype is torch.float32
+    error = (logp - exact).abs().max()
+    assert 0 < error < 0.05
+    with pytest.raises(UserError, match="--dtype half"):
+        LM(folder, dtype="half")
