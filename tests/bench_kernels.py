@@ -1,5 +1,7 @@
 """Speed and memory of the kernels against their rivals, by hand: python tests/bench_kernels.py [errors logprobs tree sampler]
 
+The sampler on a model of yours at batch 64: python tests/bench_kernels.py model FOLDER bfloat16
+
 Every figure is a ratio against a rival timed in the same run, A B A B; the second timing of the same thing shows the
 noise. Peak memory is resident memory above what was there before the call, in a process of its own. CPU figures; a
 CUDA machine uses device events and its allocator's peak.
@@ -205,15 +207,14 @@ def tree(sizes=SMALL):
 # ------------------------------------------------------------ sampler
 
 
-def sampler(sizes=SMALL, batches=(256, 512), new=80):
+def sampler(sizes=SMALL, batches=(256, 512), new=80, model=None, dtype=""):
     with tempfile.TemporaryDirectory() as folder:
-        random_model(folder, sizes)
-        lm = LM(folder)
+        if not model:
+            random_model(folder, sizes)
+        lm = LM(model or folder, dtype=dtype)
         lm.eos, ids = [lm.eos[0]], lm.prompt_ids("Ann has 6 coins.\nHow many coins does Ann have?")
-        plain = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=lm.head.dtype).to(DEVICE)
-        print(
-            f"sampler, {new} new tokens, random model (it ends rows at random), against generate()"
-        )
+        plain = hf.AutoModelForCausalLM.from_pretrained(lm.path, dtype=lm.head.dtype).to(DEVICE)
+        print(f"sampler, {new} new tokens, {model or 'random weights'}, against generate()")
         for batch in batches:
             prompt = torch.tensor([ids] * batch, device=DEVICE)
 
@@ -237,6 +238,8 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["one"]:
         name, dtype, *sizes = sys.argv[2:]
         one_logprob(name, getattr(torch, dtype), *map(int, sizes))
+    elif sys.argv[1:2] == ["model"]:
+        sampler(batches=(64,), new=32, model=sys.argv[2], dtype=sys.argv[3])
     else:
         print(f"torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads")
         for part in sys.argv[1:] or ("errors", "logprobs", "tree", "sampler"):
