@@ -36,6 +36,7 @@ import signal
 import sys
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
@@ -1146,6 +1147,9 @@ def real_problems(s: Settings) -> dict[str, list[dict]]:
     test = [p for name, path in parse(s.test) for p in load(name, path, s)]
     known, train, valid = {normalised_question(p["prompt"]) for p in test}, [], []
     pool = [p for name, path in parse(s.train) for p in load(name, path, s)]
+    for problems, spec in ((test, s.test), (pool, s.train)):
+        if twice := [i for i, n in Counter(p["id"] for p in problems).items() if n > 1]:
+            raise UserError(f"{spec}: two files give the id {twice[0]}; rename one of them")
     clean = [p for p in pool if normalised_question(p["prompt"]) not in known]
     print(
         f"dropped from training, because the question is a test question: {len(pool) - len(clean)}"

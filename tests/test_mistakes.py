@@ -279,6 +279,7 @@ TABLE = [
     # data sets
     (P, REAL, "--train gsm9k:rows.jsonl", "gsm9k"),
     (P, REAL, "--train rows.jsonl", "NAME:PATH"),
+    (P, REAL, "--train jsonl:rows.jsonl,jsonl:rows.jsonl", "the id jsonl/rows/0"),
     (P, REAL, "--train jsonl:nowhere.jsonl", "nowhere.jsonl"),
     (P, REAL, "--train gsm8k:rows.jsonl", "question"),
     (P, REAL, "--train jsonl:rows.csv", "rows.csv"),
