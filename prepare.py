@@ -470,7 +470,7 @@ OPERATIONS = {
     "double": ("the double of {x}", "{x} * 2", "{x} + 2", 0.72),
     "thrice": ("3 times {x}", "{x} * 3", "{x} + 3", 0.38),
     "least": ("{x}, but at least {k}", "max({x}, {k})", "min({x}, {k})", 0.25),
-    "most": ("{x}, but at most {k}", "min({x}, {k})", "max({x}, {k})", 0.30),
+    "half": ("half of {x}, rounded down", "{x} // 2", "{x} - 2", 0.30),
     "over": ("{k} if {x} is over 9, else {x}", "{k} if {x} > 9 else {x}", "{k} if {x} < 9 else {x}", 0.10),
 }  # fmt: skip
 VARIABLES = "xabcd"
