@@ -786,6 +786,8 @@ def fit(modules, batches, prepare, loss, work: Path, lr: float, save_every: int,
     need = (3 - len(saved)) * size  # two are kept while a third is written
     if shutil.disk_usage(work).free < need:
         raise UserError(f"{work}: checkpoints need {need / 1e9:.1f} GB of disk; make room there")
+    if not saved:
+        print(f"{work}: {len(batches)} steps; checkpoints take up to {need / 1e6:.0f} MB of disk")
     flags = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
     optimiser = torch.optim.AdamW(parameters, lr=lr, **flags)
     first, log = 0, work / "metrics.jsonl"
