@@ -25,13 +25,8 @@ REAL = "--out new --train jsonl:rows.jsonl --test jsonl:test_rows.jsonl"
 def ready(tmp_path_factory):
     """A finished run of all stages, beside it the foreign files of the table."""
     folder = tmp_path_factory.mktemp("mistakes") / "ready"
-    folder.mkdir()
-    here = os.getcwd()
-    os.chdir(folder)
-    toy.build(folder)
-    toy.pipeline(S, L, C, A, E)
+    toy.finished_run(folder, S, L, C, A, E)
     foreign(folder)
-    os.chdir(here)
     return folder
 
 

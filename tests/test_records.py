@@ -36,12 +36,7 @@ class Settings:
 def ready(tmp_path_factory):
     """Samples and trees of the toy, and a critic."""
     folder = tmp_path_factory.mktemp("records") / "ready"
-    folder.mkdir()
-    here = os.getcwd()
-    os.chdir(folder)
-    toy.build(folder)
-    toy.pipeline(S, L, C)
-    os.chdir(here)
+    toy.finished_run(folder, S, L, C)
     return folder
 
 

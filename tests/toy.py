@@ -120,6 +120,14 @@ def pipeline(*scripts):
         assert code == 0, (script, err)
 
 
+def finished_run(folder: Path, *scripts):
+    """Make `folder` with the model, the problems and what these stages write."""
+    folder.mkdir()
+    with contextlib.chdir(folder):
+        build(folder)
+        pipeline(*scripts)
+
+
 def content(path: Path) -> bytes:
     """A file's bytes; of a checkpoint its tensors', since pickle numbers equal strings by where they came from."""
     if path.suffix != ".pt":
