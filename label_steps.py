@@ -150,7 +150,7 @@ def stage(s: Settings):
             f"{s.samples}: {foreign} is not in {s.problems}; pass the problems it was drawn from"
         )
     done = {r["id"] for r in out.done}
-    todo = [r for r in samples if r["id"] not in done]
+    todo = [r for r in samples if r["kept"] and r["id"] not in done]
     total = {
         "completions": 0,
         "tokens": 0,

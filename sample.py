@@ -12,8 +12,9 @@ Writes: samples.jsonl, a line a problem; `ends` are token offsets one past each 
 Departures from the paper:
  1. Temperature-1 draws are from the whole distribution; the paper names no top-p or top-k.
  2. The balanced choice is n // 2 right and n - n // 2 wrong in the order drawn, filled up from the
-    other kind if one runs short. A problem whose kept responses would all be alike is kept too: its
-    steps may still differ in value.
+    other kind if one runs short. A problem whose responses are all alike is kept too, since its
+    steps may still differ in value; --mixed keeps none of its responses, and so spends no label on
+    problems that the actor always or never solves.
 """
 
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class Settings:
     out: str = flag("samples.jsonl to write")
     n1: int = flag("responses drawn a problem", 32)
     n: int = flag("responses kept a problem", 6)
+    mixed: bool = flag("keep no response of a problem whose draws are all right or all wrong", False)
     first: int = flag("skip this many problems", 0)
     limit: int = flag("use at most this many problems; 0: all", 0)
     max_new: int = flag("length limit of a response in tokens", 2048)
@@ -92,7 +94,9 @@ def stage(s: Settings):
                          "finished": finished}
                     )  # fmt: skip
                     tokens, right = tokens + len(drawn[r]), right + reward
-                kept = keep_balanced([r["reward"] for r in responses], s.n)
+                rewards = [r["reward"] for r in responses]
+                alike = s.mixed and len({*rewards}) < 2
+                kept = [] if alike else keep_balanced(rewards, s.n)
                 records.append(
                     {"id": p["id"], "prompt_ids": prompts[j], "kept": kept, "responses": responses}
                 )

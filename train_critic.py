@@ -23,6 +23,7 @@ Departures from the paper:
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -214,10 +215,12 @@ def stage(s: Settings):
         raise UserError(
             f"{s.trees}: too few problems to hold some out; give more, or --held_out trees"
         )
-    train(lm, head, training, retokenise, s, out.work)
     n, wins = map(
         sum, zip(*((x["n"], x["wins"]) for r in training for x in r["nodes"] if x["labelled"]))
     )
+    if not head.weight.any():  # a new head starts as the constant predictor
+        torch.nn.init.constant_(head.bias, math.log((wins + 1) / (n - wins + 1)))
+    train(lm, head, training, retokenise, s, out.work)
     metrics = measure(lm, head, testing, retokenise, s.budget, wins / n)
     print(json.dumps({k: round(v, 4) for k, v in metrics.items() if k != "bins"}))
 
