@@ -22,6 +22,7 @@ Departures from the paper:
     only m - n.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,18 +53,8 @@ class StepTree:
 
     def __init__(self, prompt_ids: list[int]):
         self.prompt_ids = prompt_ids
-        self.nodes = [
-            {
-                "parent": -1,
-                "ids": [],
-                "text": "",
-                "draws": 0,
-                "n": 0,
-                "wins": 0,
-                "reward": None,
-                "labelled": False,
-            }
-        ]
+        root = {"parent": -1, "ids": [], "text": "", "draws": 0, "n": 0, "wins": 0}
+        self.nodes = [root | {"reward": None, "labelled": False}]
         self.child, self.depth, self.tokens = {}, [0], 0
         self.kept = [True]  # states: a kept response goes on from here
         self.open = [[]]  # a node's children that are states
@@ -72,9 +63,8 @@ class StepTree:
         """The child of `parent` by the step `ids`, made if need be; reward None: it goes on."""
         v = self.child.setdefault((parent, tuple(ids)), len(self.nodes))
         if v == len(self.nodes):
-            self.nodes.append(
-                {**self.nodes[0], "parent": parent, "ids": ids, "reward": reward, "n": 0, "wins": 0}
-            )
+            new = {"parent": parent, "ids": ids, "reward": reward, "n": 0, "wins": 0}
+            self.nodes.append(self.nodes[0] | new)
             self.kept.append(False)
             self.depth.append(self.depth[parent] + len(ids))
             self.open.append([])
@@ -151,14 +141,7 @@ def stage(s: Settings):
         )
     done = {r["id"] for r in out.done}
     todo = [r for r in samples if r["kept"] and r["id"] not in done]
-    total = {
-        "completions": 0,
-        "tokens": 0,
-        "prefilled": 0,
-        "prefixes": 0,
-        "states": 0,
-        "unshared": 0,
-    }
+    total = Counter()
     with tqdm(desc="label_steps", unit=" tokens", disable=None) as progress:
         for i in range(0, len(todo), 64):
             chunk = todo[i : i + 64]
@@ -186,9 +169,7 @@ def plant(sample_record: dict) -> StepTree:
     return tree
 
 
-def label(
-    lm: LM, s: Settings, chunk, trees: list[StepTree], problems: list[dict], total: dict, progress
-):
+def label(lm: LM, s: Settings, chunk, trees: list[StepTree], problems, total: Counter, progress):
     """Top every kept state of a chunk's trees up to m completions, level by level."""
     levels = [t.states() for t in trees]
     prefix_trees = []
@@ -223,12 +204,8 @@ def record(lm: LM, problem_id: str, tree: StepTree) -> dict:
     for v, node in enumerate(tree.nodes):
         node["text"] = lm.text(node["ids"] if v else tree.prompt_ids)
         node["labelled"] = tree.kept[v]
-    return {
-        "id": problem_id,
-        "prompt_ids": tree.prompt_ids,
-        "tokens": tree.tokens,
-        "nodes": tree.nodes,
-    }
+    whole = {"id": problem_id, "prompt_ids": tree.prompt_ids, "tokens": tree.tokens}
+    return whole | {"nodes": tree.nodes}
 
 
 if __name__ == "__main__":

@@ -129,9 +129,7 @@ class LM:
         alone = [tree._replace(score=[False, v == 1, v == 2]) for _, v in pack.owner]
         apart = torch.cat([step_logprobs(self, *pack_trees([t], 99)) for t in alone])
         if not torch.allclose(together, apart, atol=0.5 if self.rounds else 1e-3):
-            raise UserError(
-                f"{self.path}: {kind} does not honour a tree mask, so it cannot be used"
-            )
+            raise UserError(f"{self.path}: {kind} ignores a tree mask, so it cannot be used")
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of a user message: by chat template if there is one, else plain; one BOS."""
@@ -190,9 +188,8 @@ def load_critic(path: str, train: bool = False, dtype: str = "") -> tuple[LM, to
         try:
             head.load_state_dict(load_file(file))
         except (RuntimeError, SafetensorError) as e:
-            raise UserError(
-                f"{file}: broken or of another model ({str(e).splitlines()[-1].strip()})"
-            ) from e
+            why = str(e).splitlines()[-1].strip()
+            raise UserError(f"{file}: broken or of another model ({why})") from e
     else:
         torch.nn.init.zeros_(head.weight)
         torch.nn.init.zeros_(head.bias)
@@ -382,9 +379,8 @@ class TreeView:
         q = query[0].view(groups, -1, blocks, BLOCK, size)  # (G, R, blocks, BLOCK, D)
         shape = (groups, blocks, 1, width, size)
         k, v = (x[0].index_select(1, self.table.view(-1)).view(shape) for x in (key, value))
-        out = _attention(
-            q.permute(2, 0, 1, 3, 4), k.transpose(0, 1), v.transpose(0, 1), self.bias, scaling
-        )
+        q, k, v = q.permute(2, 0, 1, 3, 4), k.transpose(0, 1), v.transpose(0, 1)
+        out = _attention(q, k, v, self.bias, scaling)
         return out.permute(1, 2, 0, 3, 4).reshape(query.shape)
 
 
@@ -416,9 +412,8 @@ class CacheView:
         k, v = self.keys[layer], self.values[layer]
         k[self.rows, :, self.length], v[self.rows, :, self.length] = key[:, :, 0], value[:, :, 0]
         k, v = k[: len(query), :, : self.width], v[: len(query), :, : self.width]
-        q = query.view(
-            len(query), k.shape[1], -1, query.shape[-1]
-        )  # (B, G, R, D): heads share keys
+        # (B, G, R, D): the heads of a group share keys
+        q = query.view(len(query), k.shape[1], -1, query.shape[-1])
         return _attention(q, k, v, self.bias, scaling).view(query.shape)
 
 
@@ -518,10 +513,8 @@ def linear_logprobs(hidden, weight, targets, scale: float = 1.0, softcap: float 
 def pack_hidden(lm: LM, pack: Pack, view: TreeView | None = None) -> torch.Tensor:
     """Last hidden states (N, d) of a pack's tokens, every path at once."""
     if not 0 <= int(pack.ids.min()) <= int(pack.ids.max()) < lm.config.vocab_size:
-        raise UserError(
-            f"{lm.path}: has {lm.config.vocab_size} tokens, but token {int(pack.ids.max())} is asked "
-            "for: the records are of another tokenizer"
-        )
+        wrong = f"token {int(pack.ids.max())} is asked for, of {lm.config.vocab_size}"
+        raise UserError(f"{lm.path}: {wrong}: the records are of another tokenizer")
     ids, pos = pack.ids[None].to(lm.device), pack.pos[None].to(lm.device)
     return lm.hidden(ids, pos, view or TreeView(pack, lm.device))[0]
 
@@ -529,9 +522,8 @@ def pack_hidden(lm: LM, pack: Pack, view: TreeView | None = None) -> torch.Tenso
 def step_logprobs(lm: LM, pack: Pack) -> torch.Tensor:
     """log pi(a | s) of every scored node: the sum over its tokens, EOS included (eq. 12). (M,)"""
     hidden = pack_hidden(lm, pack)
-    token = ((pack.node >= 0) & (pack.prev >= 0)).nonzero()[
-        :, 0
-    ]  # a prompt's first has none before
+    # a prompt's first token has none before it
+    token = ((pack.node >= 0) & (pack.prev >= 0)).nonzero()[:, 0]
     source, target, node = (x[token].to(lm.device) for x in (pack.prev, pack.ids, pack.node))
     logp = linear_logprobs(hidden[source], lm.head.to(hidden.dtype), target, lm.scale, lm.softcap)
     return torch.zeros(len(pack.owner), device=lm.device).index_add(0, node, logp)
@@ -585,9 +577,7 @@ def draw_key(*what) -> int:
 
 def uniforms(key: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """splitmix64: a uniform in [0, 1), (B,) float64, for each key and position, (B,) int64."""
-    z = (
-        key + (position + 1) * -0x61C8864680B583EB
-    )  # the golden-ratio increment; int64 arithmetic wraps
+    z = key + (position + 1) * -0x61C8864680B583EB  # the golden ratio's bits; int64 wraps around
     z = (z ^ ((z >> 30) & (1 << 34) - 1)) * -0x40A7B892E31B1A47
     z = (z ^ ((z >> 27) & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
     z = z ^ ((z >> 31) & (1 << 33) - 1)
@@ -599,9 +589,8 @@ def draw_tokens(logits, key, position, temperature: float) -> torch.Tensor:
     if temperature == 0:
         return logits.argmax(-1)
     cdf = (logits / temperature).softmax(-1).double().cumsum(-1)
-    u = (
-        uniforms(key, position)[:, None] * cdf[:, -1:]
-    )  # u < cdf[-1], so a token of probability 0 is never drawn
+    # u < cdf[-1], so a token of probability 0 is never drawn
+    u = uniforms(key, position)[:, None] * cdf[:, -1:]
     return torch.searchsorted(cdf, u, right=True)[:, 0]
 
 
@@ -643,10 +632,8 @@ def sample(
     queue = sorted(range(len(rows)), key=lambda r: len(paths[r]))
     width = max((len(p) + r[3] for p, r in zip(paths, rows)), default=0)
     if width > lm.max_length:
-        raise UserError(
-            f"{lm.path}: a prefix and its new tokens are {width} tokens, the context is "
-            f"{lm.max_length}; lower --max_new or leave long problems out"
-        )
+        wrong = f"a prefix and its new tokens are {width}, the context is {lm.max_length}"
+        raise UserError(f"{lm.path}: {wrong}; lower --max_new or leave long problems out")
     # under 16 rows the CPU's matrix product rounds differently
     slots = max(16, min(batch, -(-len(rows) // 16) * 16))
     (groups, _, size), dtype = prefixes.keys[0].shape, prefixes.keys[0].dtype
@@ -731,10 +718,7 @@ def replace(path: Path, write):
     shutil.rmtree(beside, ignore_errors=True)
     try:
         write(beside)
-    except (
-        RuntimeError,
-        SafetensorError,
-    ) as e:  # how torch and safetensors say that the disk is full
+    except (RuntimeError, SafetensorError) as e:  # torch's and safetensors' word for a full disk
         raise OSError(errno.EIO, f"not written ({str(e).splitlines()[0]})", str(path)) from e
     for p in (*beside.rglob("*"), beside) if beside.is_dir() else [beside]:
         fsync(p)
@@ -830,13 +814,8 @@ def fit(modules, batches, prepare, loss, work: Path, lr: float, save_every: int,
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
             if not np.isfinite([norm, *sums.values()]).all():
                 bad = work / "non_finite.json"
-                report = {
-                    "step": i,
-                    "batch": name(batches[i]),
-                    "norm": str(norm),
-                    "sums": str(sums),
-                }
-                bad.write_text(json.dumps(report))
+                found = {"norm": str(norm), "sums": str(sums)}
+                bad.write_text(json.dumps({"step": i, "batch": name(batches[i]), **found}))
                 raise UserError(f"step {i}: loss or gradient not finite, see {bad}; lower --lr")
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)

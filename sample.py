@@ -34,7 +34,9 @@ class Settings:
     out: str = flag("samples.jsonl to write")
     n1: int = flag("responses drawn a problem", 32)
     n: int = flag("responses kept a problem", 6)
-    mixed: bool = flag("keep no response of a problem whose draws are all right or all wrong", False)
+    mixed: bool = flag(
+        "keep no response of a problem whose draws are all right or all wrong", False
+    )
     first: int = flag("skip this many problems", 0)
     limit: int = flag("use at most this many problems; 0: all", 0)
     max_new: int = flag("length limit of a response in tokens", 2048)

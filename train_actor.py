@@ -110,25 +110,15 @@ def advantage_states(record: dict, q, gap: float) -> list[dict]:
     parent = torch.tensor([states.index(nodes[v]["parent"]) for v in actions])
     draws = torch.tensor([nodes[v]["draws"] for v in actions])
     adv, mean, gaps = step_advantages(q[actions], parent, draws)
-    kept = []
+    kept, short = [], lambda x: round(float(x), 6)
     for i, state in enumerate(states):
         if gaps[i] >= gap - 1e-9:  # .6 - .5 is .0999...
+            here = (parent == i).nonzero()[:, 0].tolist()
             chosen = [
-                {
-                    "node": actions[j],
-                    "q": round(float(q[actions[j]]), 6),
-                    "adv": round(float(adv[j]), 6),
-                }
-                for j in (parent == i).nonzero()[:, 0].tolist()
+                {"node": actions[j], "q": short(q[actions[j]]), "adv": short(adv[j])} for j in here
             ]
-            kept.append(
-                {
-                    "node": state,
-                    "mean": round(float(mean[i]), 6),
-                    "gap": round(float(gaps[i]), 6),
-                    "actions": chosen,
-                }
-            )
+            line = {"node": state, "mean": short(mean[i]), "gap": short(gaps[i])}
+            kept.append(line | {"actions": chosen})
     return kept
 
 
@@ -142,11 +132,8 @@ def outcome_record(sample: dict) -> dict:
                 tuple(r["ids"]), {**root, "parent": 0, "ids": r["ids"], "reward": r["reward"]}
             )
             node["draws"] += 1
-    return {
-        "id": sample["id"],
-        "prompt_ids": sample["prompt_ids"],
-        "nodes": [root, *unique.values()],
-    }
+    nodes = [root, *unique.values()]
+    return {"id": sample["id"], "prompt_ids": sample["prompt_ids"], "nodes": nodes}
 
 
 def pairs(line: dict) -> list[dict]:
@@ -195,10 +182,8 @@ def train(lm: LM, records: list[dict], lines: list[dict], s: Settings, work: Pat
             "ratio_down": ratio[~up].sum(), "pairs_down": (~up).sum(),
         }  # fmt: skip
 
-    fit(
-        {"model": lm.model}, batches, prepare, loss, work, s.lr, s.save_every,
-        name=lambda batch: [lines[i]["id"] for i in batch],
-    )  # fmt: skip
+    ids = lambda batch: [lines[i]["id"] for i in batch]
+    fit({"model": lm.model}, batches, prepare, loss, work, s.lr, s.save_every, ids)
 
 
 def stage(s: Settings):
@@ -206,9 +191,7 @@ def stage(s: Settings):
         raise UserError(f"--advantage {s.advantage}: wanted step or outcome")
     step = s.advantage == "step"
     if step and s.kappa > 0 and not s.critic:
-        raise UserError(
-            "--critic is missing; give a critic folder, or --kappa 0 for raw Monte Carlo values"
-        )
+        raise UserError("--critic is missing; give one, or --kappa 0 for raw Monte Carlo values")
     records = (read_trees if step else read_samples)(s.trees)
     inputs = {"actor": s.actor, "trees": s.trees, **({"critic": s.critic} if s.critic else {})}
     out = Stage(s.out, s, inputs)
@@ -238,9 +221,8 @@ def stage(s: Settings):
     )
     chosen = [i for i, line in enumerate(lines) if line["states"]]
     if not chosen:
-        raise UserError(
-            f"{s.trees}: no state's advantages differ by --gap {s.gap}; lower it, or label more"
-        )
+        wrong = f"no state's advantages differ by --gap {s.gap}"
+        raise UserError(f"{s.trees}: {wrong}; lower it, or label more")
     records, lines = [records[i] for i in chosen], [lines[i] for i in chosen]
     reference_logprobs(lm, records, lines, s.budget)
     replace(table, lambda p: p.write_bytes(b"".join(map(dump, lines))))

@@ -125,16 +125,8 @@ def train(lm, head, records: list[dict], retokenise: bool, s: Settings, work: Pa
 
     counts = [sum(tree.score) for tree in trees]
     batches = whole_batches(counts, s.batch, s.passes, f"critic {s.seed}")
-    fit(
-        {"model": lm.model, "head": head},
-        batches,
-        prepare,
-        loss,
-        work,
-        s.lr,
-        s.save_every,
-        name=lambda batch: [records[i]["id"] for i in batch],
-    )
+    ids = lambda batch: [records[i]["id"] for i in batch]
+    fit({"model": lm.model, "head": head}, batches, prepare, loss, work, s.lr, s.save_every, ids)
 
 
 def measure(lm, head, records: list[dict], retokenise: bool, budget: int, constant: float) -> dict:
@@ -161,15 +153,13 @@ def measure(lm, head, records: list[dict], retokenise: bool, budget: int, consta
     calibration = sum(abs(x.sum() - y.sum()) for x, y in groups) / len(v)
     table = [
         {"states": len(x), "value": float(x.mean()), "mc": float(y.mean())}
-        for x, y in groups
-        if len(x)
-    ]
-    order = np.argsort(v)
-    below = np.cumsum(1 - mc[order]) - (
-        1 - mc[order]
-    )  # failures that V ranks lower, for each state
-    pairs = mc.sum() * (1 - mc).sum() - (mc * (1 - mc)).sum()
-    auc = (mc[order] * below).sum() / pairs if pairs > 0 else 0.5
+        for x, y in groups if len(x)
+    ]  # fmt: skip
+    right = mc[np.argsort(v)]
+    wrong = 1 - right
+    pairs = right.sum() * wrong.sum() - (right * wrong).sum()
+    below = np.cumsum(wrong) - wrong  # failures that V ranks lower, for each state
+    auc = (right * below).sum() / pairs if pairs > 0 else 0.5
     pairs, right = 0, 0.0
     for t, r in enumerate(records):
         kids = {}
@@ -183,11 +173,17 @@ def measure(lm, head, records: list[dict], retokenise: bool, budget: int, consta
                         pairs += 1
                         right += 0.5 if va == vb else (a > b) == (va > vb)
     return {
-        "states": len(v), "bce": bce(v), "constant_bce": bce(np.full_like(v, constant)),
-        "brier": float(((v - mc) ** 2).mean()), "auc": float(auc), "calibration_error": float(calibration),
-        "correlation": float(np.corrcoef(v, mc)[0, 1]) if v.std() * mc.std() else 0.0, "siblings": float(right / max(1, pairs)), "sibling_pairs": pairs,
+        "states": len(v),
+        "bce": bce(v),
+        "constant_bce": bce(np.full_like(v, constant)),
+        "brier": float(((v - mc) ** 2).mean()),
+        "auc": float(auc),
+        "calibration_error": float(calibration),
+        "correlation": float(np.corrcoef(v, mc)[0, 1]) if v.std() * mc.std() else 0.0,
+        "siblings": float(right / max(1, pairs)),
+        "sibling_pairs": pairs,
         "bins": table,
-    }  # fmt: skip
+    }
 
 
 def stage(s: Settings):
