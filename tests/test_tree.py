@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import tokenizers as tk
 import torch
+import toy
 import transformers as hf
 
 import label_steps
+import prepare
 import sample as sample_stage
 from label_steps import StepTree
 from model import LM
@@ -457,3 +459,19 @@ def test_a_boundary_that_needs_a_look_ahead_does_not_bias_the_counts():
             tree.complete(1, ids, lambda rest: LM.step_ends(toy, rest), int(right))
         wins, n = wins + tree.nodes[1]["wins"], n + tree.nodes[1]["n"]
     assert abs(wins / n - 0.5) < 4 * (0.25 / n) ** 0.5
+
+
+def test_mixed_labels_only_problems_that_are_sometimes_right(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    toy.build(tmp_path)
+    assert toy.stage("sample.py", f"{toy.SAMPLE} --mixed")[0] == 0
+    assert toy.stage("label_steps.py", toy.LABEL)[0] == 0
+    samples, trees = (prepare.read_jsonl(f"run/{x}.jsonl") for x in ("samples", "trees"))
+    mixed = []
+    for r in samples:
+        rewards = [x["reward"] for x in r["responses"]]
+        alike = len({*rewards}) == 1
+        assert r["kept"] == ([] if alike else sample_stage.keep_balanced(rewards, 4))
+        mixed += [] if alike else [r["id"]]
+    assert 0 < len(mixed) < len(samples)
+    assert [r["id"] for r in trees] == mixed
