@@ -18,7 +18,10 @@ Departures from the paper:
     worth K of them. The paper's Q = V is --kappa inf, the default; --kappa 0 is raw Monte Carlo.
  2. A batch holds whole problems (their trees pack best), so all actions of a state share a batch as
     in appendix F.1.
- 3. --advantage outcome regresses whole responses on outcome minus mean instead: the baseline
+ 3. --kept_steps also trains on the kept responses' own steps that no completion drew: balanced
+    choice makes many of them wrong, and their states are labelled anyway. They have no draw, so the
+    mean of eq. 13 stays that of pi_ref's draws.
+ 4. --advantage outcome regresses whole responses on outcome minus mean instead: the baseline
     without steps.
 """
 
@@ -63,6 +66,7 @@ class Settings:
     critic: str = flag("critic folder; not needed with --kappa 0 or outcome", "")
     kappa: float = flag("completions that the critic's opinion is worth; inf: Q = V", math.inf)
     advantage: str = flag("step: eq. 13; outcome: of whole responses", "step")
+    kept_steps: bool = flag("train on kept responses' steps too, drawn or not", False)
     gap: float = flag("states with max A - min A below this are left out", 0.1)
     beta: float = flag("strength of the KL to pi_ref", 0.01)
     lr: float = flag("peak learning rate", 5e-7)
@@ -100,13 +104,15 @@ def action_values(record: dict, value: list[float] | None, kappa: float):
     return torch.tensor(q, dtype=torch.float64)
 
 
-def advantage_states(record: dict, q, gap: float) -> list[dict]:
+def advantage_states(record: dict, q, gap: float, kept_steps: bool = False) -> list[dict]:
     """B.1 for one tree: states worth training on and their unique actions (eq. 13, app. F.1)."""
     nodes = record["nodes"]
-    actions = [v for v, n in enumerate(nodes) if n["parent"] >= 0 and n["draws"] > 0]
+    drawn = [v for v, n in enumerate(nodes) if n["draws"] > 0]
+    known = {nodes[v]["parent"] for v in drawn}  # states with a mean
+    actions = [v for v, n in enumerate(nodes) if n["parent"] in known] if kept_steps else drawn
     if not actions:
         return []
-    states = sorted({nodes[v]["parent"] for v in actions})
+    states = sorted(known)
     parent = torch.tensor([states.index(nodes[v]["parent"]) for v in actions])
     draws = torch.tensor([nodes[v]["draws"] for v in actions])
     adv, mean, gaps = step_advantages(q[actions], parent, draws)
@@ -212,8 +218,8 @@ def stage(s: Settings):
         values = tree_values(critic, head, records, retokenise, s.budget)
         del critic, head
     lines = [
-        {"id": r["id"], "states": advantage_states(r, action_values(r, value, s.kappa), s.gap)}
-        for r, value in zip(records, values)
+        {"id": r["id"], "states": advantage_states(r, q, s.gap, s.kept_steps)}
+        for r, q in zip(records, (action_values(*x, s.kappa) for x in zip(records, values)))
     ]
     print(
         f"B.1: {sum(len(x['states']) for x in lines)} states with gap >= {s.gap}, "

@@ -220,6 +220,9 @@ def test_advantage_states():
     assert [a["node"] for a in state["actions"]] == [1, 2, 3]  # each unique action once
     assert [a["adv"] for a in state["actions"]] == pytest.approx([0.9 - mean, 1 - mean, 0.2 - mean])
     assert [len(advantage_states(RECORD, q, gap)) for gap in (0.0, 0.79, 0.81)] == [2, 1, 0]
+    (kept,) = advantage_states(RECORD, q, 0.1, kept_steps=True)
+    assert kept["mean"] == state["mean"] and kept["actions"][:3] == state["actions"]
+    assert kept["actions"][3:] == [{"node": 4, "q": 0.6, "adv": pytest.approx(0.6 - mean)}]
 
 
 def test_training_nodes():
