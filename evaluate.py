@@ -4,8 +4,7 @@ r"""Evaluate an actor: accuracy, paired comparison, figures. Also the graders: i
         --out runs/demo/iter1/eval.jsonl --against runs/demo/iter0/eval.jsonl --samples 8
     python evaluate.py --report runs/demo        # the table and figures of a whole run
 
-Reads:  problems (several sets: comma separated), an actor, and the eval.jsonl of another actor to
-compare with.
+Reads:  problems (several sets: comma separated), an actor, and another actor's eval.jsonl.
 Writes: eval.jsonl, a line a problem (the greedy response), and summary.json beside it
     {"id": "demo/test/17", "text": "..", "prediction": "18", "correct": true,
      "verdict": "right", "finished": true,
@@ -79,10 +78,20 @@ from model import (
 # ------------------------------------------------------------ processes that grade
 
 
-class Worker(Popen):
-    """A Python process that answers each line of JSON with a line of JSON, [verdict, values]."""
+# All that those processes import, and no site-package but math-verify.
+IMPORTS = """import atexit, builtins, contextlib, ctypes, json, math, os, re, resource, select
+import shutil, signal, socket, sys, tempfile, threading, time, types
+"""
 
-    def __init__(self, flags: str, source: str, *args: str, env: dict | None = None):
+
+class Worker(Popen):
+    """A Python process that answers each line of JSON with a line of JSON, [verdict, values].
+
+    parts: the functions and classes that it consists of; main: code that runs them.
+    """
+
+    def __init__(self, flags: str, parts: list, main: str, *args: str, env: dict | None = None):
+        source = "\n".join([IMPORTS, *map(inspect.getsource, parts), main])
         pipes = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL, "env": env}
         # In a session of its own, because Ctrl-C is for the trainer.
         super().__init__([sys.executable, flags, source, *args], start_new_session=True, **pipes)
@@ -221,12 +230,7 @@ def split_parts(answer: str) -> tuple[str, list[str]]:
 
 
 def math_worker() -> None:
-    """Reads [gold, answer], writes [verdict, null]. This source is all its process knows."""
-    import json
-    import resource
-    import signal
-    import sys
-
+    """Reads [gold, answer], writes [verdict, null]."""
     # Unhandled, SIGALRM ends the process even inside C code: no orphan outlives the trainer.
     signal.alarm(60)
     resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
@@ -264,7 +268,7 @@ class MathVerifier:
         if self.left_s <= 0:
             return "timed out"
         if not self.worker or self.worker.poll() is not None:
-            worker = Worker("-c", inspect.getsource(math_worker) + "math_worker()")
+            worker = Worker("-c", [math_worker], "math_worker()")
             worker.stdout.readline()  # "ready"; starting is not the answer's time
             self.worker = worker
         exact = [re.sub(r"(\d*)\.(\d+)", as_fraction, side) for side in (gold, answer)]
@@ -310,11 +314,10 @@ def compare(gold: str, answer: str, verifier: MathVerifier) -> str:
         return verifier.check(gold, answer)
     for part in parts:
         for candidate in rest[:1] if kind else list(rest):
-            verdict = compare(part, candidate, verifier)
-            if verdict == "right":
+            if (verdict := compare(part, candidate, verifier)) == "right":
                 rest.remove(candidate)
                 break
-        if verdict != "right":
+        else:
             return verdict
     return "right"
 
@@ -434,15 +437,11 @@ def same_text(want, got, atol):
     """The same words on the same lines; space around words and empty lines do not count."""
     lines = ([row.split() for row in text.split("\n") if row.strip()] for text in (want, got))
     want, got = ([word for row in rows for word in [*row, "\n"]] for rows in lines)
-    if len(want) != len(got):
+    try:
+        equal = (w == g or "." in w and same(float(w), float(g), atol) for w, g in zip(want, got))
+        return len(want) == len(got) and all(equal)
+    except ValueError:  # a word that is no number
         return False
-    for w, g in zip(want, got):
-        try:
-            if w != g and ("." not in w or not same(float(w), float(g), atol)):
-                return False
-        except ValueError:
-            return False
-    return True
 
 
 class Verdict(BaseException):
@@ -756,10 +755,7 @@ MODES = {  # ways to wall programs off, best first, and what they leave open
     "uid": "the network, files that everyone may read, folders that everyone may write to",
     "none": "your files, your processes, the network",
 }
-# The judge's source: it runs in an interpreter of its own, without torch and site-packages.
-JUDGE_IMPORTS = """import atexit, builtins, contextlib, ctypes, json, math, os, re, resource, select
-import shutil, signal, socket, sys, tempfile, threading, time, types
-"""
+# The judge runs in an interpreter of its own, without torch and site-packages.
 JUDGE_PARTS = [encode, decode, same, same_text, Verdict, Judge, libc, zygote, wall_off, warden]
 JUDGE_PARTS += [sweep, confine, candidate, printed]
 JUDGE_MAIN = """
@@ -822,11 +818,10 @@ class Sandbox:
         return found
 
     def _start(self):
-        source = "\n".join([JUDGE_IMPORTS, *map(inspect.getsource, JUDGE_PARTS), JUDGE_MAIN])
         # -I would ignore the hash seed, without which the order of a set, and with it a verdict,
         # changes from run to run; with this environment and -sS the rest is the same
         env = {"PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "utf-8"}
-        return Worker("-sSBc", source, self.mode, env=env)
+        return Worker("-sSBc", JUDGE_PARTS, JUDGE_MAIN, self.mode, env=env)
 
 
 # ------------------------------------------------------------ grading
@@ -837,9 +832,7 @@ _math = MathVerifier()
 @cache
 def sandbox(unsafe: bool) -> Sandbox:
     """This process's sandbox, started for the first program."""
-    box = Sandbox(unsafe=unsafe)
-    atexit.register(box.close)
-    return box
+    return Sandbox(unsafe=unsafe)
 
 
 def grade_all(problems: list[dict], texts: list[str], unsafe: bool = False) -> list[tuple]:
@@ -873,8 +866,7 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 def mcnemar(gained: int, lost: int) -> float:
     """Exact two-sided McNemar test. 8 gained, 1 lost -> 2 * (1 + 9) / 2^9 = 0.039"""
     n, k = gained + lost, min(gained, lost)
-    tail = sum(math.comb(n, i) for i in range(k + 1))
-    return min(1.0, 2 * float(Fraction(tail, 2**n)))
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 
 
 def bootstrap(difference: np.ndarray) -> tuple[float, float]:
@@ -901,7 +893,7 @@ def majority(sampled: list[dict]) -> bool:
     """Is the most frequent answer right?"""
     votes = Counter(x["prediction"] for x in sampled if x["prediction"])
     winner = max(votes, key=votes.get, default=None)
-    return any(x["correct"] for x in sampled if winner and x["prediction"] == winner)
+    return any(x["correct"] and x["prediction"] == winner for x in sampled)
 
 
 def summarise(lines: list[dict], other: dict[str, dict]) -> dict:
@@ -998,7 +990,7 @@ def stage(s: Settings):
 
 
 def respond(lm: LM, critic: tuple | None, problems: list[dict], s: Settings) -> list[dict]:
-    """A line of eval.jsonl a problem. A response that was cut off is not right, whatever it says."""
+    """A line of eval.jsonl a problem. A response that was cut off is not right in any case."""
     prompts = [lm.prompt_ids(p["prompt"]) for p in problems]
     prefixes = Prefixes(lm, [Tree([ids], [-1], [True]) for ids in prompts])
     greedy = [(j, 0, 0, s.max_new) for j in range(len(problems))]
@@ -1009,11 +1001,10 @@ def respond(lm: LM, critic: tuple | None, problems: list[dict], s: Settings) -> 
     ]
     drawn = sample(lm, prefixes, rows, 1.0, s.batch)
     responses = sample(lm, prefixes, greedy, 0.0, s.batch) + drawn
-    texts = [lm.text(ids) for ids in responses]
-    asked = [j for j, *_ in greedy + rows]
-    grades = grade_all([problems[j] for j in asked], texts, s.unsafe)
+    texts, owners = [lm.text(ids) for ids in responses], [j for j, *_ in greedy + rows]
+    grades = grade_all([problems[j] for j in owners], texts, s.unsafe)
     lines = [{"id": p["id"]} for p in problems]
-    for j, ids, text, (verdict, prediction) in zip(asked, responses, texts, grades):
+    for j, ids, text, (verdict, prediction) in zip(owners, responses, texts, grades):
         finished = ids[-1] in lm.eos
         right = finished and verdict == "right"
         answer = {"text": text, "prediction": prediction, "correct": right}
