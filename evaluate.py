@@ -78,7 +78,7 @@ from model import (
 # ------------------------------------------------------------ processes that grade
 
 
-# All that those processes import, and no site-package but math-verify.
+# What they import; beside it math-verify alone, so they start fast and stay small.
 IMPORTS = """import atexit, builtins, contextlib, ctypes, json, math, os, re, resource, select
 import shutil, signal, socket, sys, tempfile, threading, time, types
 """
@@ -732,8 +732,7 @@ def printed(program, stdin):
     out = os.memfd_create("out")
     os.dup2(out, 1)
     os.dup2(os.memfd_create("in"), 0)
-    os.write(0, stdin.encode())
-    os.lseek(0, 0, os.SEEK_SET)
+    os.pwrite(0, stdin.encode(), 0)
     try:
         program()
     except SystemExit as end:
@@ -744,9 +743,7 @@ def printed(program, stdin):
     for file in (sys.stdout, sys.__stdout__):
         with contextlib.suppress(ValueError):  # it may be closed
             file.flush()
-    os.lseek(out, 0, os.SEEK_SET)
-    with open(out, "rb") as file:
-        return file.read().decode(errors="replace")
+    return os.pread(out, os.fstat(out).st_size, 0).decode(errors="replace")
 
 
 MODES = {  # ways to wall programs off, best first, and what they leave open
@@ -1029,6 +1026,7 @@ def respond(lm: LM, critic: tuple | None, problems: list[dict], s: Settings) -> 
 
 
 def percents(interval: list[float], sign: str = "") -> str:
+    """[0.395, 0.482] -> "[39.5%, 48.2%]"; sign "+": "[+39.5%, +48.2%]" """
     return "[" + ", ".join(f"{x:{sign}.1%}" for x in interval) + "]"
 
 
@@ -1058,7 +1056,8 @@ def report(run: Path):
         )
         print(table.format(name, *cells))
 
-    figure, ((accuracy, critic), (pairs, ratios)) = plt.subplots(2, 2, figsize=(11, 8))
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="tight")
+    (accuracy, critic), (pairs, ratios) = axes
     greedy, sampled = ([row.get(k) for row in rows.values()] for k in ("accuracy", "sampled"))
     bars = np.abs(np.transpose([row["interval"] for row in rows.values()]) - greedy)
     accuracy.errorbar([*rows], greedy, bars, marker="o", capsize=4, label="greedy")
@@ -1082,9 +1081,8 @@ def report(run: Path):
             for kind, dash, sign in (("up", "-", ">"), ("down", "--", "<=")):
                 ratio = [m[f"ratio_{kind}"] / max(1, m[f"pairs_{kind}"]) for m in steps]
                 ratios.plot(ratio, dash, color=f"C{i}", lw=1, label=f"{name}, A {sign} 0")
-    for axis in figure.axes:
+    for axis in axes.flat:
         axis.legend(fontsize=8)
-    figure.tight_layout()
     figure.savefig(run / "report.png", dpi=110)
     print(run / "report.png")
     if (run / "iter1" / "advantages.jsonl").exists():
