@@ -78,7 +78,7 @@ from model import (
 # ------------------------------------------------------------ processes that grade
 
 
-# What they import; beside it math-verify alone, so they start fast and stay small.
+# What those processes import; beside it math-verify alone, so they start fast and stay small.
 IMPORTS = """import atexit, builtins, contextlib, ctypes, json, math, os, re, resource, select
 import shutil, signal, socket, sys, tempfile, threading, time, types
 """
@@ -92,9 +92,9 @@ class Worker(Popen):
 
     def __init__(self, flags: str, parts: list, main: str, *args: str, env: dict | None = None):
         source = "\n".join([IMPORTS, *map(inspect.getsource, parts), main])
-        pipes = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL, "env": env}
+        options = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL, "env": env}
         # In a session of its own, because Ctrl-C is for the trainer.
-        super().__init__([sys.executable, flags, source, *args], start_new_session=True, **pipes)
+        super().__init__([sys.executable, flags, source, *args], start_new_session=True, **options)
 
     def ask(self, question: list, seconds: float) -> list:
         """[verdict, values]; one that is too slow ("timed out") or dead ("error") is ended."""
@@ -829,7 +829,9 @@ _math = MathVerifier()
 @cache
 def sandbox(unsafe: bool) -> Sandbox:
     """This process's sandbox, started for the first program."""
-    return Sandbox(unsafe=unsafe)
+    box = Sandbox(unsafe=unsafe)
+    atexit.register(box.close)  # no zombie is left where nobody reaps orphans
+    return box
 
 
 def grade_all(problems: list[dict], texts: list[str], unsafe: bool = False) -> list[tuple]:
