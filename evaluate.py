@@ -4,11 +4,11 @@ r"""Evaluate an actor: accuracy, paired comparison, figures. Also the graders: i
         --out runs/demo/iter1/eval.jsonl --against runs/demo/iter0/eval.jsonl --samples 8
     python evaluate.py --report runs/demo        # the table and figures of a whole run
 
-Reads:  problems (several sets: comma separated), an actor, and the eval.jsonl of another actor to
-compare with.
+Reads:  problems (several sets: comma separated), an actor, and another actor's eval.jsonl.
 Writes: eval.jsonl, a line a problem (the greedy response), and summary.json beside it
     {"id": "demo/test/17", "text": "..", "prediction": "18", "correct": true,
-     "verdict": "right", "finished": true, "sampled": [{"text": "..", "prediction": "18", "correct": true}]}
+     "verdict": "right", "finished": true,
+     "sampled": [{"text": "..", "prediction": "18", "correct": true}]}
 
 Accuracy is zero-shot and greedy; mean@k, pass@k (unbiased) and maj@k come from --samples at
 temperature 1. Two actors are compared on the same problems: exact McNemar test, paired bootstrap
@@ -54,13 +54,13 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from importlib.metadata import version
 from itertools import accumulate, pairwise
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 
 import numpy as np
-import torch
 
 from model import (
     LM,
@@ -70,11 +70,52 @@ from model import (
     draw_key,
     flag,
     load_critic,
-    pack_trees,
     replace,
     sample,
-    step_values,
+    tree_values,
 )
+
+# ------------------------------------------------------------ processes that grade
+
+
+# What those processes import; beside it math-verify alone, so they start fast and stay small.
+IMPORTS = """import atexit, builtins, contextlib, ctypes, json, math, os, re, resource, select
+import shutil, signal, socket, sys, tempfile, threading, time, types
+"""
+
+
+class Worker(Popen):
+    """A Python process that answers each line of JSON with a line of JSON, [verdict, values].
+
+    parts: the functions and classes that it consists of; main: code that runs them.
+    """
+
+    def __init__(self, flags: str, parts: list, main: str, *args: str, env: dict | None = None):
+        source = "\n".join([IMPORTS, *map(inspect.getsource, parts), main])
+        options = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL, "env": env}
+        # In a session of its own, because Ctrl-C is for the trainer.
+        super().__init__([sys.executable, flags, source, *args], start_new_session=True, **options)
+
+    def ask(self, question: list, seconds: float) -> list:
+        """[verdict, values]; one that is too slow ("timed out") or dead ("error") is ended."""
+        answer, late, poll = None, False, select.poll()
+        poll.register(self.stdout, select.POLLIN)
+        try:
+            self.stdin.write(json.dumps(question).encode() + b"\n")
+            self.stdin.flush()
+            late = not poll.poll(1000 * seconds)
+            answer = None if late else json.loads(self.stdout.readline())
+        except (OSError, ValueError):  # it is dead
+            pass
+        finally:  # also on Ctrl-C, or this answer would be taken for the next question's
+            if not answer:
+                self.end()
+        return answer or ["timed out" if late else "error", None]
+
+    def end(self):
+        self.kill()
+        self.communicate()
+
 
 # ------------------------------------------------------------ grading math answers
 
@@ -125,15 +166,14 @@ REWRITES = [
 def extract_answer(text: str) -> str | None:
     r"""What the last \boxed or \fbox holds; without a box what follows the last ####; else the last
     "answer is" or "answer:", to the end of its sentence. A last box left unclosed is no answer."""
-    boxes = list(re.finditer(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*", text))
-    if boxes:
-        text = text[boxes[-1].end() :]
+    *before, box = re.split(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*", text)
+    if before:
         depth = 0
-        for brace in re.finditer(r"\\.|[{}]", text) if text.startswith("{") else ():
+        for brace in re.finditer(r"\\.|[{}]", box) if box.startswith("{") else ():
             depth += (brace[0] == "{") - (brace[0] == "}")
             if depth == 0:
-                return text[1 : brace.start()].strip() or None
-        bare = re.match(r"[^\s{}$]*", text)[0]  # \boxed 5
+                return box[1 : brace.start()].strip() or None
+        bare = re.match(r"[^\s{}$]*", box)[0]  # \boxed 5
         return bare.rstrip(".,") or None
     for marker in (r"(?<!#)####(?!#)[^\S\n]*", r"(?i)\banswer(?:\s+is\b|\s*:)[\s:*]*"):
         *before, answer = re.split(marker, text)
@@ -190,12 +230,7 @@ def split_parts(answer: str) -> tuple[str, list[str]]:
 
 
 def math_worker() -> None:
-    """Reads [gold, answer], writes a verdict, a line each. This source is all its process knows."""
-    import json
-    import resource
-    import signal
-    import sys
-
+    """Reads [gold, answer], writes [verdict, null]."""
     # Unhandled, SIGALRM ends the process even inside C code: no orphan outlives the trainer.
     signal.alarm(60)
     resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
@@ -214,7 +249,7 @@ def math_worker() -> None:
         )
         # 30 digits: with the default of 15, 10^{-20} \sqrt{2} is 0.
         right = gold and answer and verify(gold, answer, 6, 30, True, True, None)
-        print("right" if right else "wrong", flush=True)
+        print(json.dumps(["right" if right else "wrong", None]), flush=True)
         signal.alarm(0)
 
 
@@ -233,32 +268,18 @@ class MathVerifier:
         if self.left_s <= 0:
             return "timed out"
         if not self.worker or self.worker.poll() is not None:
-            self.close()
-            code = inspect.getsource(math_worker) + "math_worker()"
-            pipes = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL, "text": True}
-            # In a session of its own, because Ctrl-C is for the trainer.
-            worker = Popen([sys.executable, "-c", code], start_new_session=True, **pipes)
+            worker = Worker("-c", [math_worker], "math_worker()")
             worker.stdout.readline()  # "ready"; starting is not the answer's time
             self.worker = worker
         exact = [re.sub(r"(\d*)\.(\d+)", as_fraction, side) for side in (gold, answer)]
-        began, reply = time.monotonic(), ""
-        timer = threading.Timer(self.left_s, self.worker.kill)
-        timer.start()
-        try:
-            print(json.dumps(exact), file=self.worker.stdin, flush=True)
-            reply = self.worker.stdout.readline().strip()
-        finally:  # also on Ctrl-C, or this reply would answer the next question
-            timer.cancel()
-            self.left_s -= time.monotonic() - began
-            if not reply or self.left_s <= 0:
-                self.close()
-        return reply or ("timed out" if self.left_s <= 0 else "error")
+        began = time.monotonic()
+        verdict, _ = self.worker.ask(exact, self.left_s)
+        self.left_s -= time.monotonic() - began
+        return verdict
 
-    def close(self) -> None:
+    def close(self):
         if self.worker:
-            self.worker.kill()
-            self.worker.communicate()
-            self.worker = None
+            self.worker.end()
 
 
 def as_fraction(decimal: re.Match) -> str:
@@ -293,11 +314,10 @@ def compare(gold: str, answer: str, verifier: MathVerifier) -> str:
         return verifier.check(gold, answer)
     for part in parts:
         for candidate in rest[:1] if kind else list(rest):
-            verdict = compare(part, candidate, verifier)
-            if verdict == "right":
+            if (verdict := compare(part, candidate, verifier)) == "right":
                 rest.remove(candidate)
                 break
-        if verdict != "right":
+        else:
             return verdict
     return "right"
 
@@ -307,12 +327,12 @@ def grade_math(gold: str, text: str, verifier: MathVerifier) -> tuple[str, str |
     prediction = extract_answer(text)
     if prediction is None:
         return "no answer", None
-    if prediction == gold:  # most answers end here or, as two integers, below: no worker, no regex
+    if prediction in (gold, gold.strip()):  # most answers end here or, as two integers, below
         return "right", prediction
+    if max(len(gold), len(prediction)) > MAX_ANSWER:
+        return "wrong", prediction
     if re.fullmatch(r"-?\d+", gold) and re.fullmatch(r"-?\d+", prediction):
         return "right" if int(gold) == int(prediction) else "wrong", prediction
-    if max(len(gold), len(prediction)) > MAX_ANSWER:
-        return "right" if gold.strip() == prediction else "wrong", prediction
     with verifier.lock:
         verifier.left_s = verifier.limit_s
         try:
@@ -344,21 +364,14 @@ TESTS = {  # the fields of a problem's tests, and what holds where one is not gi
 
 
 def extract_program(setup: str, text: str) -> str | None:
-    """The program in a response, None if there is none. The first that applies:
-
-    1. the last fenced block; a fence left open runs to the end;
-    2. with a def or class at the margin: from the first import, def, class or decorator there;
-    3. with a def in the tests' setup (HumanEval: the prompt): it, and the text up to a line at the
-       margin;
-    4. the whole text, if it is Python.
-    """
+    """The program in a response, None if there is none; setup: of the problem's tests."""
     blocks = re.findall(r"^ *```[^`\n]*\n(.*?)(?:^ *```|\Z)", text, re.DOTALL | re.MULTILINE)
-    if blocks:
+    if blocks:  # the last one; a fence left open runs to the end
         return blocks[-1]
-    if re.search(r"^(async def|def|class) ", text, re.MULTILINE):
+    if re.search(r"^(async def|def|class) ", text, re.MULTILINE):  # all from the margin on
         first = re.search(r"^(import |from |async |def |class |@)", text, re.MULTILINE)
         return text[first.start() :]
-    if re.search(r"^def \w+\(", setup, re.MULTILINE):
+    if re.search(r"^def \w+\(", setup, re.MULTILINE):  # HumanEval: the prompt, to be completed
         body = re.split(r"^(?=\S)", text, maxsplit=1, flags=re.MULTILINE)[0]
         return f"{setup.rstrip()}\n{body}" if body.strip() else None
     try:
@@ -424,15 +437,11 @@ def same_text(want, got, atol):
     """The same words on the same lines; space around words and empty lines do not count."""
     lines = ([row.split() for row in text.split("\n") if row.strip()] for text in (want, got))
     want, got = ([word for row in rows for word in [*row, "\n"]] for rows in lines)
-    if len(want) != len(got):
+    try:
+        equal = (w == g or "." in w and same(float(w), float(g), atol) for w, g in zip(want, got))
+        return len(want) == len(got) and all(equal)
+    except ValueError:  # a word that is no number
         return False
-    for w, g in zip(want, got):
-        try:
-            if w != g and ("." not in w or not same(float(w), float(g), atol)):
-                return False
-        except ValueError:
-            return False
-    return True
 
 
 class Verdict(BaseException):
@@ -723,8 +732,7 @@ def printed(program, stdin):
     out = os.memfd_create("out")
     os.dup2(out, 1)
     os.dup2(os.memfd_create("in"), 0)
-    os.write(0, stdin.encode())
-    os.lseek(0, 0, os.SEEK_SET)
+    os.pwrite(0, stdin.encode(), 0)
     try:
         program()
     except SystemExit as end:
@@ -735,9 +743,7 @@ def printed(program, stdin):
     for file in (sys.stdout, sys.__stdout__):
         with contextlib.suppress(ValueError):  # it may be closed
             file.flush()
-    os.lseek(out, 0, os.SEEK_SET)
-    with open(out, "rb") as file:
-        return file.read().decode(errors="replace")
+    return os.pread(out, os.fstat(out).st_size, 0).decode(errors="replace")
 
 
 MODES = {  # ways to wall programs off, best first, and what they leave open
@@ -746,10 +752,7 @@ MODES = {  # ways to wall programs off, best first, and what they leave open
     "uid": "the network, files that everyone may read, folders that everyone may write to",
     "none": "your files, your processes, the network",
 }
-# The judge's source: it runs in an interpreter of its own, without torch and site-packages.
-JUDGE_IMPORTS = """import atexit, builtins, contextlib, ctypes, json, math, os, re, resource, select
-import shutil, signal, socket, sys, tempfile, threading, time, types
-"""
+# The judge runs in an interpreter of its own, without torch and site-packages.
 JUDGE_PARTS = [encode, decode, same, same_text, Verdict, Judge, libc, zygote, wall_off, warden]
 JUDGE_PARTS += [sweep, confine, candidate, printed]
 JUDGE_MAIN = """
@@ -772,9 +775,9 @@ class Sandbox:
         probe = tests, "import decimal, random\ndef f(): return 1"  # is the library within reach?
         for self.mode in modes:
             judge = self._start()
-            if (self.mode != "none" or unsafe) and self._ask(judge, probe)[0] == "right":
+            if (self.mode != "none" or unsafe) and judge.ask(probe, 240)[0] == "right":
                 break
-            self._stop(judge)
+            judge.end()
         else:
             raise UserError("no way to wall programs off here; --unsafe runs them unprotected")
         if MODES[self.mode]:
@@ -787,7 +790,7 @@ class Sandbox:
 
     def close(self):
         for _ in range(self.workers):
-            self._stop(self._judges.get())
+            self._judges.get().end()
 
     def grade(self, jobs: list[tuple[dict, str | None]]) -> list[tuple[str, list | None]]:
         """(verdict, values) of each (tests, program): right, wrong, no answer, timed out or error.
@@ -804,74 +807,49 @@ class Sandbox:
         return [self.known.get(key, ("no answer", None)) for key in keys]
 
     def _grade(self, key):
+        tests, program = json.loads(key[0]), key[1]
         judge = self._judges.get()
-        found = self._ask(judge, [json.loads(key[0]), key[1]])
+        # the judge keeps limits itself; this one is for test code that chokes on what it got
+        found = judge.ask([tests, program], 60 * tests["seconds"])
         self._judges.put(judge if judge.poll() is None else self._start())
         return found
 
     def _start(self):
-        source = "\n".join([JUDGE_IMPORTS, *map(inspect.getsource, JUDGE_PARTS), JUDGE_MAIN])
         # -I would ignore the hash seed, without which the order of a set, and with it a verdict,
         # changes from run to run; with this environment and -sS the rest is the same
         env = {"PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "utf-8"}
-        command = [sys.executable, "-sSBc", source, self.mode]
-        pipes = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL}
-        return Popen(command, env=env, start_new_session=True, **pipes)  # Ctrl-C is for the trainer
-
-    def _ask(self, judge, job):
-        try:
-            judge.stdin.write(json.dumps(job).encode() + b"\n")
-            judge.stdin.flush()
-            poll = select.poll()
-            poll.register(judge.stdout, select.POLLIN)
-            # the judge keeps limits itself; this one is for test code that chokes on what it got
-            if poll.poll(60_000 * job[0]["seconds"]):
-                return json.loads(judge.stdout.readline())
-            verdict = "timed out"
-        except (OSError, ValueError):  # the judge is dead
-            verdict = "error"
-        self._stop(judge)
-        return verdict, None
-
-    def _stop(self, judge):
-        judge.kill()
-        judge.communicate()
+        return Worker("-sSBc", JUDGE_PARTS, JUDGE_MAIN, self.mode, env=env)
 
 
 # ------------------------------------------------------------ grading
 
 _math = MathVerifier()
-_sandbox = None  # started for the first program
 
 
-def sandbox(unsafe: bool = False) -> Sandbox:
-    """This process's sandbox; unsafe counts when it starts."""
-    global _sandbox
-    if not _sandbox:
-        _sandbox = Sandbox(unsafe=unsafe)
-        atexit.register(_sandbox.close)
-    return _sandbox
+@cache
+def sandbox(unsafe: bool) -> Sandbox:
+    """This process's sandbox, started for the first program."""
+    box = Sandbox(unsafe=unsafe)
+    atexit.register(box.close)  # no zombie is left where nobody reaps orphans
+    return box
 
 
-def grade_all(
-    problems: list[dict], texts: list[str], unsafe: bool = False
-) -> list[tuple[str, str | None]]:
-    """(verdict, prediction) of each response to its problem; a program is its own prediction.
+def grade_all(problems: list[dict], texts: list[str], unsafe: bool = False) -> list[tuple]:
+    """(verdict, prediction or None) of each response; a program is its own prediction.
 
     Identical texts are graded once. unsafe: run programs even where they cannot be walled off.
     """
-    seen, jobs = {}, {}
+    grades, jobs = {}, {}
     for problem, text in zip(problems, texts):
         key = problem["id"], text
-        if problem.get("tests"):
-            program = extract_program(problem["tests"].get("setup", ""), text)
-            jobs[key] = problem["tests"], program
-        elif key not in seen:
-            seen[key] = grade_math(problem["answer"], text, _math)
+        if tests := problem.get("tests"):
+            jobs[key] = tests, extract_program(tests.get("setup", ""), text)
+        elif key not in grades:
+            grades[key] = grade_math(problem["answer"], text, _math)
     if jobs:
-        found = sandbox(unsafe).grade(list(jobs.values()))
-        seen |= {k: (verdict, jobs[k][1]) for k, (verdict, _) in zip(jobs, found)}
-    return [seen[problem["id"], text] for problem, text in zip(problems, texts)]
+        found = sandbox(unsafe).grade([*jobs.values()])
+        grades |= {key: (verdict, jobs[key][1]) for key, (verdict, _) in zip(jobs, found)}
+    return [grades[problem["id"], text] for problem, text in zip(problems, texts)]
 
 
 # ------------------------------------------------------------ statistics
@@ -887,18 +865,22 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 def mcnemar(gained: int, lost: int) -> float:
     """Exact two-sided McNemar test. 8 gained, 1 lost -> 2 * (1 + 9) / 2^9 = 0.039"""
     n, k = gained + lost, min(gained, lost)
-    tail = sum(math.comb(n, i) for i in range(k + 1))
-    return min(1.0, 2 * float(Fraction(tail, 2**n)))
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 
 
 def bootstrap(difference: np.ndarray) -> tuple[float, float]:
     """95 % interval of the mean of paired differences (n,), 10,000 resamples of problems."""
-    rng = np.random.default_rng(0)
-    means = [
-        difference[rng.integers(0, len(difference), len(difference))].mean() for _ in range(10_000)
-    ]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+    draw = np.random.default_rng(0).choice
+    means = [draw(difference, len(difference)).mean() for _ in range(10_000)]
+    return tuple(np.quantile(means, [0.025, 0.975]).tolist())
+
+
+def paired(new: list[float], old: list[float]) -> dict:
+    """How far `new` is above `old`, two scores of the same problems."""
+    difference = np.array(new, float) - np.array(old, float)
+    gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
+    figures = {"difference": float(difference.mean()), "interval": bootstrap(difference)}
+    return figures | {"gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
 
 
 def pass_at(k: int, n: int, right: int) -> float:
@@ -906,61 +888,37 @@ def pass_at(k: int, n: int, right: int) -> float:
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def summarise(lines: list[dict], other: dict[str, dict] | None) -> dict:
+def majority(sampled: list[dict]) -> bool:
+    """Is the most frequent answer right?"""
+    votes = Counter(x["prediction"] for x in sampled if x["prediction"])
+    winner = max(votes, key=votes.get, default=None)
+    return any(x["correct"] and x["prediction"] == winner for x in sampled)
+
+
+def summarise(lines: list[dict], other: dict[str, dict]) -> dict:
     """The figures of one test set; `other`: another actor's lines by id, to compare with."""
-    n, right = len(lines), sum(x["correct"] for x in lines)
+    n, k, right = len(lines), len(lines[0]["sampled"]), sum(x["correct"] for x in lines)
     verdicts = Counter(x["verdict"] for x in lines)
-    row = {
-        "n": n,
-        "accuracy": right / n,
-        "interval": wilson(right, n),
-        "cut_off": sum(not x["finished"] for x in lines) / n,
-        "unparsed": verdicts["no answer"] / n,
-        "verdicts": dict(verdicts),
-    }
-    if k := len(lines[0]["sampled"]):
-        wins = [sum(s["correct"] for s in x["sampled"]) for x in lines]
-        majority = [
-            Counter(s["prediction"] for s in x["sampled"] if s["prediction"]).most_common(1)
-            for x in lines
-        ]
-        voted = sum(
-            any(s["correct"] for s in x["sampled"] if best and s["prediction"] == best[0][0])
-            for x, best in zip(lines, majority)
-        )
-        row |= {"k": k, "sampled": sum(wins) / (n * k), "maj": voted / n}
-        row |= {
-            f"pass@{j}": sum(pass_at(j, k, w) for w in wins) / n
-            for j in (1 << i for i in range(1, k.bit_length()))
-        }
+    row = {"n": n, "accuracy": right / n, "interval": wilson(right, n)}
+    row["cut_off"] = sum(not x["finished"] for x in lines) / n
+    row |= {"unparsed": verdicts["no answer"] / n, "verdicts": dict(verdicts)}
+    wins = [sum(s["correct"] for s in x["sampled"]) for x in lines]
+    if k:
+        row |= {"k": k, "sampled": sum(wins) / (n * k)}
+        row["maj"] = sum(majority(x["sampled"]) for x in lines) / n
+        for j in (2**i for i in range(1, k.bit_length())):
+            row[f"pass@{j}"] = sum(pass_at(j, k, w) for w in wins) / n
         if "by_critic" in lines[0]:
             row["best_of_k_by_critic"] = sum(x["by_critic"] for x in lines) / n
     if other:
-        row["against"] = {
-            "greedy": paired(
-                [x["correct"] for x in lines], [other[x["id"]]["correct"] for x in lines]
-            )
-        }
-        if k and len(other[lines[0]["id"]]["sampled"]) == k:
-            mean = lambda x: sum(s["correct"] for s in x["sampled"]) / k
-            difference = np.array([mean(x) - mean(other[x["id"]]) for x in lines])
-            row["against"]["sampled"] = {
-                "difference": float(difference.mean()),
-                "interval": bootstrap(difference),
-            }
+        old = [other[x["id"]] for x in lines]
+        greedy = paired([x["correct"] for x in lines], [x["correct"] for x in old])
+        row["against"] = {"greedy": greedy}
+        if k and len(old[0]["sampled"]) == k:
+            before = [sum(s["correct"] for s in x["sampled"]) / k for x in old]
+            rates = paired([w / k for w in wins], before)
+            row["against"]["sampled"] = {key: rates[key] for key in ("difference", "interval")}
     return row
-
-
-def paired(new: list[bool], old: list[bool]) -> dict:
-    difference = np.array(new, float) - np.array(old, float)
-    gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
-    return {
-        "difference": float(difference.mean()),
-        "interval": bootstrap(difference),
-        "gained": gained,
-        "lost": lost,
-        "p": mcnemar(gained, lost),
-    }
 
 
 # ------------------------------------------------------------ the stage
@@ -984,12 +942,8 @@ class Settings:
 
 
 def stage(s: Settings):
-    from prepare import (
-        Stage,
-        actor_facts,
-        misfit,
-        read_jsonl,
-    )  # which imports this file for its graders
+    # not at the top: prepare.py imports this file for its graders
+    from prepare import Stage, actor_facts, misfit, read_jsonl
 
     if s.report:
         return report(Path(s.report))
@@ -999,17 +953,13 @@ def stage(s: Settings):
     problems = [p for path in paths for p in read_jsonl(path, needs)]
     if len({p["id"] for p in problems}) < len(problems):
         raise UserError(f"{s.problems}: some problem is in two of these files")
-    other = {x["id"]: x for x in read_jsonl(s.against)} if s.against else None
-    shape = {"correct": bool, "sampled": [{"correct": bool}]}
-    if bad := next((i for i, x in (other or {}).items() if misfit(x, shape)), None):
-        raise UserError(
-            f"{s.against}: {bad}: no line of evaluate.py; pass another actor's eval.jsonl"
-        )
-    if other and (lacks := next((p["id"] for p in problems if p["id"] not in other), None)):
-        raise UserError(
-            f"{s.against}: problem {lacks} is not there; compare actors on the same problems"
-        )
-    inputs = {"actor": s.actor, **{f"problems{i or ''}": p for i, p in enumerate(paths)}}
+    other = {x["id"]: x for x in read_jsonl(s.against)} if s.against else {}
+    for name, line in other.items():
+        if misfit(line, {"correct": bool, "sampled": [{"correct": bool}]}):
+            raise UserError(f"{s.against}: {name}: no line of evaluate.py; pass an eval.jsonl")
+    if other and (lacks := [p["id"] for p in problems if p["id"] not in other]):
+        raise UserError(f"{s.against}: no problem {lacks[0]}; compare actors on the same problems")
+    inputs = {"actor": s.actor} | {f"problems{i or ''}": path for i, path in enumerate(paths)}
     inputs |= {"critic": s.critic} if s.critic else {}
     out = Stage(s.out, s, inputs)
     if not out.complete:
@@ -1019,24 +969,7 @@ def stage(s: Settings):
         done = {x["id"] for x in out.done}
         todo = [p for p in problems if p["id"] not in done]
         for i in range(0, len(todo), 64):
-            chunk = todo[i : i + 64]
-            prefixes = Prefixes(
-                lm, [Tree([lm.prompt_ids(p["prompt"])], [-1], [True]) for p in chunk]
-            )
-            greedy = sample(
-                lm, prefixes, [(j, 0, 0, s.max_new) for j in range(len(chunk))], 0.0, s.batch
-            )
-            rows = [
-                (j, 0, draw_key(s.seed, "evaluate", p["id"], k), s.max_new)
-                for j, p in enumerate(chunk) for k in range(s.samples)
-            ]  # fmt: skip
-            drawn = sample(lm, prefixes, rows, 1.0, s.batch)
-            ids = [[g, *drawn[j * s.samples : (j + 1) * s.samples]] for j, g in enumerate(greedy)]
-            lines = records(lm, chunk, ids, s.unsafe)
-            if critic:
-                for x, best in zip(lines, best_by_critic(lm, *critic, chunk, ids)):
-                    x["by_critic"] = x["sampled"][best]["correct"]
-            out.append(lines)
+            out.append(respond(lm, critic, todo[i : i + 64], s))
         out.finish()
     lines = {x["id"]: x for x in read_jsonl(s.out)}
     sets = {}
@@ -1044,62 +977,59 @@ def stage(s: Settings):
         sets.setdefault(str(p.get("source")), []).append(lines[p["id"]])
     if len(sets) > 1:
         sets["pooled"] = list(lines.values())
-    summary = {
-        "sets": {name: summarise(rows, other) for name, rows in sets.items()},
-        "against": s.against,
-    }
-    replace(
-        out.out.with_name("summary.json"), lambda p: p.write_text(json.dumps(summary, indent=1))
-    )
-    for name, row in summary["sets"].items():
-        low, high = row["interval"]
+    figures = {name: summarise(rows, other) for name, rows in sets.items()}
+    text = json.dumps({"sets": figures, "against": s.against}, indent=1)
+    replace(out.out.with_name("summary.json"), lambda path: path.write_text(text))
+    for name, row in figures.items():
         sampled = f", T=1 {row['sampled']:.1%}" if s.samples else ""
-        print(f"{name}: greedy {row['accuracy']:.1%} [{low:.1%}, {high:.1%}]{sampled}, n {row['n']}, "
-              f"cut off {row['cut_off']:.1%}, unparsed {row['unparsed']:.1%}")  # fmt: skip
+        print(
+            f"{name}: greedy {row['accuracy']:.1%} {percents(row['interval'])}{sampled}, "
+            f"n {row['n']}, cut off {row['cut_off']:.1%}, unparsed {row['unparsed']:.1%}"
+        )
 
 
-def records(lm: LM, problems: list[dict], responses: list, unsafe: bool) -> list[dict]:
-    """A line a problem; its responses are the greedy one, then the sampled ones. One that was cut
-    off is not right, whatever it says."""
-    texts = [[lm.text(ids) for ids in many] for many in responses]
-    pairs = [(problem, text) for problem, many in zip(problems, texts) for text in many]
-    grades = iter(grade_all(*zip(*pairs), unsafe))
-    lines = []
-    for problem, many, said in zip(problems, responses, texts):
-        found = []
-        for ids, text, (verdict, prediction) in zip(many, said, grades):
-            finished = bool(ids) and ids[-1] in lm.eos
-            grade = {"prediction": prediction, "correct": finished and verdict == "right"}
-            found.append({"text": text, **grade, "verdict": verdict, "finished": finished})
-        sampled = [{k: x[k] for k in ("text", "prediction", "correct")} for x in found[1:]]
-        lines.append({"id": problem["id"], **found[0], "sampled": sampled})
+def respond(lm: LM, critic: tuple | None, problems: list[dict], s: Settings) -> list[dict]:
+    """A line of eval.jsonl a problem. A response that was cut off is not right in any case."""
+    prompts = [lm.prompt_ids(p["prompt"]) for p in problems]
+    prefixes = Prefixes(lm, [Tree([ids], [-1], [True]) for ids in prompts])
+    greedy = [(j, 0, 0, s.max_new) for j in range(len(problems))]
+    rows = [
+        (j, 0, draw_key(s.seed, "evaluate", p["id"], k), s.max_new)
+        for j, p in enumerate(problems)
+        for k in range(s.samples)
+    ]
+    drawn = sample(lm, prefixes, rows, 1.0, s.batch)
+    responses = sample(lm, prefixes, greedy, 0.0, s.batch) + drawn
+    texts, owners = [lm.text(ids) for ids in responses], [j for j, *_ in greedy + rows]
+    grades = grade_all([problems[j] for j in owners], texts, s.unsafe)
+    lines = [{"id": p["id"]} for p in problems]
+    for j, ids, text, (verdict, prediction) in zip(owners, responses, texts, grades):
+        finished = ids[-1] in lm.eos
+        right = finished and verdict == "right"
+        answer = {"text": text, "prediction": prediction, "correct": right}
+        if "sampled" in lines[j]:
+            lines[j]["sampled"].append(answer)
+        else:  # the greedy one comes first
+            lines[j] |= answer | {"verdict": verdict, "finished": finished, "sampled": []}
+    if critic:  # of the sampled responses the one with the highest V before its last step
+        trees = [
+            {"id": p["id"], "prompt_ids": ids, "nodes": [{"parent": -1, "reward": 0}]}
+            for p, ids in zip(problems, prompts)
+        ]
+        for (j, *_), ids in zip(rows, drawn):
+            before = ids[: [0, *lm.step_ends(ids)][-2]] or [lm.eos[0]]
+            trees[j]["nodes"].append({"parent": 0, "ids": before, "reward": None})
+        for line, value in zip(lines, tree_values(*critic, trees, False, 8192)):
+            line["by_critic"] = line["sampled"][int(np.argmax(value[1:]))]["correct"]
     return lines
 
 
-@torch.no_grad()
-def best_by_critic(
-    lm: LM, critic: LM, head, problems: list[dict], responses: list[list[list[int]]]
-) -> list[int]:
-    """The sampled response of each problem with the highest V before its last step."""
-    trees = []
-    for problem, (_, *sampled) in zip(problems, responses):
-        before = [ids[: ([0, *lm.step_ends(ids)])[-2]] for ids in sampled]
-        kids = [b or [lm.eos[0]] for b in before]
-        trees.append(
-            Tree(
-                [lm.prompt_ids(problem["prompt"]), *kids],
-                [-1] + [0] * len(kids),
-                [False] + [True] * len(kids),
-            )
-        )
-    value = [np.zeros(len(sampled) - 1) for sampled in responses]
-    for pack in pack_trees(trees, 8192):
-        for (t, v), x in zip(pack.owner, step_values(critic, head, pack).tolist()):
-            value[t][v - 1] = x
-    return [int(v.argmax()) for v in value]
-
-
 # ------------------------------------------------------------ the report of a run
+
+
+def percents(interval: list[float], sign: str = "") -> str:
+    """[0.395, 0.482] -> "[39.5%, 48.2%]"; sign "+": "[+39.5%, +48.2%]" """
+    return "[" + ", ".join(f"{x:{sign}.1%}" for x in interval) + "]"
 
 
 def report(run: Path):
@@ -1109,75 +1039,52 @@ def report(run: Path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    folders = sorted(run.glob("iter*/summary.json"), key=lambda p: int(p.parent.name[4:]))
-    if not folders:
+    files = sorted(run.glob("iter*/summary.json"), key=lambda path: int(path.parent.name[4:]))
+    if not files:
         raise UserError(f"{run}: no iter*/summary.json; run the stages first (bash run.sh)")
-    rows = []
-    for path in folders:
-        name, row = list(json.loads(path.read_text())["sets"].items())[-1]
-        rows.append((path.parent.name, row))
-    print(
-        f"{'':8}{'greedy':>8} {'95 % interval':>16} {'T=1':>8} {'p vs base':>10} {'T=1 gain':>9} {'95 % interval':>18}"
-    )
-    for name, row in rows:
-        against = row.get("against", {})
-        p = f"{against['greedy']['p']:10.2g}" if against else f"{'':10}"
-        gain = against.get("sampled")
-        gain = (
-            f"{gain['difference']:+9.1%}    [{gain['interval'][0]:+.1%}, {gain['interval'][1]:+.1%}]"
-            if gain
-            else ""
+    rows = {f.parent.name: [*json.loads(f.read_text())["sets"].values()][-1] for f in files}
+    table = "{:8}{:>8}{:>17}{:>9}{:>11}{:>10}{:>20}"
+    head = ("greedy", "95 % interval", "T=1", "p vs base", "T=1 gain", "95 % interval ")
+    print(table.format("", *head))
+    for name, row in rows.items():
+        greedy, gain = (row.get("against", {}).get(key) for key in ("greedy", "sampled"))
+        cells = (
+            f"{row['accuracy']:.1%}",
+            percents(row["interval"]),
+            f"{row['sampled']:.1%}" if "sampled" in row else "",
+            f"{greedy['p']:.2g}" if greedy else "",
+            f"{gain['difference']:+.1%}" if gain else "",
+            percents(gain["interval"], "+") if gain else "",
         )
-        low, high = row["interval"]
-        sampled = f"{row['sampled']:.1%}" if "sampled" in row else ""
-        print(f"{name:8}{row['accuracy']:8.1%}   [{low:.1%}, {high:.1%}] {sampled:>8} {p} {gain}")
+        print(table.format(name, *cells))
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8))
-    x = range(len(rows))
-    accuracy = [row["accuracy"] for _, row in rows]
-    bars = np.abs(np.array([row["interval"] for _, row in rows]).T - accuracy)
-    axes[0, 0].errorbar(x, accuracy, bars, marker="o", capsize=4, label="greedy")
-    axes[0, 0].plot(
-        x, [row.get("sampled", math.nan) for _, row in rows], marker="s", label="temperature 1"
-    )
-    axes[0, 0].set(
-        title="accuracy on the test problems",
-        xticks=list(x),
-        xticklabels=[n for n, _ in rows],
-        ylim=(0, 1),
-    )
-    axes[0, 1].plot([0, 1], [0, 1], "k:", lw=1)
-    axes[0, 1].set(
-        title="critic on held-out states", xlabel="V(s)", ylabel="success rate of the completions"
-    )
-    axes[1, 0].set(title="advantages of the pairs", xlabel="A(s, a)", ylabel="pairs", yscale="log")
-    axes[1, 1].set(
-        title="mean log-ratio while the actor trains", xlabel="step", ylabel="log pi / pi_ref"
-    )
-    for (name, _), color in zip(rows[1:], plt.rcParams["axes.prop_cycle"].by_key()["color"] * 9):
-        folder = run / name
-        if (critic := folder / "critic.metrics.json").exists():
-            bins = [b for b in json.loads(critic.read_text())["bins"] if b["states"]]
-            axes[0, 1].plot(
-                [b["value"] for b in bins],
-                [b["mc"] for b in bins],
-                marker="o",
-                color=color,
-                label=name,
-            )
-        if (table := folder / "advantages.jsonl").exists():
-            states = [state for text in table.open() for state in json.loads(text)["states"]]
-            adv = [a["adv"] for state in states for a in state["actions"]]
-            axes[1, 0].hist(adv, bins=41, range=(-1, 1), histtype="step", color=color, label=name)
-        if (log := folder / "actor.work" / "metrics.jsonl").exists():
-            steps = [json.loads(text) for text in log.open()]
-            for kind, style in (("up", "-"), ("down", "--")):
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="tight")
+    (accuracy, critic), (pairs, ratios) = axes
+    greedy, sampled = ([row.get(k) for row in rows.values()] for k in ("accuracy", "sampled"))
+    bars = np.abs(np.transpose([row["interval"] for row in rows.values()]) - greedy)
+    accuracy.errorbar([*rows], greedy, bars, marker="o", capsize=4, label="greedy")
+    accuracy.plot([*rows], np.array(sampled, float), marker="s", label="temperature 1")
+    accuracy.set(title="accuracy on the test problems", ylim=(0, 1))
+    critic.plot([0, 1], [0, 1], "k:", lw=1)
+    critic.set(title="critic on held-out states", xlabel="V(s)", ylabel="MC(s), the success rate")
+    pairs.set(title="advantages of the pairs", xlabel="A(s, a)", ylabel="pairs", yscale="log")
+    ratios.set(title="mean log-ratio in training", xlabel="step", ylabel="log pi / pi_ref")
+    for i, name in enumerate([*rows][1:]):
+        folder, style = run / name, {"color": f"C{i}", "label": name}
+        if (file := folder / "critic.metrics.json").exists():
+            bins = [b for b in json.loads(file.read_text())["bins"] if b["states"]]
+            critic.plot([b["value"] for b in bins], [b["mc"] for b in bins], marker="o", **style)
+        if (file := folder / "advantages.jsonl").exists():
+            states = [state for text in file.open() for state in json.loads(text)["states"]]
+            adv = [action["adv"] for state in states for action in state["actions"]]
+            pairs.hist(adv, bins=41, range=(-1, 1), histtype="step", **style)
+        if (file := folder / "actor.work" / "metrics.jsonl").exists():
+            steps = [json.loads(text) for text in file.open()]
+            for kind, dash, sign in (("up", "-", ">"), ("down", "--", "<=")):
                 ratio = [m[f"ratio_{kind}"] / max(1, m[f"pairs_{kind}"]) for m in steps]
-                label = f"{name}, A {'>' if kind == 'up' else '<='} 0"
-                axes[1, 1].plot(ratio, style, color=color, lw=1, label=label)
+                ratios.plot(ratio, dash, color=f"C{i}", lw=1, label=f"{name}, A {sign} 0")
     for axis in axes.flat:
         axis.legend(fontsize=8)
-    figure.tight_layout()
     figure.savefig(run / "report.png", dpi=110)
     print(run / "report.png")
     if (run / "iter1" / "advantages.jsonl").exists():
@@ -1185,42 +1092,34 @@ def report(run: Path):
 
 
 def draw_solution(run: Path, plt):
-    """A path of iteration 1, each step coloured by its advantage: the one with the widest spread."""
-    trees = {r["id"]: r for r in map(json.loads, (run / "iter1" / "trees.jsonl").open())}
-    best = (0.0, None, None)
-    for text in (run / "iter1" / "advantages.jsonl").open():
-        line = json.loads(text)
-        nodes = trees[line["id"]]["nodes"]
+    """The path of iteration 1 whose advantages are the widest apart, a colour for each."""
+    trees = {r["id"]: r["nodes"] for r in map(json.loads, (run / "iter1" / "trees.jsonl").open())}
+    widest, best = 0.0, None
+    for line in map(json.loads, (run / "iter1" / "advantages.jsonl").open()):
+        nodes = trees[line["id"]]
         adv = {a["node"]: a["adv"] for state in line["states"] for a in state["actions"]}
         for leaf in adv:
-            path, v = [], leaf
-            while v:
-                path.insert(0, (nodes[v]["text"].strip(), adv.get(v)))
-                v = nodes[v]["parent"]
-            known = [a for _, a in path if a is not None]
-            spread = max(known) - min(known)
-            if len(known) > 2 and spread > best[0]:
-                best = (spread, nodes[0]["text"], path)
-    if best[2] is None:
+            path = [leaf]
+            while parent := nodes[path[0]]["parent"]:
+                path.insert(0, parent)
+            known = [adv[v] for v in path if v in adv]
+            if len(known) > 2 and max(known) - min(known) > widest:
+                widest, best = max(known) - min(known), (nodes, adv, path)
+    if best is None:
         return
-    prompt, path = best[1].strip().splitlines(), best[2]
-    figure, axis = plt.subplots(figsize=(7, 0.32 * (len(prompt) + len(path) + 1)))
+    nodes, adv, path = best
+    lines = [(text, None) for text in [*nodes[0]["text"].strip().splitlines(), ""]]
+    lines += [(nodes[v]["text"].strip(), adv.get(v)) for v in path]
+    figure, axis = plt.subplots(figsize=(7, 0.32 * len(lines)))
     axis.axis("off")
-    axis.set(xlim=(0, 1), ylim=(len(prompt) + len(path) + 1, 0))
-    for y, text in enumerate(prompt):
-        axis.text(0, y + 0.5, text, family="monospace", color="0.35")
-    for y, (text, adv) in enumerate(path, len(prompt) + 1):
-        color = plt.get_cmap("RdYlGn")(0.5 + (adv or 0.0) / 2)
-        axis.text(
-            0,
-            y + 0.5,
-            text,
-            family="monospace",
-            bbox={"facecolor": color, "edgecolor": "none", "pad": 2},
-        )
-        axis.text(
-            1, y + 0.5, "" if adv is None else f"A = {adv:+.2f}", family="monospace", ha="right"
-        )
+    axis.set(xlim=(0, 1), ylim=(len(lines) - 0.5, -0.5))
+    for y, (text, a) in enumerate(lines):
+        if a is None:  # the prompt's, or a step that no completion drew
+            axis.text(0, y, text, family="monospace", color="0.35")
+        else:
+            box = {"facecolor": plt.get_cmap("RdYlGn")(0.5 + a / 2), "edgecolor": "none", "pad": 2}
+            axis.text(0, y, text, family="monospace", bbox=box)
+            axis.text(1, y, f"A = {a:+.2f}", family="monospace", ha="right")
     figure.savefig(run / "solution.png", dpi=110, bbox_inches="tight")
     print(run / "solution.png")
 
