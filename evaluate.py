@@ -852,6 +852,17 @@ def grade_all(problems: list[dict], texts: list[str], unsafe: bool = False) -> l
     return [grades[problem["id"], text] for problem, text in zip(problems, texts)]
 
 
+def grade_ids(lm: LM, problems: list[dict], responses: list[list[int]], unsafe: bool) -> list[dict]:
+    """Text and grade of each response; one that was cut off is not right in any case."""
+    texts, graded = [lm.text(ids) for ids in responses], []
+    for ids, text, grade in zip(responses, texts, grade_all(problems, texts, unsafe)):
+        (verdict, prediction), finished = grade, ids[-1] in lm.eos
+        right = finished and verdict == "right"
+        line = {"text": text, "prediction": prediction, "correct": right}
+        graded.append(line | {"verdict": verdict, "finished": finished})
+    return graded
+
+
 # ------------------------------------------------------------ statistics
 
 
@@ -1000,27 +1011,24 @@ def respond(lm: LM, critic: tuple | None, problems: list[dict], s: Settings) -> 
     ]
     drawn = sample(lm, prefixes, rows, 1.0, s.batch)
     responses = sample(lm, prefixes, greedy, 0.0, s.batch) + drawn
-    texts, owners = [lm.text(ids) for ids in responses], [j for j, *_ in greedy + rows]
-    grades = grade_all([problems[j] for j in owners], texts, s.unsafe)
-    lines = [{"id": p["id"]} for p in problems]
-    for j, ids, text, (verdict, prediction) in zip(owners, responses, texts, grades):
-        finished = ids[-1] in lm.eos
-        right = finished and verdict == "right"
-        answer = {"text": text, "prediction": prediction, "correct": right}
-        if "sampled" in lines[j]:
-            lines[j]["sampled"].append(answer)
-        else:  # the greedy one comes first
-            lines[j] |= answer | {"verdict": verdict, "finished": finished, "sampled": []}
+    owners = [problems[j] for j, *_ in greedy + rows]
+    graded = grade_ids(lm, owners, responses, s.unsafe)
+    lines = [{"id": p["id"], **g, "sampled": []} for p, g in zip(problems, graded)]
+    for (j, *_), g in zip(rows, graded[len(problems) :]):
+        lines[j]["sampled"].append({k: g[k] for k in ("text", "prediction", "correct")})
     if critic:  # of the sampled responses the one with the highest V before its last step
         trees = [
-            {"id": p["id"], "prompt_ids": ids, "nodes": [{"parent": -1, "reward": 0}]}
+            {"id": p["id"], "prompt_ids": ids, "nodes": [{"parent": -1, "reward": None}]}
             for p, ids in zip(problems, prompts)
         ]
+        state = [[] for _ in problems]  # of each sampled response: its node, 0 if it has one step
         for (j, *_), ids in zip(rows, drawn):
-            before = ids[: [0, *lm.step_ends(ids)][-2]] or [lm.eos[0]]
-            trees[j]["nodes"].append({"parent": 0, "ids": before, "reward": None})
-        for line, value in zip(lines, tree_values(*critic, trees, False, 8192)):
-            line["by_critic"] = line["sampled"][int(np.argmax(value[1:]))]["correct"]
+            before, nodes = ids[: [0, *lm.step_ends(ids)][-2]], trees[j]["nodes"]
+            nodes += [{"parent": 0, "ids": before, "reward": None}] if before else []
+            state[j].append(len(nodes) - 1 if before else 0)
+        for line, at, value in zip(lines, state, tree_values(*critic, trees, False, 8192)):
+            best = max(range(len(at)), key=lambda k: value[at[k]])
+            line["by_critic"] = line["sampled"][best]["correct"]
     return lines
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from evaluate import grade_all
+from evaluate import grade_ids
 from model import LM, Prefixes, UserError, draw_key, flag, record_tree, sample
 from prepare import Stage, actor_facts, main, read_jsonl, read_samples, sha256
 
@@ -190,12 +190,10 @@ def label(lm: LM, s: Settings, chunk, trees: list[StepTree], problems, total: Co
                     total["prefixes"] += len(prefixes.path[t, v])
         drawn = sample(lm, prefixes, rows, batch=s.batch, progress=progress)
         whole = [trees[t].response(v) + ids for (t, v, *_), ids in zip(rows, drawn)]
-        texts = [lm.text(ids) for ids in whole]
-        verdicts = grade_all([problems[t] for t, *_ in rows], texts, s.unsafe)
-        for (t, v, *_), ids, (verdict, _) in zip(rows, drawn, verdicts):
-            reward = int(ids[-1] in lm.eos and verdict == "right")
+        graded = grade_ids(lm, [problems[t] for t, *_ in rows], whole, s.unsafe)
+        for (t, v, *_), ids, grade in zip(rows, drawn, graded):
             trees[t].tokens += len(ids)
-            trees[t].complete(v, ids, lm.step_ends, reward)
+            trees[t].complete(v, ids, lm.step_ends, int(grade["correct"]))
         total["completions"] += len(rows)
         total["tokens"] += sum(map(len, drawn))
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from evaluate import grade_all
+from evaluate import grade_ids
 from model import LM, Prefixes, Tree, UserError, draw_key, flag, sample
 from prepare import Stage, actor_facts, main, read_jsonl, sha256
 
@@ -83,20 +83,18 @@ def stage(s: Settings):
                 for k in range(s.n1)
             ]
             drawn = sample(lm, prefixes, rows, batch=s.batch, progress=progress)
-            texts = [lm.text(ids) for ids in drawn]
-            verdicts = grade_all([chunk[j] for j, *_ in rows], texts, s.unsafe)
+            graded = grade_ids(lm, [chunk[j] for j, *_ in rows], drawn, s.unsafe)
+            everything = [
+                {"ids": ids, "ends": lm.step_ends(ids), "text": g["text"],
+                 "reward": int(g["correct"]), "finished": g["finished"]}
+                for ids, g in zip(drawn, graded)
+            ]  # fmt: skip
             records = []
             for j, p in enumerate(chunk):
-                responses = []
-                for r in range(j * s.n1, (j + 1) * s.n1):
-                    finished = drawn[r][-1] in lm.eos
-                    reward = int(finished and verdicts[r][0] == "right")
-                    responses.append(
-                        {"ids": drawn[r], "ends": lm.step_ends(drawn[r]), "text": texts[r], "reward": reward,
-                         "finished": finished}
-                    )  # fmt: skip
-                    tokens, right = tokens + len(drawn[r]), right + reward
+                responses = everything[j * s.n1 : (j + 1) * s.n1]
                 rewards = [r["reward"] for r in responses]
+                tokens += sum(len(r["ids"]) for r in responses)
+                right += sum(rewards)
                 alike = s.mixed and len({*rewards}) < 2
                 kept = [] if alike else keep_balanced(rewards, s.n)
                 records.append(
