@@ -28,17 +28,17 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
 
-def seconds(f, repeats=3):
-    """Median seconds of f() after one warm-up."""
+def seconds(f, repeats=3, warm_up=1):
+    """Median seconds of f() after the warm-up."""
     times = []
-    for i in range(repeats + 1):
+    for i in range(-warm_up, repeats):
         if CUDA:
             torch.cuda.synchronize()
         begin = time.perf_counter()
         f()
         if CUDA:
             torch.cuda.synchronize()
-        times += [time.perf_counter() - begin] if i else []
+        times += [time.perf_counter() - begin] if i >= 0 else []
     return statistics.median(times)
 
 
@@ -79,9 +79,9 @@ def one_logprob(name, dtype, n, d, v):
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / 1024
-    step()
+    step()  # the warm-up, too
     peak = torch.cuda.max_memory_allocated() / 1024 if CUDA else resource.getrusage(0).ru_maxrss
-    print(json.dumps({"seconds": seconds(step, 2), "mib": (peak - before) / 1024}))
+    print(json.dumps({"seconds": seconds(step, 2, warm_up=0), "mib": (peak - before) / 1024}))
 
 
 def logprobs(n=4096, d=896, v=151936):

@@ -1,8 +1,8 @@
 """Where the time of a run goes, by hand: bash run.sh && python tests/bench_pipeline.py runs/demo
 
 Runs every stage of a finished run's first iteration again, with the settings that its manifests state, on one thread
-and on two, and once more under cProfile. Prints seconds, tokens a second, the share of fsync and hashing, and the
-functions that take the most time of their own.
+and on two, and once more under cProfile. Prints seconds, tokens a second, the share of fsync and hashing, that of grading
+(sample.py and label_steps.py), and the functions that take the most time of their own.
 """
 
 import json
@@ -26,10 +26,10 @@ INPUTS = {  # script -> its output, and the flags that name its inputs
         "--actor base --trees iter1/trees.jsonl --critic iter1/critic",
     ),
 }
-# Runs a script as a user would, and reports the seconds that it spent in fsync and in hashing.
+# Runs a script as a user would, and reports the seconds that it spent in fsync, in hashing and in grading.
 METER = """
 import cProfile, hashlib, json, os, pstats, runpy, sys, time
-spent = {"fsync": 0.0, "hash": 0.0}
+spent = {"fsync": 0.0, "hash": 0.0, "grade": 0.0}
 def metered(kind, f):
     def call(*args, **kwargs):
         begin = time.perf_counter()
@@ -40,6 +40,8 @@ os.fsync, hashlib.file_digest = metered("fsync", os.fsync), metered("hash", hash
 report, profiled = sys.argv.pop(1), sys.argv.pop(1) == "profile"
 sys.argv.pop(0)
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import evaluate
+evaluate.grade_all = metered("grade", evaluate.grade_all)
 profile, begin = cProfile.Profile(), time.perf_counter()
 if profiled: profile.enable()
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -86,12 +88,13 @@ def run(folder: Path, script: str, threads: int, how: str) -> tuple[dict, int]:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    print("stage            1 thread   2 threads   again   tokens/s   fsync + hash")
+    print("stage            1 thread   2 threads   again   tokens/s   fsync + hash   grading")
     for script in INPUTS:
         one, count = run(folder, script, 1, "plain")
         two, again = (run(folder, script, 2, "plain")[0] for _ in range(2))
         s = [r["seconds"] for r in (one, two, again)]
         cost = (two["fsync"] + two["hash"]) / two["seconds"]
         speed = f"{count / s[1]:8.0f}" if count else f"{'':8}"
-        print(f"{script:16}{s[0]:7.1f} s{s[1]:10.1f} s{s[2]:7.1f} {speed} {cost:13.2%}")
+        grade = f"{two['grade'] / two['seconds']:10.1%}" if two["grade"] else ""
+        print(f"{script:16}{s[0]:7.1f} s{s[1]:10.1f} s{s[2]:7.1f} {speed} {cost:13.2%} {grade}")
         print(f"{'':16} {', '.join(run(folder, script, 1, 'profile')[0]['top'])}")
