@@ -53,18 +53,7 @@ import torch
 from transformers import HfArgumentParser
 
 from evaluate import TESTS, encode, exact_number, extract_answer, sandbox
-from model import (
-    LM,
-    Tree,
-    UserError,
-    fit,
-    flag,
-    fsync,
-    pack_trees,
-    replace,
-    step_logprobs,
-    whole_batches,
-)
+from model import LM, Tree, UserError, fit, flag, pack_trees, replace, step_logprobs, whole_batches
 
 # ------------------------------------------------------------ records and manifests
 
@@ -304,14 +293,14 @@ class Stage:
         replace(self.path, lambda p: p.write_text(json.dumps(self.manifest, indent=1)))
 
     def append(self, records: list[dict]):
-        """Write whole lines, fsynced before the next ones are made."""
-        if new := not self.out.exists():
+        """Write whole lines, flushed and fsynced before the next ones are made."""
+        if not self.out.exists():
             self._state()
+            replace(self.out, Path.touch)
         with self.out.open("ab") as f:
             f.write(b"".join(map(dump, records)))
-        fsync(self.out)
-        if new:
-            fsync(self.out.parent)
+            f.flush()
+            os.fsync(f.fileno())
 
     def finish(self, folder=None):
         """State that the output is whole; `folder(path)`, if given, writes it as a folder first."""
@@ -418,9 +407,9 @@ INPUTS = [-8, -1, 2, 5, 11, 32]
 
 
 class Task(NamedTuple):
-    """An embedded task. A skeleton is what a problem says, in JSON; its steps are [(kind, k)]."""
-
-    draw: Callable  # (rng, fewest steps) -> skeleton
+    draw: (
+        Callable  # (rng, fewest steps) -> skeleton: what a problem says; its steps are [(kind, k)]
+    )
     tell: Callable  # skeleton -> prompt
     solve: Callable  # (rng, skeleton, misread, slip) -> response, a line a step
     check: Callable  # skeleton -> {"answer"} or {"tests"}; None: luck would solve it
@@ -574,16 +563,13 @@ def build_tokenizer(texts: list[str]):
     pieces = r"<\|\w+\|>|\n| {4}| ?[A-Za-z]+| ?-?\d+| ?[^\sA-Za-z\d]"
     words = {w for text in texts for w in re.findall(pieces, text)}
     words |= {f" {i}" for i in range(-20, 100)}
-    vocabulary = [*special, "\n", *sorted(words - {"\n"})]
-    ids = {w: i for i, w in enumerate(vocabulary)}
+    ids = {w: i for i, w in enumerate([*special, "\n", *sorted(words - {"\n"})])}
     model = tk.Tokenizer(tk.models.WordLevel(ids, unk_token="<|unknown|>"))
     model.pre_tokenizer = tk.pre_tokenizers.Split(tk.Regex(pieces), "isolated")
     model.decoder = tk.decoders.Fuse()
     names = {"eos_token": "<|end|>", "pad_token": "<|end|>", "unk_token": "<|unknown|>"}
-    names["additional_special_tokens"] = special[1:3]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=model, clean_up_tokenization_spaces=False, **names
-    )
+    options = {"additional_special_tokens": special[1:3], "clean_up_tokenization_spaces": False}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, **names, **options)
     tokenizer.chat_template = (
         "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -649,7 +635,7 @@ class LeftOut(Exception):
 
 class Loader(NamedTuple):
     fields: str  # that every row must have
-    convert: Callable[[dict], dict]  # row -> prompt and answer; for code prompt, domain and tests
+    convert: Callable[[dict], dict]  # row -> prompt, and answer, tests, readings or response
     kind: str = "boxed"  # of INSTRUCTIONS
 
 
@@ -679,9 +665,9 @@ def read_rows(path: str | Path) -> list[dict]:
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{number + error.lineno - 1}: {error.msg}") from None
     rows = rows[0] if whole and rows else rows
-    columns = list(rows.values()) if isinstance(rows, dict) else []
-    if columns and all(isinstance(c, list) and len(c) == len(columns[0]) for c in columns):
-        rows = [dict(zip(rows, values, strict=True)) for values in zip(*columns, strict=True)]
+    if isinstance(rows, dict) and all(isinstance(column, list) for column in rows.values()):
+        with suppress(ValueError):  # columns of different lengths
+            rows = [dict(zip(rows, values)) for values in zip(*rows.values(), strict=True)]
     if not rows or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: no rows, or rows that are not JSON objects")
     return rows
@@ -713,12 +699,13 @@ def asdiv(row: dict) -> dict:
     return {"prompt": f"{row['body'].strip()} {row['question'].strip()}", "answer": row["answer"]}
 
 
-def question(field: str) -> Callable[[dict], dict]:
-    return lambda row: {"prompt": row[field], "answer": row["answer"]}
-
-
 def gsm8k(row: dict) -> dict:
     return {"prompt": row["question"], "answer": row["answer"].rpartition("####")[2]}
+
+
+def taken(**names: str) -> Callable[[dict], dict]:
+    """A converter that only renames: taken(prompt="problem") takes a row's problem as prompt."""
+    return lambda row: {new: row[old] for new, old in names.items()}
 
 
 # Sets of programs. Their converters give readings of the tests, of which one is to hold, and the
@@ -851,10 +838,10 @@ def livecodebench(row: dict) -> dict:
         tests |= {"kind": "call", "setup": LEETCODE}
         inputs = [[json.loads(line) for line in text.split("\n")] for text in inputs]
         outputs = [as_json(json.loads(text)) for text in outputs]
+    how = f"Complete this:\n{row['starter_code']}" if name else STDIN
     return {
         "id": f"livecodebench/test/{row['question_id']}",
-        "prompt": f"{row['question_content'].strip()}\n\n"
-        + (f"Complete this:\n{row['starter_code']}" if name else STDIN),
+        "prompt": f"{row['question_content'].strip()}\n\n{how}",
         "tests": tests | {"inputs": inputs, "outputs": outputs},
     }
 
@@ -867,9 +854,8 @@ def own(row: dict) -> dict:
     if unknown := tests.keys() - TESTS.keys():
         raise LeftOut(f"tests have no field {', '.join(sorted(unknown))}")
     kind = tests.get("kind", TESTS["kind"])
-    if kind not in ("call", "stdin", "assert") or not tests.get(
-        "code" if kind == "assert" else "inputs"
-    ):
+    needed = "code" if kind == "assert" else "inputs"
+    if kind not in ("call", "stdin", "assert") or not tests.get(needed):
         raise LeftOut("no tests")
     return {"prompt": row["prompt"], "domain": "code", "tests": tests}
 
@@ -888,72 +874,9 @@ def keep_solved(problems: list[dict], unsafe: bool) -> tuple[list[dict], list[tu
         todo = [i for i, t in enumerate(tries) if attempt < len(t) and verdicts[i] != "right"]
         for i, (verdict, _) in zip(todo, box.grade([tries[i][attempt] for i in todo])):
             verdicts[i], problems[i]["tests"] = verdict, tries[i][attempt][0]
-    kept = [p for p, verdict in zip(problems, verdicts) if verdict == "right"]
-    failed = [(p["id"], v) for p, v in zip(problems, verdicts) if v != "right"]
-    return kept, [(problem, f"its own solution: {verdict}") for problem, verdict in failed]
-
-
-PLUS = "task_id prompt entry_point canonical_solution base_input plus_input atol"
-LOADERS = {
-    "math": Loader("problem solution", boxed),
-    "math500": Loader("problem answer", question("problem")),
-    "gsm8k": Loader("question answer", gsm8k, "####"),
-    "minerva": Loader("problem solution", boxed),
-    "olympiadbench": Loader("question context final_answer unit", olympiadbench),
-    "college_math": Loader("question answer", question("question")),
-    "asdiv": Loader("body question answer", asdiv, "####"),
-    "mawps": Loader("input target", mawps, "####"),
-    "jsonl": Loader("prompt answer/tests", own),
-    "taco": Loader("question input_output solutions", apps, "program"),
-    "apps": Loader("question input_output solutions", apps, "program"),
-    "humaneval": Loader("task_id prompt entry_point canonical_solution test", humaneval, "program"),
-    "humaneval_plus": Loader(PLUS, plus, "program"),
-    "mbpp": Loader("task_id text code test_list test_setup_code", mbpp, "program"),
-    "mbpp_plus": Loader(f"{PLUS} assertion", plus, "program"),
-    "livecodebench": Loader(
-        "question_id question_content starter_code public_test_cases metadata",
-        livecodebench,
-        "program",
-    ),
-}
-
-
-def load_set(
-    name: str, path: str | Path, unsafe: bool = False
-) -> tuple[list[dict], list[tuple[str, str]]]:
-    """-> problems, and (id, reason) of each row left out. A file of another layout: UserError."""
-    if name not in LOADERS:
-        raise UserError(f"no data set is called {name!r}; there are {', '.join(LOADERS)}")
-    fields, convert, kind = LOADERS[name]
-    domain = "code" if kind == "program" else "math"
-    problems, left_out = [], []
-    for index, row in enumerate(read_rows(path)):
-        if any(row.keys().isdisjoint(field.split("/")) for field in fields.split()):
-            found = f"row {index} has the fields {', '.join(row)}"
-            wanted = fields.replace(" ", ", ").replace("/", " or ")
-            raise UserError(f"{path}: {found}; {name} wants {wanted}")
-        problem = {"id": f"{name}/{Path(path).name.split('.')[0]}/{index}", "source": name}
-        try:
-            problem |= {"domain": domain, "prompt": "", "answer": None, "tests": None}
-            problem |= convert(row)
-            if problem["answer"] is not None:
-                problem["answer"] = str(problem["answer"]).strip()
-            known = problem["answer"] or problem["tests"] or "readings" in problem
-            if not problem["prompt"] or not known:
-                raise LeftOut("no gold answer" if problem["prompt"] else "no question")
-            dump(problem)
-            problems.append(problem)
-        except (LeftOut, ValueError) as reason:  # no JSON in a field that should hold it, no text
-            left_out.append((problem["id"], str(reason).partition(" in position")[0]))
-    if any("readings" in problem for problem in problems):
-        problems, unsolved = keep_solved(problems, unsafe)
-        left_out += unsolved
-    return problems, left_out
-
-
-def normalised_question(text: str) -> str:
-    """Equal for two spellings of one question. Operators stay: a+b is another question than a-b."""
-    return re.sub(r"[^\w+\-*/^=<>|%]+|_+", " ", text.casefold()).strip()
+    graded = list(zip(problems, verdicts))
+    failed = [(p["id"], f"its own solution: {v}") for p, v in graded if v != "right"]
+    return [p for p, v in graded if v == "right"], failed
 
 
 def gsm8k_demos(row: dict) -> dict:
@@ -971,6 +894,75 @@ def asdiv_demos(row: dict) -> dict:
         raise LeftOut("the formula does not end in the answer")
     steps = re.sub(r"([-+*/=]|(?<=\d)r)", r" \1 ", formula).split(";")
     return {"prompt": asdiv(row)["prompt"], "response": "\n".join([*steps, f"#### {gold}"])}
+
+
+PLUS = "task_id prompt entry_point canonical_solution base_input plus_input atol"
+LIVE = "question_id question_content starter_code public_test_cases metadata"
+LOADERS = {
+    "math": Loader("problem solution", boxed),
+    "math500": Loader("problem answer", taken(prompt="problem", answer="answer")),
+    "gsm8k": Loader("question answer", gsm8k, "####"),
+    "minerva": Loader("problem solution", boxed),
+    "olympiadbench": Loader("question context final_answer unit", olympiadbench),
+    "college_math": Loader("question answer", taken(prompt="question", answer="answer")),
+    "asdiv": Loader("body question answer", asdiv, "####"),
+    "mawps": Loader("input target", mawps, "####"),
+    "jsonl": Loader("prompt answer/tests", own),
+    "taco": Loader("question input_output solutions", apps, "program"),
+    "apps": Loader("question input_output solutions", apps, "program"),
+    "humaneval": Loader("task_id prompt entry_point canonical_solution test", humaneval, "program"),
+    "humaneval_plus": Loader(PLUS, plus, "program"),
+    "mbpp": Loader("task_id text code test_list test_setup_code", mbpp, "program"),
+    "mbpp_plus": Loader(f"{PLUS} assertion", plus, "program"),
+    "livecodebench": Loader(LIVE, livecodebench, "program"),
+}
+DEMOS = {
+    "gsm8k": Loader("question answer", gsm8k_demos, "####"),
+    "asdiv": Loader("body question answer formula", asdiv_demos, "####"),
+    "jsonl": Loader("prompt response", taken(prompt="prompt", response="response"), ""),
+}
+
+
+def load_set(
+    name: str, path: str | Path, unsafe: bool = False, loaders: dict[str, Loader] = LOADERS
+) -> tuple[list[dict], list[tuple[str, str]]]:
+    """-> records, and (id, reason) of each row left out. A file of another layout: UserError."""
+    if name not in loaders:
+        what = "data set" if loaders is LOADERS else "set of demonstrations"
+        raise UserError(f"no {what} is called {name!r}; there are {', '.join(loaders)}")
+    fields, convert, kind = loaders[name]
+    domain = "code" if kind == "program" else "math"
+    records, left_out = [], []
+    for index, row in enumerate(read_rows(path)):
+        if any(row.keys().isdisjoint(field.split("/")) for field in fields.split()):
+            wanted = fields.replace(" ", ", ").replace("/", " or ")
+            raise UserError(f"{path}: row {index} has {', '.join(row)}; {name} wants {wanted}")
+        record = {"id": f"{name}/{Path(path).name.split('.')[0]}/{index}", "source": name}
+        record |= {"domain": domain, "prompt": "", "answer": None, "tests": None}
+        try:
+            record |= convert(row)
+            if record["answer"] is not None:
+                record["answer"] = str(record["answer"]).strip()
+            if not record["prompt"]:
+                raise LeftOut("no question")
+            if not any(record.get(k) for k in ("answer", "tests", "readings", "response")):
+                raise LeftOut("no gold answer")
+            dump(record)
+        except (LeftOut, ValueError) as reason:  # no JSON in a field that should hold it, no text
+            left_out.append((record["id"], str(reason).partition(" in position")[0]))
+            continue
+        if bad := misfit(record, {"prompt": str, "response": str | EllipsisType}):
+            raise UserError(f"{path}: row {index}: its {bad} is no text")
+        records.append(record)
+    if any("readings" in record for record in records):
+        records, unsolved = keep_solved(records, unsafe)
+        left_out += unsolved
+    return records, left_out
+
+
+def normalised_question(text: str) -> str:
+    """Equal for two spellings of one question. Operators stay: a+b is another question than a-b."""
+    return re.sub(r"[^\w+\-*/^=<>|%]+|_+", " ", text.casefold()).strip()
 
 
 # ------------------------------------------------------------ the stage
@@ -1005,67 +997,63 @@ def stage(s: Settings):
         raise UserError("--train and --test go together, and so do --base and --demos")
     if s.task not in TASKS:
         raise UserError(f"--task {s.task}: wanted {' or '.join(TASKS)}")
-    folder, problems, inputs = Path(s.out), None, {}
-    demos = [d for name, path in parse(s.demos) for d in load_demos(name, path, s)]
-    for spec in (s.train, s.test, s.demos):
-        for _, path in parse(spec):
-            inputs[path] = path
-    for split in ("train", "valid", "test"):
-        out = Stage(folder / f"{split}.jsonl", s, inputs)
+    folder, task, demos = Path(s.out), TASKS[s.task], load(s.demos, s, DEMOS)
+    sizes = {"train": s.train_size, "valid": s.valid_size, "test": s.test_size}
+    inputs = {path: path for spec in (s.train, s.test, s.demos) for _, path in parse(spec)}
+    outs = {split: Stage(folder / f"{split}.jsonl", s, inputs) for split in sizes}
+    if not all(out.complete for out in outs.values()):
+        problems = real_problems(s) if s.train else demo_problems(task, s.seed, sizes)
+    for split, out in outs.items():
         if not out.complete:
             out.begin()
-            if problems is None:
-                sizes = {"train": s.train_size, "valid": s.valid_size, "test": s.test_size}
-                problems = (
-                    real_problems(s) if s.train else demo_problems(TASKS[s.task], s.seed, sizes)
-                )
             out.append(problems[split][len(out.done) :])
             out.finish()
     if s.make_base and (s.demos or not s.train):
         base = Stage(folder / "base", s, inputs | ({"base": s.base} if s.base else {}))
         if not base.complete:
             base.begin()
-            tune_base(base, demos, folder, s) if demos else make_base(base, TASKS[s.task], s.seed)
+            tune_base(base, demos, folder, s) if demos else make_base(base, task, s.seed)
 
 
 def parse(spec: str) -> list[tuple[str, str]]:
     """ "gsm8k:a.jsonl,asdiv:b.jsonl" -> [("gsm8k", "a.jsonl"), ("asdiv", "b.jsonl")]"""
-    pairs = [part.partition(":") for part in spec.split(",") if part]
-    if bad := next((name for name, colon, path in pairs if not colon or not path), None):
-        raise UserError(f"{bad}: NAME:PATH is wanted, such as gsm8k:train.jsonl")
-    return [(name, path) for name, _, path in pairs]
+    pairs = [part.partition(":")[::2] for part in spec.split(",") if part]
+    if bad := [name for name, path in pairs if not path]:
+        raise UserError(f"{bad[0]}: NAME:PATH is wanted, such as gsm8k:train.jsonl")
+    return pairs
 
 
-def load(name: str, path: str, s: Settings) -> list[dict]:
-    """The problems of one set, with its instruction; says what was read and what left out."""
-    problems, left_out = load_set(name, path, s.unsafe)
-    print(f"{name} {path}: {len(problems) + len(left_out)} rows, {len(problems)} used")
-    for reason in sorted({r for _, r in left_out}):
-        ids = [i for i, r in left_out if r == reason]
-        print(
-            f"  left out, {reason}: {len(ids)} ({', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''})"
-        )
-    for p in problems:
-        kind = "program" if p["tests"] else LOADERS[name].kind
-        p["prompt"] = f"{p['prompt']}\n{s.instruction or INSTRUCTIONS[kind]}".strip()
-    return problems
+def load(spec: str, s: Settings, loaders: dict[str, Loader] = LOADERS) -> list[dict]:
+    """The records of some sets, with their instruction; says what was read and what left out."""
+    records = []
+    for name, path in parse(spec):
+        used, left_out = load_set(name, path, s.unsafe, loaders)
+        print(f"{name} {path}: {len(used) + len(left_out)} rows, {len(used)} used")
+        for reason in sorted({r for _, r in left_out}):
+            ids = [i for i, r in left_out if r == reason]
+            shown = ", ".join([*ids[:5], "..."] if len(ids) > 5 else ids)
+            print(f"  left out, {reason}: {len(ids)} ({shown})")
+        for r in used:
+            kind = "program" if r["tests"] else loaders[name].kind
+            instruction = kind and (s.instruction or INSTRUCTIONS[kind])
+            r["prompt"] = f"{r['prompt']}\n{instruction}".strip()
+        records += used
+    return records
 
 
 def real_problems(s: Settings) -> dict[str, list[dict]]:
     """Train, validation and test problems of data sets; no test question stays in training."""
-    test = [p for name, path in parse(s.test) for p in load(name, path, s)]
-    known, train, valid = {normalised_question(p["prompt"]) for p in test}, [], []
-    pool = [p for name, path in parse(s.train) for p in load(name, path, s)]
+    test, pool = load(s.test, s), load(s.train, s)
     for problems, spec in ((test, s.test), (pool, s.train)):
         if twice := [i for i, n in Counter(p["id"] for p in problems).items() if n > 1]:
             raise UserError(f"{spec}: two files give the id {twice[0]}; rename one of them")
-    clean = [p for p in pool if normalised_question(p["prompt"]) not in known]
-    print(
-        f"dropped from training, because the question is a test question: {len(pool) - len(clean)}"
-    )
+    train, valid = [], []
+    clean = without(pool, test)
+    dropped = len(pool) - len(clean)
+    print(f"dropped from training, because the question is a test question: {dropped}")
     for p in clean:
         key = f"{s.split_seed} {normalised_question(p['prompt'])}"
-        share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") / 2**32
+        share = int(digest(key)[:8], 16) / 2**32
         (valid if share < s.valid_share else train).append(p)
     if not train:
         raise UserError(f"{s.train}: no training problem is left; see the table above")
@@ -1074,14 +1062,16 @@ def real_problems(s: Settings) -> dict[str, list[dict]]:
     return {"train": train, "valid": valid, "test": test}
 
 
+def without(records: list[dict], others: list[dict]) -> list[dict]:
+    """The records whose question is none of the others'."""
+    known = {normalised_question(r["prompt"]) for r in others}
+    return [r for r in records if normalised_question(r["prompt"]) not in known]
+
+
 def tune_base(out: Stage, demos: list[dict], folder: Path, s: Settings):
     """Fine-tune --base on demonstrations of questions that are neither in valid nor in test."""
-    held_out = {
-        normalised_question(p["prompt"])
-        for split in ("valid", "test")
-        for p in read_jsonl(folder / f"{split}.jsonl", may_be_empty=True)
-    }
-    chosen = [d for d in demos if normalised_question(d["prompt"]) not in held_out]
+    held_out = [folder / "valid.jsonl", folder / "test.jsonl"]
+    chosen = without(demos, [p for path in held_out for p in read_jsonl(path, may_be_empty=True)])
     if not chosen:
         raise UserError(f"{s.demos}: every demonstration is of a held-out question; give others")
     print(f"{len(chosen)} demonstrations; {len(demos) - len(chosen)} are of held-out questions")
@@ -1089,27 +1079,6 @@ def tune_base(out: Stage, demos: list[dict], folder: Path, s: Settings):
     trees = [demo_tree(lm, d) for d in chosen]
     fine_tune(lm, trees, out.work, s.lr, batch=32, passes=s.passes, seed=s.seed, prompt_weight=0.0)
     out.finish(lm.save)
-
-
-def load_demos(name: str, path: str, s: Settings) -> list[dict]:
-    makers = {"gsm8k": gsm8k_demos, "asdiv": asdiv_demos, "jsonl": lambda row: row}
-    if name not in makers:
-        raise UserError(f"--demos {name}:{path}: demonstrations are made from {', '.join(makers)}")
-    demos = []
-    for row in read_rows(path):
-        try:
-            demo = makers[name](row)
-            demo = {"prompt": demo["prompt"], "response": demo["response"]}
-            dump(demo)
-            if bad := misfit(demo, {"prompt": str, "response": str}):
-                raise UserError(f"{path}: a demonstration whose {bad} is no text")
-            demos.append(demo)
-        except (LeftOut, UnicodeEncodeError):
-            continue
-        except KeyError as e:
-            raise UserError(f"{path}: a row without {e}; {name} demonstrations need it") from None
-    instruction = "" if name == "jsonl" else s.instruction or INSTRUCTIONS[LOADERS[name].kind]
-    return [{**d, "prompt": f"{d['prompt']}\n{instruction}".strip()} for d in demos]
 
 
 def make_base(out: Stage, task: Task, seed: int):
