@@ -5,17 +5,15 @@
     python prepare.py --out runs/gsm8k --train gsm8k:train.jsonl --test gsm8k:test.jsonl
 
 Reads:  nothing, or data sets in their native files.
-Writes: train.jsonl, valid.jsonl, test.jsonl, and base/ (an ordinary Hugging Face folder) where no
---train is given
+Writes: train.jsonl, valid.jsonl, test.jsonl and, without --train or with --demos, base/
     {"id": "demo/train/17", "source": "demo", "domain": "math", "prompt": "Ann has 6 coins. ...",
      "answer": "9", "tests": null}
 
-The embedded problems are chains of relations: "Ann has 6 coins. / Ben has twice as many as Ann. /
-..." A word-level model of 0.5M parameters first learns to solve them, then, shortly, from
-demonstrations in which some phrases are misread more often than not ("twice as many" as + 2). So
-the base model fails in a way that is visible in its steps, and knows the right way well enough to
-find it by sampling. With --task code they are small functions to write, "Let a be twice x. /
-Let b be a, but at least 5. ...", which are graded by running them.
+The embedded problems are chains of relations ("Ben has twice as many as Ann."). A word-level model
+of 0.5M parameters learns to solve them, then, shortly, from demonstrations in which some phrases
+are misread more often than not ("twice as many" as + 2). So the base model fails in a way that is
+visible in its steps, and knows the right way well enough to find it by sampling. With --task code
+they are small functions to write ("Let a be twice x."), graded by running them.
 """
 
 import ast
@@ -36,7 +34,6 @@ import signal
 import sys
 import time
 import zlib
-from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -117,7 +114,8 @@ def read_jsonl(path: Path, needs: tuple[str, ...] = ("id",), may_be_empty=False)
     path, records = Path(path), {}
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path, or run the stage that writes it")
-    for number, line in enumerate(path.read_bytes().removeprefix(BOM_UTF8).split(b"\n"), 1):
+    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    for number, line in enumerate(raw.split(b"\n"), 1):
         where = f"{path}:{number}"
         if not line.strip():
             continue
@@ -200,10 +198,10 @@ def dump(record: dict) -> bytes:
 class Stage:
     """One output of one stage: its lock, its manifest, and for JSONL its records.
 
-    The manifest `OUT.manifest.json` holds settings, code, input hashes and facts. Started again with
-    the same ones, the stage goes on where it stopped (`done` holds the records that are there);
-    with others it is refused. Making a Stage only looks: `complete` says that nothing is left to
-    do, before any model is loaded. `begin` locks the folder and starts or resumes.
+    The manifest `OUT.manifest.json` holds settings, code, hashes of the inputs, and facts. Started
+    again with the same ones, the stage goes on where it stopped (`done`: the records that are
+    there); with others it is refused. Making a Stage only looks: `complete` says that nothing is
+    left to do, before any model is loaded. `begin` locks the folder and starts or resumes.
 
     inputs    {name: path}; an input made by a stage must be complete and as that stage left it
     """
@@ -242,9 +240,7 @@ class Stage:
                 a, b = was.get(name), now.get(name)
                 if a != b:
                     what = f"{key} {name}".strip() + f" was {a}, is {b} now"
-                    raise UserError(
-                        f"{self.out}: {what}; --force starts over, or choose another --out"
-                    )
+                    raise UserError(f"{self.out}: {what}; --force starts over, or change --out")
         return old
 
     def begin(self, facts: dict | None = None, expects: dict | None = None):
@@ -407,9 +403,7 @@ INPUTS = [-8, -1, 2, 5, 11, 32]
 
 
 class Task(NamedTuple):
-    draw: (
-        Callable  # (rng, fewest steps) -> skeleton: what a problem says; its steps are [(kind, k)]
-    )
+    draw: Callable  # (rng, fewest steps) -> skeleton, what a problem says; steps are [(kind, k)]
     tell: Callable  # skeleton -> prompt
     solve: Callable  # (rng, skeleton, misread, slip) -> response, a line a step
     check: Callable  # skeleton -> {"answer"} or {"tests"}; None: luck would solve it
@@ -746,14 +740,15 @@ def as_json(value):
     return {"!json": value} if isinstance(value, (list, dict)) else value
 
 
+def program(problem_id: str, prompt: str, tests: dict, solution: str) -> dict:
+    return {"id": problem_id, "prompt": prompt, "readings": [tests], "solutions": [solution]}
+
+
 def humaneval(row: dict) -> dict:
-    tests = {"kind": "assert", "entry": row["entry_point"], "setup": row["prompt"]}
-    return {
-        "id": f"humaneval/test/{row['task_id'].split('/')[1]}",
-        "prompt": row["prompt"],
-        "readings": [tests | {"code": f"{row['test']}\ncheck({row['entry_point']})"}],
-        "solutions": [row["prompt"] + row["canonical_solution"]],
-    }
+    prompt, name, number = row["prompt"], row["entry_point"], row["task_id"].split("/")[1]
+    tests = {"kind": "assert", "entry": name, "setup": prompt}
+    tests["code"] = f"{row['test']}\ncheck({name})"
+    return program(f"humaneval/test/{number}", prompt, tests, prompt + row["canonical_solution"])
 
 
 def mbpp(row: dict) -> dict:
@@ -765,12 +760,9 @@ def mbpp(row: dict) -> dict:
     if not called:
         raise LeftOut("its tests call none of its functions")
     setup = f"import math, sys\n{row['test_setup_code']}"
-    return {
-        "id": f"mbpp/{split}/{number}",
-        "prompt": f"{row['text'].strip()}\nYour code should pass these tests:\n{asserts}",
-        "readings": [{"kind": "assert", "entry": called[0], "setup": setup, "code": asserts}],
-        "solutions": [row["code"]],
-    }
+    tests = {"kind": "assert", "entry": called[0], "setup": setup, "code": asserts}
+    prompt = f"{row['text'].strip()}\nYour code should pass these tests:\n{asserts}"
+    return program(f"mbpp/{split}/{number}", prompt, tests, row["code"])
 
 
 def plus(row: dict) -> dict:
@@ -791,12 +783,8 @@ def plus(row: dict) -> dict:
         code = f"for i in inputs: assert abs(poly(*i, {name}(*i))) <= {row['atol']}"
     tests = {"kind": "assert" if code else "call", "entry": name, "setup": start, "code": code}
     tests |= {"inputs": list(map(encode, inputs)), "outputs": None, "atol": row["atol"] or 1e-6}
-    return {
-        "id": f"{'mbpp' if asserts else 'humaneval'}_plus/test/{number}",
-        "prompt": row["prompt"],
-        "readings": [tests],
-        "solutions": [start + row["canonical_solution"]],
-    }
+    problem_id = f"{'mbpp' if asserts else 'humaneval'}_plus/test/{number}"
+    return program(problem_id, row["prompt"], tests, start + row["canonical_solution"])
 
 
 def literal_calls(assertions: str, name: str):
@@ -923,9 +911,7 @@ DEMOS = {
 }
 
 
-def load_set(
-    name: str, path: str | Path, unsafe: bool = False, loaders: dict[str, Loader] = LOADERS
-) -> tuple[list[dict], list[tuple[str, str]]]:
+def load_set(name: str, path: str | Path, unsafe=False, loaders=LOADERS) -> tuple[list, list]:
     """-> records, and (id, reason) of each row left out. A file of another layout: UserError."""
     if name not in loaders:
         what = "data set" if loaders is LOADERS else "set of demonstrations"
@@ -1012,7 +998,10 @@ def stage(s: Settings):
         base = Stage(folder / "base", s, inputs | ({"base": s.base} if s.base else {}))
         if not base.complete:
             base.begin()
-            tune_base(base, demos, folder, s) if demos else make_base(base, task, s.seed)
+            if s.demos:
+                tune_base(base, demos, folder, s)
+            else:
+                make_base(base, task, s.seed)
 
 
 def parse(spec: str) -> list[tuple[str, str]]:
@@ -1073,7 +1062,7 @@ def tune_base(out: Stage, demos: list[dict], folder: Path, s: Settings):
     held_out = [folder / "valid.jsonl", folder / "test.jsonl"]
     chosen = without(demos, [p for path in held_out for p in read_jsonl(path, may_be_empty=True)])
     if not chosen:
-        raise UserError(f"{s.demos}: every demonstration is of a held-out question; give others")
+        raise UserError(f"{s.demos}: no demonstration is left beside held-out questions; add some")
     print(f"{len(chosen)} demonstrations; {len(demos) - len(chosen)} are of held-out questions")
     lm = LM(s.base, train=True, dtype=s.dtype)
     trees = [demo_tree(lm, d) for d in chosen]
