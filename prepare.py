@@ -5,17 +5,15 @@
     python prepare.py --out runs/gsm8k --train gsm8k:train.jsonl --test gsm8k:test.jsonl
 
 Reads:  nothing, or data sets in their native files.
-Writes: train.jsonl, valid.jsonl, test.jsonl, and base/ (an ordinary Hugging Face folder) where no
---train is given
+Writes: train.jsonl, valid.jsonl, test.jsonl and, without --train or with --demos, base/
     {"id": "demo/train/17", "source": "demo", "domain": "math", "prompt": "Ann has 6 coins. ...",
      "answer": "9", "tests": null}
 
-The embedded problems are chains of relations: "Ann has 6 coins. / Ben has twice as many as Ann. /
-..." A word-level model of 0.5M parameters first learns to solve them, then, shortly, from
-demonstrations in which some phrases are misread more often than not ("twice as many" as + 2). So
-the base model fails in a way that is visible in its steps, and knows the right way well enough to
-find it by sampling. With --task code they are small functions to write, "Let a be twice x. /
-Let b be a, but at least 5. ...", which are graded by running them.
+The embedded problems are chains of relations ("Ben has twice as many as Ann."). A word-level model
+of 0.5M parameters learns to solve them, then, shortly, from demonstrations in which some phrases
+are misread more often than not ("twice as many" as + 2). So the base model fails in a way that is
+visible in its steps, and knows the right way well enough to find it by sampling. With --task code
+they are small functions to write ("Let a be twice x."), graded by running them.
 """
 
 import ast
@@ -37,13 +35,13 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
-from functools import cache, reduce
+from functools import cache
 from importlib.metadata import version
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from types import EllipsisType
 from typing import NamedTuple, get_args
@@ -52,21 +50,22 @@ import torch
 from transformers import HfArgumentParser
 
 from evaluate import TESTS, encode, exact_number, extract_answer, sandbox
-from model import LM, Tree, UserError, fit, flag, fsync, pack_trees, replace, step_logprobs
+from model import LM, Tree, UserError, fit, flag, pack_trees, replace, step_logprobs, whole_batches
 
 # ------------------------------------------------------------ records and manifests
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:
     """Hash of a file or a folder's files; remembered by size and time in .sha256.json beside."""
     path = Path(path)
     if path.is_dir():
-        parts = [
-            f"{p.relative_to(path)} {sha256(p)}"
-            for p in sorted(path.rglob("*"))
-            if p.is_file() and not p.name.startswith(".sha256.json")
-        ]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        files = (p for p in sorted(path.rglob("*")) if p.is_file())
+        own = [p for p in files if not p.name.startswith(".sha256.json")]
+        return digest("\n".join(f"{p.relative_to(path)} {sha256(p)}" for p in own))
     memory, stat = path.parent / ".sha256.json", path.stat()
     try:
         known = json.loads(memory.read_text())
@@ -86,8 +85,15 @@ def fingerprint(model: str) -> str:
     folder = Path(model)
     if not folder.is_dir():
         return str(model)
-    parts = [sha256(p) for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".bin")]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()
+    weights = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".bin")]
+    return digest("".join(map(sha256, weights)))
+
+
+def tokenizer_facts(lm: LM) -> dict:
+    """Hashes of the vocabulary and of the chat template: records made with others do not fit."""
+    vocabulary = json.dumps(sorted(lm.tokenizer.get_vocab().items()))
+    template = str(lm.tokenizer.chat_template)
+    return {"tokenizer": digest(vocabulary)[:16], "template": digest(template)[:16]}
 
 
 def actor_facts(lm: LM, max_new: int) -> dict:
@@ -96,67 +102,44 @@ def actor_facts(lm: LM, max_new: int) -> dict:
     return {**facts, "grader": version("math-verify"), **tokenizer_facts(lm)}
 
 
-def tokenizer_facts(lm: LM) -> dict:
-    """Hashes of the vocabulary and of the chat template: records made with others do not fit."""
-    vocabulary = json.dumps(sorted(lm.tokenizer.get_vocab().items()))
-    template = str(lm.tokenizer.chat_template)
-    return {
-        k: hashlib.sha256(v.encode()).hexdigest()[:16]
-        for k, v in [("tokenizer", vocabulary), ("template", template)]
-    }
-
-
 KINDS = {"id": str | int, "prompt": str, "answer": str, "tests": dict}
 KINDS |= {"prompt_ids": list, "nodes": list, "responses": list}
 
 
-def read_jsonl(path: Path, needs: tuple[str, ...] = ("id",), torn_tail: bool = False) -> list[dict]:
+def read_jsonl(path: Path, needs: tuple[str, ...] = ("id",), may_be_empty=False) -> list[dict]:
     """All records of a JSONL file. A broken line is an error that names file and line.
 
     needs: fields that must be there and not empty; "answer or tests": one of them.
-    torn_tail=True (a file that was being written): a last line without its line break is dropped.
     """
-    path = Path(path)
+    path, records = Path(path), {}
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path, or run the stage that writes it")
     raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    lines = raw.split(b"\n")
-    tail = lines.pop()
-    if tail and not torn_tail:
-        lines.append(tail)
-    records, seen = [], set()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(raw.split(b"\n"), 1):
         where = f"{path}:{number}"
         if not line.strip():
             continue
         try:
-            record = json.loads(line.decode("utf-8"))
-            if b"\\ud" in line:  # half a surrogate pair is JSON, but no text
+            record = json.loads(line.decode())
+            if b"\\u" in line:  # half a surrogate pair is JSON, but no text
                 dump(record)
-        except UnicodeDecodeError:
-            raise UserError(f"{where}: not UTF-8; convert the file (iconv -t utf-8)") from None
         except (ValueError, RecursionError) as e:
-            raise UserError(f"{where}: not JSON ({e}); one JSON object a line is wanted") from None
-        known = record if isinstance(record, dict) else {}
-        usable = {k for k, kind in KINDS.items() if isinstance(known.get(k), kind)}
-        usable -= {k for k in usable if known[k] in ("", [], {})}
+            raise UserError(f"{where}: not JSON in UTF-8 ({e}); one object a line is wanted") from e
+        record = record if isinstance(record, dict) else {}
+        usable = {k for k, kind in KINDS.items() if isinstance(record.get(k), kind)}
+        usable -= {k for k in usable if record[k] in ("", [], {})}
         missing = [need for need in needs if usable.isdisjoint(need.split(" or "))]
-        if known.get("tests") and misfit(known["tests"], {"setup": str | EllipsisType}):
+        if record.get("tests") and misfit(record["tests"], {"setup": str | EllipsisType}):
             missing = ["tests"]
         if missing:
-            found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise UserError(
-                f"{where}: no usable {', '.join(missing)} (found: {found}); is this the right file?"
-            )
-        if record.get("id") in seen:
-            raise UserError(
-                f"{where}: the id {record['id']!r} stands in this file twice; make ids unique"
-            )
-        seen.add(record.get("id"))
-        records.append(record)
-    if not records and not torn_tail:
+            found = f"no usable {', '.join(missing)} (found: {', '.join(record) or 'no object'})"
+            raise UserError(f"{where}: {found}; is this the right file?")
+        if record["id"] in records:
+            raise UserError(f"{where}: the id {record['id']!r} is there twice; make ids unique")
+        records[record["id"]] = record
+    if not records and not may_be_empty:
         raise UserError(f"{path}: empty; one JSON object a line is wanted")
-    return records
+    return list(records.values())
 
 
 NODE = {"parent": int, "ids": [int], "text": str, "draws": int, "n": int, "wins": int}
@@ -171,9 +154,7 @@ def misfit(value, shape, name: str = "") -> str | None:
     if isinstance(shape, list) and isinstance(value, list):
         found = (misfit(x, shape[0], f"{name}[{i}]") for i, x in enumerate(value))
     elif isinstance(shape, dict) and isinstance(value, dict):
-        found = (
-            misfit(value.get(k, ...), part, f"{name} {k}".strip()) for k, part in shape.items()
-        )
+        found = (misfit(value.get(k, ...), s, f"{name} {k}".strip()) for k, s in shape.items())
     else:
         huge = type(value) is int and abs(value) >> 62  # more than a tensor holds
         fits = type(value) in (get_args(shape) or [shape]) and not huge
@@ -201,8 +182,7 @@ def read_samples(path: str) -> list[dict]:
     for r in records:
         bad = misfit(r, {"prompt_ids": [int], "kept": [int], "responses": [RESPONSE]})
         for x in [] if bad else r["responses"]:
-            cuts = [0, *x["ends"]]
-            if cuts[-1] != len(x["ids"]) or any(a >= b for a, b in pairwise(cuts)):
+            if [0, *x["ends"]] != sorted({0, *x["ends"], len(x["ids"])}):
                 bad = "ends"
         if not bad and not {*r["kept"]} <= {*range(len(r["responses"]))}:
             bad = "kept"
@@ -218,10 +198,10 @@ def dump(record: dict) -> bytes:
 class Stage:
     """One output of one stage: its lock, its manifest, and for JSONL its records.
 
-    The manifest `OUT.manifest.json` holds settings, code, input hashes and facts. Started again with
-    the same ones, the stage goes on where it stopped (`done` holds the records that are there);
-    with others it is refused. Making a Stage only looks: `complete` says that nothing is left to
-    do, before any model is loaded. `begin` locks the folder and starts or resumes.
+    The manifest `OUT.manifest.json` holds settings, code, hashes of the inputs, and facts. Started
+    again with the same ones, the stage goes on where it stopped (`done`: the records that are
+    there); with others it is refused. Making a Stage only looks: `complete` says that nothing is
+    left to do, before any model is loaded. `begin` locks the folder and starts or resumes.
 
     inputs    {name: path}; an input made by a stage must be complete and as that stage left it
     """
@@ -230,22 +210,17 @@ class Stage:
         self.out, self.began = Path(out), time.perf_counter()
         self.path, self.inputs, self.done = Path(f"{self.out}.manifest.json"), inputs, []
         if self.out.exists() and not self.path.exists():
-            raise UserError(
-                f"{self.out}: there already, and not by this pipeline; choose another --out"
-            )
+            raise UserError(f"{out}: there already, and not by this pipeline; choose another --out")
         if self.out.resolve() in [Path(path).resolve() for path in inputs.values()]:
             raise UserError(f"{self.out}: is an input too; choose another --out")
-        self.force, flags = settings.force, asdict(settings)
-        for key in ("out", "force", *inputs):
-            flags.pop(key, None)
-        files = {Path(sys.argv[0]).name, "model.py", "prepare.py", "evaluate.py"}
-        code = hashlib.sha256(
-            b"".join((Path(__file__).parent / f).read_bytes() for f in sorted(files))
-        ).hexdigest()
+        self.force, script = settings.force, Path(sys.argv[0])
+        flags = {k: v for k, v in asdict(settings).items() if k not in ("out", "force", *inputs)}
+        files = sorted({script.name, "model.py", "prepare.py", "evaluate.py"})
+        code = "".join(Path(__file__).with_name(name).read_text("utf-8") for name in files)
         self.manifest = {
-            "stage": Path(sys.argv[0]).stem,
-            "settings": json.loads(json.dumps(flags)),
-            "code": code[:16],
+            "stage": script.stem,
+            "settings": flags,
+            "code": digest(code)[:16],
             "grader": version("math-verify"),
             "inputs": {key: _checked_input(key, str(path)) for key, path in inputs.items()},
         }
@@ -255,30 +230,52 @@ class Stage:
             print(f"{self.out}: complete, nothing to do")
 
     def _same_as_before(self) -> dict:
-        """The manifest of an earlier start, if it does not differ from this one's."""
+        """The manifest of an earlier start; an error if it differs from this one's."""
         old = {} if self.force else read_manifest(self.out)
-        if old and (difference := _difference(old, self.manifest)):
-            raise UserError(
-                f"{self.out}: {difference}; --force starts over, another --out keeps both"
-            )
+        for key in ("stage", "settings", "inputs", "facts", "code", "grader") if old else ():
+            was, now = old[key], self.manifest.get(key, old[key])  # facts come with `begin`
+            if not isinstance(was, dict):
+                was, now = {"": was}, {"": now}
+            for name in sorted({*was, *now}):
+                a, b = was.get(name), now.get(name)
+                if a != b:
+                    what = f"{key} {name}".strip() + f" was {a}, is {b} now"
+                    raise UserError(f"{self.out}: {what}; --force starts over, or change --out")
         return old
 
     def begin(self, facts: dict | None = None, expects: dict | None = None):
-        """Take the folder's lock and find the records that are there.
+        """Take the folder's lock and find the records that are there; a torn last line is dropped.
 
         facts     {fact: value} that the manifest states for the stages that come after
         expects   {fact: value} that inputs' manifests must agree with, where they state that fact
         """
-        for path in self.inputs.values():
-            _agree(path, expects or {})
+        for path, (fact, now) in product(self.inputs.values(), (expects or {}).items()):
+            was = read_manifest(path).get("facts", {}).get(fact, now)
+            if was != now:
+                made = f"made with {fact} {was[:16]}, this run has {now[:16]}"
+                raise UserError(f"{path}: {made}; pass that {fact}, or make it anew")
         self.manifest["facts"] = facts or {}
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        self._lock()
+        self.lock = (self.out.parent / ".lock").open("w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.out.parent}: another stage is writing here; wait") from None
         self._same_as_before()
-        if self.force:
-            _remove(self.out, Path(f"{self.out}.work"), self.path)
+        for path in (self.out, Path(f"{self.out}.work"), self.path) if self.force else ():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
         if self.out.is_file():
-            self._repair()
+            raw = self.out.read_bytes()
+            whole = raw.rfind(b"\n") + 1
+            if whole < len(raw):
+                print(f"{self.out}: dropped a torn last line of {len(raw) - whole} bytes")
+                os.truncate(self.out, whole)
+            self.done = read_jsonl(self.out, may_be_empty=True)
+            if self.done:
+                print(f"{self.out}: resuming after {len(self.done)} records")
         return self
 
     @property
@@ -291,37 +288,15 @@ class Stage:
         """Write the manifest; a run that was refused before its first record leaves none behind."""
         replace(self.path, lambda p: p.write_text(json.dumps(self.manifest, indent=1)))
 
-    def _lock(self):
-        self.lock = (self.out.parent / ".lock").open("w")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{self.out.parent}: another stage is writing here; wait for it"
-            ) from None
-
-    def _repair(self):
-        """Keep the whole records, drop a torn last line."""
-        self.done = read_jsonl(self.out, torn_tail=True)
-        size, raw = self.out.stat().st_size, self.out.read_bytes()
-        whole = raw.rfind(b"\n") + 1
-        if whole < size:
-            print(f"{self.out}: dropped a torn last line of {size - whole} bytes")
-            os.truncate(self.out, whole)
-        if self.done:
-            print(f"{self.out}: resuming after {len(self.done)} records")
-
     def append(self, records: list[dict]):
         """Write whole lines, flushed and fsynced before the next ones are made."""
-        new = not self.out.exists()
-        if new:
+        if not self.out.exists():
             self._state()
+            replace(self.out, Path.touch)
         with self.out.open("ab") as f:
             f.write(b"".join(map(dump, records)))
             f.flush()
             os.fsync(f.fileno())
-        if new:
-            fsync(self.out.parent)
 
     def finish(self, folder=None):
         """State that the output is whole; `folder(path)`, if given, writes it as a folder first."""
@@ -342,30 +317,12 @@ def _checked_input(key: str, path: str) -> str:
             return path  # a hub id
         raise UserError(f"{path}: no such file; check --{key}, or run the stage that writes it")
     found, made = sha256(path), read_manifest(path)
-    if not made:
-        return found
-    if "output" not in made:
-        raise UserError(
-            f"{path}: unfinished; run {made['stage']}.py again with the same flags, it goes on"
-        )
-    if made["output"] != found:
-        raise UserError(
-            f"{path}: changed since {made['stage']}.py wrote it ({made['output'][:8]}, now "
-            f"{found[:8]}); restore it, or make it anew with --force"
-        )
+    if made and "output" not in made:
+        raise UserError(f"{path}: unfinished; run {made['stage']}.py again with the same flags")
+    if made and made["output"] != found:
+        change = f"changed since {made['stage']}.py wrote it"
+        raise UserError(f"{path}: {change}; restore it, or make it anew with --force")
     return found
-
-
-def _agree(path: str, expects: dict):
-    """Refuse an input whose stage had another actor, tokenizer, grader ... than this one."""
-    made = read_manifest(path)
-    for fact, value in expects.items():
-        was = made.get("facts", {}).get(fact, value)
-        if was != value:
-            raise UserError(
-                f"{path}: made with {fact} {was[:16]}, this run has {value[:16]}; pass that {fact}, "
-                "or make it anew"
-            )
 
 
 def read_manifest(path: Path) -> dict:
@@ -375,33 +332,9 @@ def read_manifest(path: Path) -> dict:
         return {}
     with suppress(ValueError):
         made = json.loads(manifest.read_text())
-        words = not misfit(made, MANIFEST) and [
-            made.get("output", "0"),
-            *made["facts"].values(),
-        ]
-        if words and all(isinstance(w, str) and w.isprintable() for w in words):
+        if not misfit(made, MANIFEST) and all(isinstance(v, str) for v in made["facts"].values()):
             return made
     raise UserError(f"{manifest}: broken; remove it with its output, and make that anew")
-
-
-def _difference(old: dict, new: dict) -> str | None:
-    """The first field in which two manifests differ, with both values."""
-    for key in ("stage", "settings", "inputs", "facts", "code", "grader"):
-        a, b = old.get(key), new.get(key, old.get(key))  # facts come with `begin`
-        if not isinstance(a, dict):
-            a, b = {"": a}, {"": b}
-        for name in sorted({*a, *b}):
-            if a.get(name) != b.get(name):
-                return f"{key} {name}".strip() + f" was {a.get(name)}, is {b.get(name)} now"
-    return None
-
-
-def _remove(*paths: Path):
-    for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def main(stage, settings_class, doc: str):
@@ -420,25 +353,23 @@ def main(stage, settings_class, doc: str):
     try:
         settings = settings_class(**vars(parser.parse_args()))
         check_numbers(settings)
-        stage(settings)
+        return stage(settings)
     except UserError as e:
-        sys.exit(_say(e, 2))
+        code, line = 2, f"error: {e}"
     except (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError) as e:
-        sys.exit(_say(f"{e.filename}: {e.strerror}", 2))
+        code, line = 2, f"error: {e.filename}: {e.strerror}"
     except OSError as e:
-        sys.exit(
-            _say(
-                f"{e.filename or settings.out}: {e.strerror}; make room, the same command goes on",
-                1,
-            )
-        )
+        where = e.filename or settings.out
+        code, line = 1, f"error: {where}: {e.strerror}; make room, the same command goes on"
     except KeyboardInterrupt:
         again = shlex.join(a for a in sys.argv if a != "--force")
-        sys.exit(_say(f"stopped; to go on: python {again}", 130))
+        code, line = 130, f"stopped; to go on: python {again}"
+    print(*line.splitlines(), file=sys.stderr)
+    sys.exit(code)
 
 
 def check_numbers(settings):
-    """Refuse numbers that are negative, not finite, or 0 where that is neither the default nor of use."""
+    """Refuse numbers that are negative or not finite, and 0 where it is no default and no use."""
     for f in fields(settings):
         value, zero = getattr(settings, f.name), f.name in ("kappa", "gap", "valid_share")
         good = isinstance(value, bool) or value == f.default or (value == 0 and zero)
@@ -446,22 +377,15 @@ def check_numbers(settings):
             raise UserError(f"--{f.name} {value}: wanted a finite number above 0")
 
 
-def _say(message, code: int) -> int:
-    line = " ".join(str(message).splitlines())
-    print(f"error: {line}" if code != 130 else line, file=sys.stderr)
-    return code
-
-
 # ------------------------------------------------------------ the embedded problems
 
-NAMES = ["Ann", "Ben", "Cai", "Dia", "Eli"]
-# phrase, right reading, misreading, share of demonstrations that misread it
+# kind of step: phrase, right reading, misreading, share of demonstrations that misread it
 RELATIONS = {
-    "more": ("{k} more than {a}", "+", "-", 0.03),
-    "fewer": ("{k} fewer than {a}", "-", "+", 0.15),
-    "twice": ("twice as many as {a}", "* 2", "+ 2", 0.72),
-    "thrice": ("3 times as many as {a}", "* 3", "+ 3", 0.38),
-    "half": ("half as many as {a}", "/ 2", "- 2", 0.60),
+    "more": ("{k} more than {x}", "{x} + {k}", "{x} - {k}", 0.03),
+    "fewer": ("{k} fewer than {x}", "{x} - {k}", "{x} + {k}", 0.15),
+    "twice": ("twice as many as {x}", "{x} * 2", "{x} + 2", 0.72),
+    "thrice": ("3 times as many as {x}", "{x} * 3", "{x} + 3", 0.38),
+    "half": ("half as many as {x}", "{x} / 2", "{x} - 2", 0.60),
 }
 OPERATIONS = {
     "more": ("{k} more than {x}", "{x} + {k}", "{x} - {k}", 0.03),
@@ -473,18 +397,13 @@ OPERATIONS = {
     "half": ("half of {x}, rounded down", "{x} // 2", "{x} - 2", 0.30),
     "over": ("{k} if {x} is over 9, else {x}", "{k} if {x} > 9 else {x}", "{k} if {x} < 9 else {x}", 0.10),
 }  # fmt: skip
+NAMES = ["Ann", "Ben", "Cai", "Dia", "Eli"]
 VARIABLES = "xabcd"
 INPUTS = [-8, -1, 2, 5, 11, 32]
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 
 
 class Task(NamedTuple):
-    """An embedded task. A skeleton is what a problem says, in JSON."""
-
-    draw: Callable  # (rng, fewest steps) -> skeleton
+    draw: Callable  # (rng, fewest steps) -> skeleton, what a problem says; steps are [(kind, k)]
     tell: Callable  # skeleton -> prompt
     solve: Callable  # (rng, skeleton, misread, slip) -> response, a line a step
     check: Callable  # skeleton -> {"answer"} or {"tests"}; None: luck would solve it
@@ -496,63 +415,69 @@ def read(rng: random.Random, phrase: tuple, misread: bool) -> str:
     return wrong if misread and rng.random() < share else right
 
 
-def apply(value: int, sign: str, k: int) -> int:
-    return {"+": value + k, "-": value - k, "*": value * k, "/": value // k}[sign]
+def readings(phrases: dict, steps: list) -> Iterator[tuple[str, ...]]:
+    """Every reading of all steps, as expressions of x; the first is right throughout."""
+    return product(*([text.format(x="x", k=k) for text in phrases[kind][1:3]] for kind, k in steps))
+
+
+def value(x: int, reading: tuple[str, ...]) -> int:
+    """x after these expressions, one after the other."""
+    for text in reading:
+        x = math.floor(expression(text)(x))
+    return x
+
+
+@cache
+def expression(text: str) -> Callable[[int], float]:
+    return eval(f"lambda x: {text}")  # ours, of RELATIONS or OPERATIONS
 
 
 def draw_chain(rng: random.Random, fewest: int = 2) -> tuple[int, list]:
-    """A first value and up to 4 relations [(kind, k)]; all values from 1 to 20."""
-    value = first = rng.randint(1, 20)
+    """A first value and up to 4 relations; all values are whole, from 1 to 20."""
+    x = first = rng.randint(1, 20)
     steps = []
     for _ in range(rng.randint(fewest, 4)):
-        while True:
+        new = 0
+        while new not in range(1, 21):
             kind, k = rng.choice(list(RELATIONS)), rng.randint(1, 9)
-            sign, _, constant = RELATIONS[kind][1].partition(" ")
-            k = int(constant or k)
-            new = apply(value, sign, k)
-            if 1 <= new <= 20 and not (sign == "/" and value % 2):
-                break
-        steps.append((kind, k))
-        value = new
+            text = RELATIONS[kind][1].format(x="x", k=k)
+            new = expression(text)(x)
+        steps.append((kind, int(text.split()[-1])))
+        x = int(new)
     return first, steps
 
 
 def tell_chain(skeleton: tuple[int, list]) -> str:
-    """The problem's text."""
     first, steps = skeleton
     lines = [f"{NAMES[0]} has {first} coins."]
-    for (kind, k), a, b in zip(steps, NAMES, NAMES[1:]):
-        lines.append(f"{b} has {RELATIONS[kind][0].format(k=k, a=a)}.")
+    for (kind, k), x, y in zip(steps, NAMES, NAMES[1:]):
+        lines.append(f"{y} has {RELATIONS[kind][0].format(x=x, k=k)}.")
     return "\n".join([*lines, f"How many coins does {NAMES[len(steps)]} have?"])
 
 
 def solve_chain(rng: random.Random, skeleton: tuple[int, list], misread=False, slip=0.0) -> str:
     """A solution, a line a relation: "Ben: 6 * 2 = 12"."""
-    value, steps = skeleton
+    x, steps = skeleton
     lines = []
     for (kind, k), name in zip(steps, NAMES[1:]):
-        sign = read(rng, RELATIONS[kind], misread).split()[0]
-        new = apply(value, sign, k)
+        text = read(rng, RELATIONS[kind], misread)
+        new = value(x, [text.format(x="x", k=k)])
         if rng.random() < slip:
             new += rng.choice([-1, 1])
-        lines.append(f"{name}: {value} {sign} {k} = {new}")
-        value = new
-    return "\n".join([*lines, f"The answer is {value}."])
+        lines.append(f"{name}: {text.format(x=x, k=k)} = {new}")
+        x = new
+    return "\n".join([*lines, f"The answer is {x}."])
 
 
 def check_chain(skeleton: tuple[int, list]) -> dict | None:
     """Its answer; None if some of its misreadings would end in the same."""
     first, steps = skeleton
-    signs = [[reading.split()[0] for reading in RELATIONS[kind][1:3]] for kind, _ in steps]
-    right, *wrong = (
-        reduce(lambda x, step: apply(x, step[0], step[1][1]), zip(path, steps), first)
-        for path in product(*signs)
-    )
+    right, *wrong = (value(first, reading) for reading in readings(RELATIONS, steps))
     return None if right in wrong else {"answer": str(right)}
 
 
 def draw_function(rng: random.Random, fewest: int = 2) -> list:
-    """Up to 4 operations [(kind, k)]; a k that the phrase does not name is 0."""
+    """Up to 4 operations; a k that the phrase does not name is 0."""
     steps = []
     for _ in range(rng.randint(fewest, 4)):
         kind, k = rng.choice(list(OPERATIONS)), rng.randint(1, 9)
@@ -560,41 +485,28 @@ def draw_function(rng: random.Random, fewest: int = 2) -> list:
     return steps
 
 
-def tell_function(skeleton: list) -> str:
+def tell_function(steps: list) -> str:
     lines = ["Write f(x)."]
-    for (kind, k), x, y in zip(skeleton, VARIABLES, VARIABLES[1:]):
+    for (kind, k), x, y in zip(steps, VARIABLES, VARIABLES[1:]):
         lines.append(f"Let {y} be {OPERATIONS[kind][0].format(x=x, k=k)}.")
-    return "\n".join([*lines, f"Return {VARIABLES[len(skeleton)]}."])
+    return "\n".join([*lines, f"Return {VARIABLES[len(steps)]}."])
 
 
-def solve_function(rng: random.Random, skeleton: list, misread=False, slip=0.0) -> str:
+def solve_function(rng: random.Random, steps: list, misread=False, slip=0.0) -> str:
     """The function, a line an operation: "    a = x * 2"."""
     lines = ["def f(x):"]
-    for (kind, k), x, y in zip(skeleton, VARIABLES, VARIABLES[1:]):
+    for (kind, k), x, y in zip(steps, VARIABLES, VARIABLES[1:]):
         if rng.random() < slip:
             k += rng.choice([-1, 1])
         lines.append(f"{y} = {read(rng, OPERATIONS[kind], misread).format(x=x, k=k)}")
-    return "\n    ".join([*lines, f"return {VARIABLES[len(skeleton)]}"])
+    return "\n    ".join([*lines, f"return {VARIABLES[len(steps)]}"])
 
 
-def check_function(skeleton: list) -> dict | None:
+def check_function(steps: list) -> dict | None:
     """Its tests; None if some of its misreadings would pass them."""
-    readings = [[text.format(x="x", k=k) for text in OPERATIONS[kind][1:3]] for kind, k in skeleton]
-    right, *wrong = ([value(steps, x) for x in INPUTS] for steps in product(*readings))
+    right, *wrong = ([value(x, reading) for x in INPUTS] for reading in readings(OPERATIONS, steps))
     tests = {"kind": "call", "entry": "f", "inputs": [[x] for x in INPUTS], "outputs": right}
     return None if right in wrong else {"domain": "code", "tests": tests}
-
-
-def value(steps: tuple[str, ...], x: int) -> int:
-    """x after these expressions, one after the other."""
-    for step in steps:
-        x = expression(step)(x)
-    return x
-
-
-@cache
-def expression(text: str) -> Callable[[int], int]:
-    return eval(f"lambda x: {text}")  # ours, of OPERATIONS
 
 
 TASKS = {
@@ -603,29 +515,25 @@ TASKS = {
 }
 
 
+def split_of(skeleton) -> str:
+    bucket = int(digest(json.dumps(skeleton))[:2], 16) % 10
+    return "test" if bucket < 2 else "valid" if bucket < 4 else "train"
+
+
 def demo_problems(task: Task, seed: int, sizes: dict[str, int]) -> dict[str, list[dict]]:
     """Problems of each split; the hash of a skeleton says which split."""
     rng, problems, seen = random.Random(f"problems {seed}"), {s: [] for s in sizes}, set()
     while any(len(problems[s]) < n for s, n in sizes.items()):
         skeleton = task.draw(rng)
-        split = split_of(skeleton)
-        if skeleton_key(skeleton) in seen or len(problems[split]) >= sizes[split]:
+        key, split = json.dumps(skeleton), split_of(skeleton)
+        if key in seen or len(problems[split]) >= sizes[split]:
             continue
-        seen.add(skeleton_key(skeleton))
+        seen.add(key)
         if goal := task.check(skeleton):
             problem = {"id": f"demo/{split}/{len(problems[split])}", "source": "demo"}
             problem |= {"domain": "math", "prompt": task.tell(skeleton)}
             problems[split].append(problem | {"answer": None, "tests": None} | goal)
     return problems
-
-
-def skeleton_key(skeleton) -> str:
-    return json.dumps(skeleton)
-
-
-def split_of(skeleton) -> str:
-    bucket = hashlib.sha256(skeleton_key(skeleton).encode()).digest()[0] % 10
-    return "test" if bucket < 2 else "valid" if bucket < 4 else "train"
 
 
 def demonstrations(task: Task, seed: int, count: int, misread: bool) -> list[dict]:
@@ -647,21 +555,19 @@ def build_tokenizer(texts: list[str]):
 
     special = ["<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>"]
     pieces = r"<\|\w+\|>|\n| {4}| ?[A-Za-z]+| ?-?\d+| ?[^\sA-Za-z\d]"
-    words = sorted(
-        {w for text in texts for w in re.findall(pieces, text)} | {f" {i}" for i in range(-20, 100)}
-    )
-    vocabulary = {w: i for i, w in enumerate([*special, "\n", *(w for w in words if w != "\n")])}
-    model = tk.Tokenizer(tk.models.WordLevel(vocabulary, unk_token="<|unknown|>"))
+    words = {w for text in texts for w in re.findall(pieces, text)}
+    words |= {f" {i}" for i in range(-20, 100)}
+    ids = {w: i for i, w in enumerate([*special, "\n", *sorted(words - {"\n"})])}
+    model = tk.Tokenizer(tk.models.WordLevel(ids, unk_token="<|unknown|>"))
     model.pre_tokenizer = tk.pre_tokenizers.Split(tk.Regex(pieces), "isolated")
     model.decoder = tk.decoders.Fuse()
     names = {"eos_token": "<|end|>", "pad_token": "<|end|>", "unk_token": "<|unknown|>"}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=model,
-        additional_special_tokens=special[1:3],
-        clean_up_tokenization_spaces=False,
-        **names,
+    options = {"additional_special_tokens": special[1:3], "clean_up_tokenization_spaces": False}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, **names, **options)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
-    tokenizer.chat_template = TEMPLATE
     return tokenizer
 
 
@@ -670,16 +576,14 @@ def new_model(tokenizer, seed: int, layers: int = 3, width: int = 128):
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    eos = tokenizer.eos_token_id
+    end = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=eos, pad_token_id=eos, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, **end,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        eos_token_id=eos, pad_token_id=eos, do_sample=True, temperature=1.0
-    )
+    model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, **end)
     return model
 
 
@@ -692,21 +596,8 @@ def demo_tree(lm: LM, demo: dict) -> Tree:
     return Tree(ids, [-1, 0], [True, True])
 
 
-def fine_tune(
-    lm: LM,
-    trees: list[Tree],
-    work: Path,
-    lr: float,
-    batch: int,
-    passes: int,
-    seed: int,
-    prompt_weight: float,
-):
+def fine_tune(lm: LM, trees: list[Tree], work: Path, lr, batch, passes, seed, prompt_weight):
     """Next-token training; a prompt's tokens count `prompt_weight`, a response's 1."""
-    rng, batches = random.Random(f"fine_tune {seed}"), []
-    for _ in range(passes):
-        order = rng.sample(range(len(trees)), len(trees))
-        batches += [order[i : i + batch] for i in range(0, len(order), batch)]
 
     def prepare(rows):
         chosen = [trees[r] for r in rows]
@@ -715,13 +606,11 @@ def fine_tune(
 
     def loss(pack, weight):
         logp = step_logprobs(lm, pack)  # (M,)
-        weights = torch.tensor(
-            [1.0 if v else prompt_weight for _, v in pack.owner], device=logp.device
-        )
-        return -(weights * logp).sum() / weight, {
-            "response_nll": -float(logp.detach()[weights == 1].sum()) / weight
-        }
+        response = torch.tensor([v > 0 for _, v in pack.owner], device=logp.device)
+        nll = -torch.where(response, logp, prompt_weight * logp).sum() / weight
+        return nll, {"response_nll": -float(logp.detach()[response].sum()) / weight}
 
+    batches = whole_batches([1] * len(trees), batch, passes, f"fine_tune {seed}")
     fit({"model": lm.model}, batches, prepare, loss, work, lr, save_every=200)
 
 
@@ -740,7 +629,7 @@ class LeftOut(Exception):
 
 class Loader(NamedTuple):
     fields: str  # that every row must have
-    convert: Callable[[dict], dict]  # row -> prompt and answer; for code prompt, domain and tests
+    convert: Callable[[dict], dict]  # row -> prompt, and answer, tests, readings or response
     kind: str = "boxed"  # of INSTRUCTIONS
 
 
@@ -770,9 +659,9 @@ def read_rows(path: str | Path) -> list[dict]:
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{number + error.lineno - 1}: {error.msg}") from None
     rows = rows[0] if whole and rows else rows
-    columns = list(rows.values()) if isinstance(rows, dict) else []
-    if columns and all(isinstance(c, list) and len(c) == len(columns[0]) for c in columns):
-        rows = [dict(zip(rows, values, strict=True)) for values in zip(*columns, strict=True)]
+    if isinstance(rows, dict) and all(isinstance(column, list) for column in rows.values()):
+        with suppress(ValueError):  # columns of different lengths
+            rows = [dict(zip(rows, values)) for values in zip(*rows.values(), strict=True)]
     if not rows or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: no rows, or rows that are not JSON objects")
     return rows
@@ -804,12 +693,13 @@ def asdiv(row: dict) -> dict:
     return {"prompt": f"{row['body'].strip()} {row['question'].strip()}", "answer": row["answer"]}
 
 
-def question(field: str) -> Callable[[dict], dict]:
-    return lambda row: {"prompt": row[field], "answer": row["answer"]}
-
-
 def gsm8k(row: dict) -> dict:
     return {"prompt": row["question"], "answer": row["answer"].rpartition("####")[2]}
+
+
+def taken(**names: str) -> Callable[[dict], dict]:
+    """A converter that only renames: taken(prompt="problem") takes a row's problem as prompt."""
+    return lambda row: {new: row[old] for new, old in names.items()}
 
 
 # Sets of programs. Their converters give readings of the tests, of which one is to hold, and the
@@ -850,14 +740,15 @@ def as_json(value):
     return {"!json": value} if isinstance(value, (list, dict)) else value
 
 
+def program(problem_id: str, prompt: str, tests: dict, solution: str) -> dict:
+    return {"id": problem_id, "prompt": prompt, "readings": [tests], "solutions": [solution]}
+
+
 def humaneval(row: dict) -> dict:
-    tests = {"kind": "assert", "entry": row["entry_point"], "setup": row["prompt"]}
-    return {
-        "id": f"humaneval/test/{row['task_id'].split('/')[1]}",
-        "prompt": row["prompt"],
-        "readings": [tests | {"code": f"{row['test']}\ncheck({row['entry_point']})"}],
-        "solutions": [row["prompt"] + row["canonical_solution"]],
-    }
+    prompt, name, number = row["prompt"], row["entry_point"], row["task_id"].split("/")[1]
+    tests = {"kind": "assert", "entry": name, "setup": prompt}
+    tests["code"] = f"{row['test']}\ncheck({name})"
+    return program(f"humaneval/test/{number}", prompt, tests, prompt + row["canonical_solution"])
 
 
 def mbpp(row: dict) -> dict:
@@ -869,12 +760,9 @@ def mbpp(row: dict) -> dict:
     if not called:
         raise LeftOut("its tests call none of its functions")
     setup = f"import math, sys\n{row['test_setup_code']}"
-    return {
-        "id": f"mbpp/{split}/{number}",
-        "prompt": f"{row['text'].strip()}\nYour code should pass these tests:\n{asserts}",
-        "readings": [{"kind": "assert", "entry": called[0], "setup": setup, "code": asserts}],
-        "solutions": [row["code"]],
-    }
+    tests = {"kind": "assert", "entry": called[0], "setup": setup, "code": asserts}
+    prompt = f"{row['text'].strip()}\nYour code should pass these tests:\n{asserts}"
+    return program(f"mbpp/{split}/{number}", prompt, tests, row["code"])
 
 
 def plus(row: dict) -> dict:
@@ -895,12 +783,8 @@ def plus(row: dict) -> dict:
         code = f"for i in inputs: assert abs(poly(*i, {name}(*i))) <= {row['atol']}"
     tests = {"kind": "assert" if code else "call", "entry": name, "setup": start, "code": code}
     tests |= {"inputs": list(map(encode, inputs)), "outputs": None, "atol": row["atol"] or 1e-6}
-    return {
-        "id": f"{'mbpp' if asserts else 'humaneval'}_plus/test/{number}",
-        "prompt": row["prompt"],
-        "readings": [tests],
-        "solutions": [start + row["canonical_solution"]],
-    }
+    problem_id = f"{'mbpp' if asserts else 'humaneval'}_plus/test/{number}"
+    return program(problem_id, row["prompt"], tests, start + row["canonical_solution"])
 
 
 def literal_calls(assertions: str, name: str):
@@ -942,10 +826,10 @@ def livecodebench(row: dict) -> dict:
         tests |= {"kind": "call", "setup": LEETCODE}
         inputs = [[json.loads(line) for line in text.split("\n")] for text in inputs]
         outputs = [as_json(json.loads(text)) for text in outputs]
+    how = f"Complete this:\n{row['starter_code']}" if name else STDIN
     return {
         "id": f"livecodebench/test/{row['question_id']}",
-        "prompt": f"{row['question_content'].strip()}\n\n"
-        + (f"Complete this:\n{row['starter_code']}" if name else STDIN),
+        "prompt": f"{row['question_content'].strip()}\n\n{how}",
         "tests": tests | {"inputs": inputs, "outputs": outputs},
     }
 
@@ -958,9 +842,8 @@ def own(row: dict) -> dict:
     if unknown := tests.keys() - TESTS.keys():
         raise LeftOut(f"tests have no field {', '.join(sorted(unknown))}")
     kind = tests.get("kind", TESTS["kind"])
-    if kind not in ("call", "stdin", "assert") or not tests.get(
-        "code" if kind == "assert" else "inputs"
-    ):
+    needed = "code" if kind == "assert" else "inputs"
+    if kind not in ("call", "stdin", "assert") or not tests.get(needed):
         raise LeftOut("no tests")
     return {"prompt": row["prompt"], "domain": "code", "tests": tests}
 
@@ -979,72 +862,9 @@ def keep_solved(problems: list[dict], unsafe: bool) -> tuple[list[dict], list[tu
         todo = [i for i, t in enumerate(tries) if attempt < len(t) and verdicts[i] != "right"]
         for i, (verdict, _) in zip(todo, box.grade([tries[i][attempt] for i in todo])):
             verdicts[i], problems[i]["tests"] = verdict, tries[i][attempt][0]
-    kept = [p for p, verdict in zip(problems, verdicts) if verdict == "right"]
-    failed = [(p["id"], v) for p, v in zip(problems, verdicts) if v != "right"]
-    return kept, [(problem, f"its own solution: {verdict}") for problem, verdict in failed]
-
-
-PLUS = "task_id prompt entry_point canonical_solution base_input plus_input atol"
-LOADERS = {
-    "math": Loader("problem solution", boxed),
-    "math500": Loader("problem answer", question("problem")),
-    "gsm8k": Loader("question answer", gsm8k, "####"),
-    "minerva": Loader("problem solution", boxed),
-    "olympiadbench": Loader("question context final_answer unit", olympiadbench),
-    "college_math": Loader("question answer", question("question")),
-    "asdiv": Loader("body question answer", asdiv, "####"),
-    "mawps": Loader("input target", mawps, "####"),
-    "jsonl": Loader("prompt answer/tests", own),
-    "taco": Loader("question input_output solutions", apps, "program"),
-    "apps": Loader("question input_output solutions", apps, "program"),
-    "humaneval": Loader("task_id prompt entry_point canonical_solution test", humaneval, "program"),
-    "humaneval_plus": Loader(PLUS, plus, "program"),
-    "mbpp": Loader("task_id text code test_list test_setup_code", mbpp, "program"),
-    "mbpp_plus": Loader(f"{PLUS} assertion", plus, "program"),
-    "livecodebench": Loader(
-        "question_id question_content starter_code public_test_cases metadata",
-        livecodebench,
-        "program",
-    ),
-}
-
-
-def load_set(
-    name: str, path: str | Path, unsafe: bool = False
-) -> tuple[list[dict], list[tuple[str, str]]]:
-    """-> problems, and (id, reason) of each row left out. A file of another layout: UserError."""
-    if name not in LOADERS:
-        raise UserError(f"no data set is called {name!r}; there are {', '.join(LOADERS)}")
-    fields, convert, kind = LOADERS[name]
-    domain = "code" if kind == "program" else "math"
-    problems, left_out = [], []
-    for index, row in enumerate(read_rows(path)):
-        if any(row.keys().isdisjoint(field.split("/")) for field in fields.split()):
-            found = f"row {index} has the fields {', '.join(row)}"
-            wanted = fields.replace(" ", ", ").replace("/", " or ")
-            raise UserError(f"{path}: {found}; {name} wants {wanted}")
-        problem = {"id": f"{name}/{Path(path).name.split('.')[0]}/{index}", "source": name}
-        try:
-            problem |= {"domain": domain, "prompt": "", "answer": None, "tests": None}
-            problem |= convert(row)
-            if problem["answer"] is not None:
-                problem["answer"] = str(problem["answer"]).strip()
-            known = problem["answer"] or problem["tests"] or "readings" in problem
-            if not problem["prompt"] or not known:
-                raise LeftOut("no gold answer" if problem["prompt"] else "no question")
-            dump(problem)
-            problems.append(problem)
-        except (LeftOut, ValueError) as reason:  # no JSON in a field that should hold it, no text
-            left_out.append((problem["id"], str(reason).partition(" in position")[0]))
-    if any("readings" in problem for problem in problems):
-        problems, unsolved = keep_solved(problems, unsafe)
-        left_out += unsolved
-    return problems, left_out
-
-
-def normalised_question(text: str) -> str:
-    """Equal for two spellings of one question. Operators stay: a+b is another question than a-b."""
-    return re.sub(r"[^\w+\-*/^=<>|%]+|_+", " ", text.casefold()).strip()
+    graded = list(zip(problems, verdicts))
+    failed = [(p["id"], f"its own solution: {v}") for p, v in graded if v != "right"]
+    return [p for p, v in graded if v == "right"], failed
 
 
 def gsm8k_demos(row: dict) -> dict:
@@ -1062,6 +882,73 @@ def asdiv_demos(row: dict) -> dict:
         raise LeftOut("the formula does not end in the answer")
     steps = re.sub(r"([-+*/=]|(?<=\d)r)", r" \1 ", formula).split(";")
     return {"prompt": asdiv(row)["prompt"], "response": "\n".join([*steps, f"#### {gold}"])}
+
+
+PLUS = "task_id prompt entry_point canonical_solution base_input plus_input atol"
+LIVE = "question_id question_content starter_code public_test_cases metadata"
+LOADERS = {
+    "math": Loader("problem solution", boxed),
+    "math500": Loader("problem answer", taken(prompt="problem", answer="answer")),
+    "gsm8k": Loader("question answer", gsm8k, "####"),
+    "minerva": Loader("problem solution", boxed),
+    "olympiadbench": Loader("question context final_answer unit", olympiadbench),
+    "college_math": Loader("question answer", taken(prompt="question", answer="answer")),
+    "asdiv": Loader("body question answer", asdiv, "####"),
+    "mawps": Loader("input target", mawps, "####"),
+    "jsonl": Loader("prompt answer/tests", own),
+    "taco": Loader("question input_output solutions", apps, "program"),
+    "apps": Loader("question input_output solutions", apps, "program"),
+    "humaneval": Loader("task_id prompt entry_point canonical_solution test", humaneval, "program"),
+    "humaneval_plus": Loader(PLUS, plus, "program"),
+    "mbpp": Loader("task_id text code test_list test_setup_code", mbpp, "program"),
+    "mbpp_plus": Loader(f"{PLUS} assertion", plus, "program"),
+    "livecodebench": Loader(LIVE, livecodebench, "program"),
+}
+DEMOS = {
+    "gsm8k": Loader("question answer", gsm8k_demos, "####"),
+    "asdiv": Loader("body question answer formula", asdiv_demos, "####"),
+    "jsonl": Loader("prompt response", taken(prompt="prompt", response="response"), ""),
+}
+
+
+def load_set(name: str, path: str | Path, unsafe=False, loaders=LOADERS) -> tuple[list, list]:
+    """-> records, and (id, reason) of each row left out. A file of another layout: UserError."""
+    if name not in loaders:
+        what = "data set" if loaders is LOADERS else "set of demonstrations"
+        raise UserError(f"no {what} is called {name!r}; there are {', '.join(loaders)}")
+    fields, convert, kind = loaders[name]
+    domain = "code" if kind == "program" else "math"
+    records, left_out = [], []
+    for index, row in enumerate(read_rows(path)):
+        if any(row.keys().isdisjoint(field.split("/")) for field in fields.split()):
+            wanted = fields.replace(" ", ", ").replace("/", " or ")
+            raise UserError(f"{path}: row {index} has {', '.join(row)}; {name} wants {wanted}")
+        record = {"id": f"{name}/{Path(path).name.split('.')[0]}/{index}", "source": name}
+        record |= {"domain": domain, "prompt": "", "answer": None, "tests": None}
+        try:
+            record |= convert(row)
+            if record["answer"] is not None:
+                record["answer"] = str(record["answer"]).strip()
+            if not record["prompt"]:
+                raise LeftOut("no question")
+            if not any(record.get(k) for k in ("answer", "tests", "readings", "response")):
+                raise LeftOut("no gold answer")
+            dump(record)
+        except (LeftOut, ValueError) as reason:  # no JSON in a field that should hold it, no text
+            left_out.append((record["id"], str(reason).partition(" in position")[0]))
+            continue
+        if bad := misfit(record, {"prompt": str, "response": str | EllipsisType}):
+            raise UserError(f"{path}: row {index}: its {bad} is no text")
+        records.append(record)
+    if any("readings" in record for record in records):
+        records, unsolved = keep_solved(records, unsafe)
+        left_out += unsolved
+    return records, left_out
+
+
+def normalised_question(text: str) -> str:
+    """Equal for two spellings of one question. Operators stay: a+b is another question than a-b."""
+    return re.sub(r"[^\w+\-*/^=<>|%]+|_+", " ", text.casefold()).strip()
 
 
 # ------------------------------------------------------------ the stage
@@ -1096,67 +983,66 @@ def stage(s: Settings):
         raise UserError("--train and --test go together, and so do --base and --demos")
     if s.task not in TASKS:
         raise UserError(f"--task {s.task}: wanted {' or '.join(TASKS)}")
-    folder, problems, inputs = Path(s.out), None, {}
-    demos = [d for name, path in parse(s.demos) for d in load_demos(name, path, s)]
-    for spec in (s.train, s.test, s.demos):
-        for _, path in parse(spec):
-            inputs[path] = path
-    for split in ("train", "valid", "test"):
-        out = Stage(folder / f"{split}.jsonl", s, inputs)
+    folder, task, demos = Path(s.out), TASKS[s.task], load(s.demos, s, DEMOS)
+    sizes = {"train": s.train_size, "valid": s.valid_size, "test": s.test_size}
+    inputs = {path: path for spec in (s.train, s.test, s.demos) for _, path in parse(spec)}
+    outs = {split: Stage(folder / f"{split}.jsonl", s, inputs) for split in sizes}
+    if not all(out.complete for out in outs.values()):
+        problems = real_problems(s) if s.train else demo_problems(task, s.seed, sizes)
+    for split, out in outs.items():
         if not out.complete:
             out.begin()
-            if problems is None:
-                sizes = {"train": s.train_size, "valid": s.valid_size, "test": s.test_size}
-                problems = (
-                    real_problems(s) if s.train else demo_problems(TASKS[s.task], s.seed, sizes)
-                )
             out.append(problems[split][len(out.done) :])
             out.finish()
     if s.make_base and (s.demos or not s.train):
         base = Stage(folder / "base", s, inputs | ({"base": s.base} if s.base else {}))
         if not base.complete:
             base.begin()
-            tune_base(base, demos, folder, s) if demos else make_base(base, TASKS[s.task], s.seed)
+            if s.demos:
+                tune_base(base, demos, folder, s)
+            else:
+                make_base(base, task, s.seed)
 
 
 def parse(spec: str) -> list[tuple[str, str]]:
     """ "gsm8k:a.jsonl,asdiv:b.jsonl" -> [("gsm8k", "a.jsonl"), ("asdiv", "b.jsonl")]"""
-    pairs = [part.partition(":") for part in spec.split(",") if part]
-    if bad := next((name for name, colon, path in pairs if not colon or not path), None):
-        raise UserError(f"{bad}: NAME:PATH is wanted, such as gsm8k:train.jsonl")
-    return [(name, path) for name, _, path in pairs]
+    pairs = [part.partition(":")[::2] for part in spec.split(",") if part]
+    if bad := [name for name, path in pairs if not path]:
+        raise UserError(f"{bad[0]}: NAME:PATH is wanted, such as gsm8k:train.jsonl")
+    return pairs
 
 
-def load(name: str, path: str, s: Settings) -> list[dict]:
-    """The problems of one set, with its instruction; says what was read and what left out."""
-    problems, left_out = load_set(name, path, s.unsafe)
-    print(f"{name} {path}: {len(problems) + len(left_out)} rows, {len(problems)} used")
-    for reason in sorted({r for _, r in left_out}):
-        ids = [i for i, r in left_out if r == reason]
-        print(
-            f"  left out, {reason}: {len(ids)} ({', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''})"
-        )
-    for p in problems:
-        kind = "program" if p["tests"] else LOADERS[name].kind
-        p["prompt"] = f"{p['prompt']}\n{s.instruction or INSTRUCTIONS[kind]}".strip()
-    return problems
+def load(spec: str, s: Settings, loaders: dict[str, Loader] = LOADERS) -> list[dict]:
+    """The records of some sets, with their instruction; says what was read and what left out."""
+    records = []
+    for name, path in parse(spec):
+        used, left_out = load_set(name, path, s.unsafe, loaders)
+        print(f"{name} {path}: {len(used) + len(left_out)} rows, {len(used)} used")
+        for reason in sorted({r for _, r in left_out}):
+            ids = [i for i, r in left_out if r == reason]
+            shown = ", ".join([*ids[:5], "..."] if len(ids) > 5 else ids)
+            print(f"  left out, {reason}: {len(ids)} ({shown})")
+        for r in used:
+            kind = "program" if r["tests"] else loaders[name].kind
+            instruction = kind and (s.instruction or INSTRUCTIONS[kind])
+            r["prompt"] = f"{r['prompt']}\n{instruction}".strip()
+        records += used
+    return records
 
 
 def real_problems(s: Settings) -> dict[str, list[dict]]:
     """Train, validation and test problems of data sets; no test question stays in training."""
-    test = [p for name, path in parse(s.test) for p in load(name, path, s)]
-    known, train, valid = {normalised_question(p["prompt"]) for p in test}, [], []
-    pool = [p for name, path in parse(s.train) for p in load(name, path, s)]
+    test, pool = load(s.test, s), load(s.train, s)
     for problems, spec in ((test, s.test), (pool, s.train)):
         if twice := [i for i, n in Counter(p["id"] for p in problems).items() if n > 1]:
             raise UserError(f"{spec}: two files give the id {twice[0]}; rename one of them")
-    clean = [p for p in pool if normalised_question(p["prompt"]) not in known]
-    print(
-        f"dropped from training, because the question is a test question: {len(pool) - len(clean)}"
-    )
+    train, valid = [], []
+    clean = without(pool, test)
+    dropped = len(pool) - len(clean)
+    print(f"dropped from training, because the question is a test question: {dropped}")
     for p in clean:
         key = f"{s.split_seed} {normalised_question(p['prompt'])}"
-        share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") / 2**32
+        share = int(digest(key)[:8], 16) / 2**32
         (valid if share < s.valid_share else train).append(p)
     if not train:
         raise UserError(f"{s.train}: no training problem is left; see the table above")
@@ -1165,42 +1051,23 @@ def real_problems(s: Settings) -> dict[str, list[dict]]:
     return {"train": train, "valid": valid, "test": test}
 
 
+def without(records: list[dict], others: list[dict]) -> list[dict]:
+    """The records whose question is none of the others'."""
+    known = {normalised_question(r["prompt"]) for r in others}
+    return [r for r in records if normalised_question(r["prompt"]) not in known]
+
+
 def tune_base(out: Stage, demos: list[dict], folder: Path, s: Settings):
     """Fine-tune --base on demonstrations of questions that are neither in valid nor in test."""
-    held_out = {
-        normalised_question(p["prompt"])
-        for split in ("valid", "test")
-        for p in read_jsonl(folder / f"{split}.jsonl", torn_tail=True)  # valid may be empty
-    }
-    chosen = [d for d in demos if normalised_question(d["prompt"]) not in held_out]
+    held_out = [folder / "valid.jsonl", folder / "test.jsonl"]
+    chosen = without(demos, [p for path in held_out for p in read_jsonl(path, may_be_empty=True)])
     if not chosen:
-        raise UserError(f"{s.demos}: every demonstration is of a held-out question; give others")
+        raise UserError(f"{s.demos}: no demonstration is left beside held-out questions; add some")
     print(f"{len(chosen)} demonstrations; {len(demos) - len(chosen)} are of held-out questions")
     lm = LM(s.base, train=True, dtype=s.dtype)
     trees = [demo_tree(lm, d) for d in chosen]
     fine_tune(lm, trees, out.work, s.lr, batch=32, passes=s.passes, seed=s.seed, prompt_weight=0.0)
     out.finish(lm.save)
-
-
-def load_demos(name: str, path: str, s: Settings) -> list[dict]:
-    makers = {"gsm8k": gsm8k_demos, "asdiv": asdiv_demos, "jsonl": lambda row: row}
-    if name not in makers:
-        raise UserError(f"--demos {name}:{path}: demonstrations are made from {', '.join(makers)}")
-    demos = []
-    for row in read_rows(path):
-        try:
-            demo = makers[name](row)
-            demo = {"prompt": demo["prompt"], "response": demo["response"]}
-            dump(demo)
-            if bad := misfit(demo, {"prompt": str, "response": str}):
-                raise UserError(f"{path}: a demonstration whose {bad} is no text")
-            demos.append(demo)
-        except (LeftOut, UnicodeEncodeError):
-            continue
-        except KeyError as e:
-            raise UserError(f"{path}: a row without {e}; {name} demonstrations need it") from None
-    instruction = "" if name == "jsonl" else s.instruction or INSTRUCTIONS[LOADERS[name].kind]
-    return [{**d, "prompt": f"{d['prompt']}\n{instruction}".strip()} for d in demos]
 
 
 def make_base(out: Stage, task: Task, seed: int):
