@@ -658,6 +658,10 @@ def read_rows(path: str | Path) -> list[dict]:
             rows += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{number + error.lineno - 1}: {error.msg}") from None
+        except RecursionError:
+            raise UserError(
+                f"{path}:{number}: nested too deeply; is this the right file?"
+            ) from None
     rows = rows[0] if whole and rows else rows
     if isinstance(rows, dict) and all(isinstance(column, list) for column in rows.values()):
         with suppress(ValueError):  # columns of different lengths
@@ -839,6 +843,8 @@ def own(row: dict) -> dict:
     tests = row.get("tests")
     if not tests:
         return {"prompt": row["prompt"], "answer": row.get("answer")}
+    if not isinstance(tests, dict):
+        raise LeftOut("its tests are no JSON object")
     if unknown := tests.keys() - TESTS.keys():
         raise LeftOut(f"tests have no field {', '.join(sorted(unknown))}")
     kind = tests.get("kind", TESTS["kind"])
@@ -937,6 +943,8 @@ def load_set(name: str, path: str | Path, unsafe=False, loaders=LOADERS) -> tupl
         except (LeftOut, ValueError) as reason:  # no JSON in a field that should hold it, no text
             left_out.append((record["id"], str(reason).partition(" in position")[0]))
             continue
+        except (TypeError, AttributeError, KeyError) as e:  # a field of another type
+            raise UserError(f"{path}: row {index} is none of {name}'s ({e})") from None
         if bad := misfit(record, {"prompt": str, "response": str | EllipsisType}):
             raise UserError(f"{path}: row {index}: its {bad} is no text")
         records.append(record)
@@ -1037,30 +1045,38 @@ def real_problems(s: Settings) -> dict[str, list[dict]]:
         if twice := [i for i, n in Counter(p["id"] for p in problems).items() if n > 1]:
             raise UserError(f"{spec}: two files give the id {twice[0]}; rename one of them")
     train, valid = [], []
-    clean = without(pool, test)
+    clean = without(pool, test, s)
     dropped = len(pool) - len(clean)
     print(f"dropped from training, because the question is a test question: {dropped}")
     for p in clean:
         key = f"{s.split_seed} {normalised_question(p['prompt'])}"
         share = int(digest(key)[:8], 16) / 2**32
         (valid if share < s.valid_share else train).append(p)
+    train = without(train, valid, s)[: s.limit or None]
     if not train:
         raise UserError(f"{s.train}: no training problem is left; see the table above")
-    train = train[: s.limit or None]
     print(f"first prompt:\n{train[0]['prompt']}")
     return {"train": train, "valid": valid, "test": test}
 
 
-def without(records: list[dict], others: list[dict]) -> list[dict]:
-    """The records whose question is none of the others'."""
-    known = {normalised_question(r["prompt"]) for r in others}
-    return [r for r in records if normalised_question(r["prompt"]) not in known]
+def without(records: list[dict], others: list[dict], s: Settings) -> list[dict]:
+    """The records whose question is none of the others', whatever the instruction after it."""
+
+    def question(record):
+        prompt = record["prompt"]
+        for instruction in (s.instruction, *INSTRUCTIONS.values()):
+            prompt = prompt.removesuffix(instruction)
+        return normalised_question(prompt)
+
+    known = {question(r) for r in others}
+    return [r for r in records if question(r) not in known]
 
 
 def tune_base(out: Stage, demos: list[dict], folder: Path, s: Settings):
     """Fine-tune --base on demonstrations of questions that are neither in valid nor in test."""
     held_out = [folder / "valid.jsonl", folder / "test.jsonl"]
-    chosen = without(demos, [p for path in held_out for p in read_jsonl(path, may_be_empty=True)])
+    others = [p for path in held_out for p in read_jsonl(path, may_be_empty=True)]
+    chosen = without(demos, others, s)
     if not chosen:
         raise UserError(f"{s.demos}: no demonstration is left beside held-out questions; add some")
     print(f"{len(chosen)} demonstrations; {len(demos) - len(chosen)} are of held-out questions")

@@ -12,11 +12,14 @@ from prepare import (
     LOADERS,
     LeftOut,
     Loader,
+    Settings,
     asdiv_demos,
     gsm8k_demos,
     load_set,
     normalised_question,
     read_rows,
+    real_problems,
+    without,
 )
 
 MATH = {  # MATH test row 0, its solution shortened
@@ -179,6 +182,31 @@ def test_normalised_question():
     )
     assert normalised_question("Find $a+b$.") != normalised_question("Find $a-b$.")
     assert normalised_question("Is it 3.5?") != normalised_question("Is it 35?")
+
+
+def test_a_test_question_leaves_training_whatever_the_instruction_after_it(tmp_path):
+    (tmp_path / "test.jsonl").write_text(json.dumps(GSM8K))  # its answers end in ####
+    own = [{"prompt": GSM8K["question"].upper(), "answer": 72}, {"prompt": "2 + 2?", "answer": 4}]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, own)))  # these are boxed
+    train, test = f"jsonl:{tmp_path}/own.jsonl", f"gsm8k:{tmp_path}/test.jsonl"
+    problems = real_problems(Settings(out="", train=train, test=test, valid_share=0.0))
+    assert [p["prompt"].splitlines()[0] for p in problems["train"]] == ["2 + 2?"]
+    held_out = [{"prompt": f"2 + 2?\n{INSTRUCTIONS['boxed']}"}]
+    assert without([{"prompt": "2 + 2?"}], held_out, Settings(out="")) == []  # a demonstration
+
+
+@pytest.mark.parametrize(
+    "name, line",
+    [
+        ("gsm8k", '{"question": "?", "answer": 6}'),
+        ("mawps", '{"input": "?", "target": [1]}'),
+        pytest.param("jsonl", "[" * 100_000, id="deep"),
+    ],
+)
+def test_a_row_that_is_none_of_the_set_is_one_line(name, line, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(line)
+    with pytest.raises(UserError, match="rows.jsonl"):
+        load_set(name, tmp_path / "rows.jsonl")
 
 
 def test_gsm8k_demos():
