@@ -21,7 +21,7 @@ LENGTH=${LENGTH-"--max_new 64"}
 SAMPLE=${SAMPLE-"--n1 8 --n 4 --batch 512"}
 LABEL=${LABEL-"--m 4 --batch 512"}
 CRITIC=${CRITIC-"--lr 1e-3 --passes 8 --batch 128"}
-ACTOR=${ACTOR-"--kappa 4 --beta 0.05 --lr 1e-4 --passes 4 --batch 256"}
+ACTOR=${ACTOR-"--kappa 4 --kept_steps --beta 0.1 --lr 1e-4 --passes 4 --batch 256"}
 EVALUATE=${EVALUATE-"--samples 8 --batch 512"}
 
 python prepare.py --out "$RUN" --seed "$SEED" ${TASK:+--task "$TASK"} ${TRAIN:+--train "$TRAIN"} ${TEST:+--test "$TEST"} \
