@@ -489,7 +489,9 @@ def test_a_busy_machine_changes_no_verdict():
     everyone = os.sched_getaffinity(0)
     work = "import time\ndef f(x):\n while time.process_time() < 0.5: pass\n return x * x"
     os.sched_setaffinity(0, {cpu})
-    busy = [subprocess.Popen([sys.executable, "-Sc", "while True: pass"]) for _ in range(3)]
+    spin = [sys.executable, "-Sc", "while True: pass"]
+    # a session each, or Linux may give the three together no more than the program alone
+    busy = [subprocess.Popen(spin, start_new_session=True) for _ in range(3)]
     try:
         with started(1, unsafe=True) as sandbox:
             begin = time.monotonic()
