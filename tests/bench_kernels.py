@@ -67,8 +67,9 @@ RIVALS = {f.__name__: f for f in (linear_logprobs, naive, selective, chunked)}
 def one_logprob(name, dtype, n, d, v):
     """Runs in its own process: prints seconds and peak extra bytes of forward + backward."""
     torch.manual_seed(0)
-    hidden = (torch.randn(n, d) * 0.5).to(DEVICE, dtype).requires_grad_()
-    weight = (torch.randn(v, d) * 0.05).to(DEVICE, dtype).requires_grad_()
+    # made in place: a temporary would raise the peak that extra memory is counted from
+    hidden = torch.empty(n, d, dtype=dtype, device=DEVICE).normal_(0, 0.5).requires_grad_()
+    weight = torch.empty(v, d, dtype=dtype, device=DEVICE).normal_(0, 0.05).requires_grad_()
     targets = torch.randint(0, v, (n,), device=DEVICE)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
