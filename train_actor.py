@@ -217,10 +217,10 @@ def stage(s: Settings):
         retokenise = tokenizer_facts(critic)["tokenizer"] != facts["tokenizer"]
         values = tree_values(critic, head, records, retokenise, s.budget)
         del critic, head
-    lines = [
-        {"id": r["id"], "states": advantage_states(r, q, s.gap, s.kept_steps)}
-        for r, q in zip(records, (action_values(*x, s.kappa) for x in zip(records, values)))
-    ]
+    lines = []
+    for r, value in zip(records, values):
+        states = advantage_states(r, action_values(r, value, s.kappa), s.gap, s.kept_steps)
+        lines.append({"id": r["id"], "states": states})
     print(
         f"B.1: {sum(len(x['states']) for x in lines)} states with gap >= {s.gap}, "
         f"{sum(len(pairs(x)) for x in lines)} pairs"

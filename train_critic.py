@@ -155,11 +155,11 @@ def measure(lm, head, records: list[dict], retokenise: bool, budget: int, consta
         {"states": len(x), "value": float(x.mean()), "mc": float(y.mean())}
         for x, y in groups if len(x)
     ]  # fmt: skip
-    right = mc[np.argsort(v)]
-    wrong = 1 - right
-    pairs = right.sum() * wrong.sum() - (right * wrong).sum()
-    below = np.cumsum(wrong) - wrong  # failures that V ranks lower, for each state
-    auc = (right * below).sum() / pairs if pairs > 0 else 0.5
+    wins = mc[np.argsort(v)]
+    losses = 1 - wins
+    rivals = wins.sum() * losses.sum() - (wins * losses).sum()
+    below = np.cumsum(losses) - losses  # failures that V ranks lower, for each state
+    auc = (wins * below).sum() / rivals if rivals > 0 else 0.5
     pairs, right = 0, 0.0
     for t, r in enumerate(records):
         kids = {}
