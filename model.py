@@ -171,7 +171,8 @@ class LM:
         return out.last_hidden_state
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        z = _logits32(hidden, self.head.to(hidden.dtype)) * self.scale  # (B, V)
+        head, rounds = _wide(self.head.to(hidden.dtype)), hidden.dtype is torch.bfloat16
+        z = _matmul32(_wide(hidden), head.T, rounds) * self.scale  # (B, V)
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def save(self, folder: Path):
@@ -420,32 +421,42 @@ class CacheView:
 # ------------------------------------------------------------ log-probs and values
 
 
-def _logits32(hidden, weight):
-    """hidden (n, d) @ weight (v, d)' in float32 (n, v): sums of bfloat16 products are not rounded."""
-    if hidden.dtype is not torch.bfloat16:
-        return hidden @ weight.T
-    if hidden.is_cuda:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+def _wide(x):
+    """What `_matmul32` takes: on the CPU bfloat16 numbers in float32, widened once, not a product."""
+    return x if x.is_cuda else x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _matmul32(a, b, rounds: bool):
+    """a (n, k) @ b (k, m); rounds: of bfloat16 numbers, and their sums are float32."""
+    if not rounds:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
     matmul = torch.backends.mkldnn.matmul  # the CPU's bfloat16 units, but with a float32 result
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     try:
-        return hidden.float() @ weight.float().T
+        return a @ b
     finally:
         matmul.fp32_precision = before
 
 
-class _LinearLogprobs(torch.autograd.Function):
-    TOKENS, VOCAB = 1024, 8192  # the largest block of logits that ever exists
+def _largest_block(x) -> tuple[int, int]:
+    """(tokens, vocabulary) of the logits that exist at once; the CPU's as measured, CUDA's is not."""
+    return (4096, 8192) if x.is_cuda else (2048, 2048)
 
+
+class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, scale, softcap):
         high = torch.promote_types(hidden.dtype, torch.float32)
         top = hidden.new_full((len(hidden),), -torch.inf, dtype=high)  # running maximum
         total = torch.zeros_like(top)  # running sum of exp(logit - top)
         target = torch.zeros_like(top)  # the target's logit
-        for w, first in _chunks(weight, _LinearLogprobs.VOCAB):
-            for h, row in _chunks(hidden, _LinearLogprobs.TOKENS):
-                z = _logits32(h, w) * scale
+        rounds, wide = hidden.dtype is torch.bfloat16, _wide(hidden)
+        tokens, vocabulary = _largest_block(hidden)
+        for w, first in _chunks(weight, vocabulary):
+            for h, row in _chunks(wide, tokens):
+                z = _matmul32(h, w.T, rounds).mul_(scale)
                 if softcap is not None:
                     z = softcap * torch.tanh(z / softcap)
                 rows = slice(row, row + len(h))
@@ -466,17 +477,19 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx, grad):
         """d logp_t / d logit_v = [v = t] - softmax_v, recomputed block by block.
 
-        Vocabulary outside, tokens inside: one float32 [VOCAB, d] accumulator instead of [V, d].
+        Vocabulary outside, tokens inside: one float32 accumulator of a block's rows, not of [V, d].
         """
         hidden, weight, targets, lse = ctx.saved_tensors
         need_h, need_w = ctx.needs_input_grad[:2]
         grad_h = torch.zeros_like(hidden, dtype=lse.dtype) if need_h else None
         grad_w = torch.empty_like(weight) if need_w else None
-        for w, first in _chunks(weight, _LinearLogprobs.VOCAB):
+        rounds, wide = hidden.dtype is torch.bfloat16, _wide(hidden)
+        tokens, vocabulary = _largest_block(hidden)
+        for w, first in _chunks(weight, vocabulary):
             acc = torch.zeros(w.shape, dtype=lse.dtype, device=w.device) if need_w else None
-            for h, row in _chunks(hidden, _LinearLogprobs.TOKENS):
+            for h, row in _chunks(wide, tokens):
                 rows = slice(row, row + len(h))
-                z = _logits32(h, w) * ctx.scale
+                z = _matmul32(h, w.T, rounds).mul_(ctx.scale)
                 slope = ctx.scale
                 if ctx.softcap is not None:
                     t = torch.tanh(z / ctx.softcap)
@@ -486,18 +499,18 @@ class _LinearLogprobs(torch.autograd.Function):
                 inside = ((local >= 0) & (local < len(w))).nonzero()[:, 0]
                 # the one-hot, in float32, before any rounding
                 g[inside, local[inside]] += grad[rows][inside]
-                g = (g * slope).to(hidden.dtype)
+                g = g.mul_(slope).to(wide.dtype)
                 if need_h:
-                    grad_h[rows] += _logits32(g, w.T)
+                    grad_h[rows] += _matmul32(g, w, rounds)
                 if need_w:
-                    acc += _logits32(g.T, h.T)
+                    acc += _matmul32(g.T, h, rounds)
             if need_w:
                 grad_w[first : first + len(w)] = acc
         return grad_h.to(hidden.dtype) if need_h else None, grad_w, None, None, None
 
 
 def _chunks(x, size):
-    return ((x[i : i + size], i) for i in range(0, len(x), size))
+    return ((_wide(x[i : i + size]), i) for i in range(0, len(x), size))
 
 
 def linear_logprobs(hidden, weight, targets, scale: float = 1.0, softcap: float | None = None):
