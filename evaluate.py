@@ -34,6 +34,7 @@ import atexit
 import builtins
 import contextlib
 import ctypes
+import dataclasses
 import inspect
 import json
 import math
@@ -52,7 +53,6 @@ import time
 import types
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from importlib.metadata import version
@@ -935,7 +935,7 @@ def summarise(lines: list[dict], other: dict[str, dict]) -> dict:
 # ------------------------------------------------------------ the stage
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Settings:
     actor: str = flag("Hugging Face folder or hub id to evaluate", "")
     problems: str = flag("problem files, comma separated", "")
@@ -972,7 +972,8 @@ def stage(s: Settings):
         raise UserError(f"{s.against}: no problem {lacks[0]}; compare actors on the same problems")
     inputs = {"actor": s.actor} | {f"problems{i or ''}": path for i, path in enumerate(paths)}
     inputs |= {"critic": s.critic} if s.critic else {}
-    out = Stage(s.out, s, inputs)
+    # --against is no setting of eval.jsonl: a finished evaluation is compared anew at no cost
+    out = Stage(s.out, dataclasses.replace(s, against=""), inputs)
     if not out.complete:
         lm = LM(s.actor, dtype=s.dtype)
         critic = load_critic(s.critic, dtype=s.dtype) if s.critic and s.samples else None

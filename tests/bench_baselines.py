@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from evaluate import grade_all
+from evaluate import grade_ids
 from model import LM, Prefixes, Tree, draw_key, pack_trees, sample, step_logprobs
 from prepare import fine_tune, read_jsonl
 
@@ -29,9 +29,9 @@ def accuracy(lm, problems, k=8):
             for j, p in enumerate(problems)
             for i in range(n)
         ]
-        texts = [lm.text(ids) for ids in sample(lm, prefixes, rows, temperature, 512)]
-        verdicts = grade_all([problems[j] for j, *_ in rows], texts)
-        shares.append(sum(v == "right" for v, _ in verdicts) / len(rows))
+        drawn = sample(lm, prefixes, rows, temperature, 512)
+        graded = grade_ids(lm, [problems[j] for j, *_ in rows], drawn, unsafe=False)
+        shares.append(sum(g["correct"] for g in graded) / len(rows))
     return shares
 
 
@@ -47,8 +47,8 @@ def grpo(lm, problems, tokens, group=16, prompts=8, lr=3e-4):
         ]
         drawn = sample(lm, prefixes, rows, 1.0, 512)
         used += sum(map(len, drawn))
-        verdicts = grade_all([chunk[j] for j, *_ in rows], [lm.text(ids) for ids in drawn])
-        reward = torch.tensor([float(v == "right") for v, _ in verdicts]).view(prompts, group)
+        graded = grade_ids(lm, [chunk[j] for j, *_ in rows], drawn, unsafe=False)
+        reward = torch.tensor([float(g["correct"]) for g in graded]).view(prompts, group)
         adv = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-4)
         trees = [
             Tree(
@@ -102,7 +102,7 @@ def main(run):
     ]
     fine_tune(lm, right, run / "rft.work", 3e-4, 32, 2, 0, 0.0)
     show("rejection-sampling SFT", lm)
-    flags = "--advantage outcome --beta 1 --lr 1e-4 --passes 4 --batch 256".split()  # noqa: SIM905
+    flags = "--advantage outcome --beta 0.05 --lr 1e-4 --passes 4 --batch 256".split()  # noqa: SIM905
     paths = ["--actor", base, "--trees", samples, "--out", run / "outcome" / "actor"]
     subprocess.run([sys.executable, ROOT / "train_actor.py", *paths, *flags], check=True)
     show("outcome advantages", LM(str(run / "outcome" / "actor")))

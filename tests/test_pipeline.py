@@ -150,6 +150,26 @@ def test_starting_again_changes_nothing(demo, folder, capsys):
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
+def test_a_finished_evaluation_is_compared_with_another_actor_at_once(demo, capsys):
+    last, before = demo / "iter2", (demo / "iter2" / "summary.json").read_text()
+    flags = [
+        "--actor",
+        last / "actor",
+        "--critic",
+        last / "critic",
+        "--samples",
+        4,
+        "--max_new",
+        24,
+    ]
+    flags += ["--problems", demo / "test.jsonl", "--out", last / "eval.jsonl"]
+    run(evaluate, *flags, "--against", demo / "iter1" / "eval.jsonl")
+    assert "complete, nothing to do" in capsys.readouterr().out
+    assert json.loads((last / "summary.json").read_text())["against"].endswith("iter1/eval.jsonl")
+    run(evaluate, *flags, "--against", demo / "iter0" / "eval.jsonl")
+    assert (last / "summary.json").read_text() == before
+
+
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory):
     """A random byte-level BPE model without a chat template: another tokenizer than the embedded one."""
