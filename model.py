@@ -351,14 +351,10 @@ class TreeView:
 
     def __init__(self, pack: Pack, device: str, keep: bool = False):
         self.kept = [] if keep else None  # (key, value), each (G, N, D), a layer
-        size = len(pack.end)
-        if device == "cuda":
-            end = pack.end.to(device)
-            rule = lambda b, h, i, j: (j <= i) & (i < end[j])
-            self.mask = _flex()[1](rule, None, None, size, size, device=device)
+        self.mask = _block_mask(pack.end.to(device)) if device == "cuda" else None
+        if self.mask is not None:
             return
-        end = pack.end.numpy()
-        sets = []
+        end, size, sets = pack.end.numpy(), len(pack.end), []
         for a in range(0, size, BLOCK):
             sets.append(np.append(np.flatnonzero(end[:a] > a), np.arange(a, a + BLOCK)))
         width = -(-max(map(len, sets)) // 16) * 16
@@ -373,7 +369,7 @@ class TreeView:
     def __call__(self, layer, query, key, value, scaling):
         if self.kept is not None:
             self.kept.append((key[0].detach(), value[0].detach()))
-        if query.is_cuda:
+        if self.mask is not None:
             flags = {"block_mask": self.mask, "scale": scaling, "enable_gqa": True}
             return _flex()[0](query, key, value, **flags)
         groups, size, (blocks, width) = key.shape[1], key.shape[3], self.table.shape
@@ -383,6 +379,12 @@ class TreeView:
         q, k, v = q.permute(2, 0, 1, 3, 4), k.transpose(0, 1), v.transpose(0, 1)
         out = _attention(q, k, v, self.bias, scaling)
         return out.permute(1, 2, 0, 3, 4).reshape(query.shape)
+
+
+def _block_mask(end: torch.Tensor):
+    """The blocks of a pack in which some token sees some other, for flex_attention."""
+    rule = lambda b, h, i, j: (j <= i) & (i < end[j])
+    return _flex()[1](rule, None, None, len(end), len(end), device=end.device)
 
 
 @functools.cache

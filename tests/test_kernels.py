@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 import transformers as hf
+from torch.nn.attention import flex_attention
 
 import model
 import train_actor
@@ -13,9 +14,11 @@ from model import (
     BLOCK,
     LM,
     Tree,
+    TreeView,
     UserError,
     linear_logprobs,
     load_critic,
+    pack_hidden,
     pack_trees,
     step_advantages,
     step_logprobs,
@@ -171,6 +174,21 @@ def test_packed_logprobs_equal_one_forward_a_pair(models, name):
         for key, want in wanted.items():
             assert got[key] == pytest.approx(want.item(), rel=1e-5, abs=1e-5), (budget, align, key)
         same_gradients(gradients(lm.model), gradients(plain))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_cuda_sees_what_the_cpu_sees(models, name, monkeypatch):
+    """flex_attention with its block mask, here on the CPU and not compiled: forward only."""
+    kernels = flex_attention.flex_attention, flex_attention.create_block_mask
+    monkeypatch.setattr(model, "_flex", lambda: kernels)
+    lm = LM(models(name), device="cpu")
+    for pack in pack_trees(forest(lm.config.vocab_size), 250):
+        view = TreeView(pack, "cpu")
+        want = pack_hidden(lm, pack, view)
+        view.mask = model._block_mask(pack.end)
+        torch.testing.assert_close(pack_hidden(lm, pack, view), want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama, GQA, tied", "qwen2, MQA, biases"])
