@@ -954,7 +954,7 @@ class Settings:
 
 def stage(s: Settings):
     # not at the top: prepare.py imports this file for its graders
-    from prepare import Stage, actor_facts, misfit, read_jsonl
+    from prepare import Stage, actor_facts, misfit, read_jsonl, tokenizer_facts
 
     if s.report:
         return report(Path(s.report))
@@ -977,6 +977,8 @@ def stage(s: Settings):
     if not out.complete:
         lm = LM(s.actor, dtype=s.dtype)
         critic = load_critic(s.critic, dtype=s.dtype) if s.critic and s.samples else None
+        if critic and tokenizer_facts(critic[0])["tokenizer"] != tokenizer_facts(lm)["tokenizer"]:
+            raise UserError(f"{s.critic}: its tokenizer is not the actor's; pass one that has it")
         out.begin(actor_facts(lm, s.max_new))
         done = {x["id"] for x in out.done}
         todo = [p for p in problems if p["id"] not in done]

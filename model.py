@@ -113,7 +113,8 @@ class LM:
 
     @torch.no_grad()
     def _refuse_other_attention(self):
-        """By config, and by trying: two branches in a pack must score as each path alone."""
+        """By config, and by trying: two branches in a pack must score as each path alone, and from
+        hidden states must come the model's own logits."""
         kind = self.config.model_type
         if getattr(self.model.get_output_embeddings(), "bias", None) is not None:
             raise UserError(f"{self.path}: {kind} has a bias on its logits, which is not supported")
@@ -130,6 +131,12 @@ class LM:
         apart = torch.cat([step_logprobs(self, *pack_trees([t], 99)) for t in alone])
         if not torch.allclose(together, apart, atol=0.5 if self.rounds else 1e-3):
             raise UserError(f"{self.path}: {kind} ignores a tree mask, so it cannot be used")
+        ids, pos = (x[None].to(self.device) for x in (pack.ids, pack.pos))
+        view = TreeView(pack, self.device)
+        own = self.model(input_ids=ids, position_ids=pos, use_cache=False, view=view).logits[0]
+        difference = (own - self.logits(self.hidden(ids, pos, view)[0])).abs().max()
+        if difference > (0.1 if self.rounds else 1e-3) * own.abs().max():
+            raise UserError(f"{self.path}: {kind} scales its logits in a way that is not supported")
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of a user message: by chat template if there is one, else plain; one BOS."""
@@ -142,7 +149,9 @@ class LM:
 
     def response_ids(self, text: str) -> list[int]:
         """Token ids of a demonstration, with the EOS that the policy must learn."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.eos[0]]
+        own = self.tokenizer.eos_token_id  # of several the one that its chat template ends with
+        end = own if own in self.eos else self.eos[0]
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] + [end]
 
     def text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -176,6 +185,10 @@ class LM:
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def save(self, folder: Path):
+        try:
+            self.model.generation_config.validate(strict=True)
+        except ValueError:  # a temperature without do_sample, which may be loaded but not saved
+            self.model.generation_config.do_sample = True
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
@@ -324,9 +337,10 @@ def attend(module, query, key, value, attention_mask=None, scaling=None, view=No
 
     `view` (TreeView or CacheView) comes through the model's own forward and does the work.
     """
-    if kwargs.get("softcap") or kwargs.get("sliding_window"):
-        name = type(module).__name__
-        raise UserError(f"{name} has a soft-cap or a sliding window, which cannot be packed")
+    odd = view is None or key.shape != value.shape
+    if odd or kwargs.get("softcap") or kwargs.get("sliding_window"):
+        what = "a soft-cap, a sliding window, values of another size, or hides the mask"
+        raise UserError(f"{type(module).__name__} has {what}: it cannot be packed")
     return view(module.layer_idx, query, key, value, scaling).transpose(1, 2).contiguous(), None
 
 
@@ -537,6 +551,8 @@ def pack_hidden(lm: LM, pack: Pack, view: TreeView | None = None) -> torch.Tenso
 def step_logprobs(lm: LM, pack: Pack) -> torch.Tensor:
     """log pi(a | s) of every scored node: the sum over its tokens, EOS included (eq. 12). (M,)"""
     hidden = pack_hidden(lm, pack)
+    if lm.rounds:  # autocast leaves the last norm in float32
+        hidden = hidden.bfloat16()
     # a prompt's first token has none before it
     token = ((pack.node >= 0) & (pack.prev >= 0)).nonzero()[:, 0]
     source, target, node = (x[token].to(lm.device) for x in (pack.prev, pack.ids, pack.node))
@@ -627,9 +643,11 @@ class Prefixes:
                 self.path[owner] = np.flatnonzero(end[: last + 1] > last) + self.tokens
             self.tokens += len(end)
         self.hidden = torch.cat(hidden)  # (tokens, d)
-        self.keys, self.values = (
-            [torch.cat([k[i][j] for k in kept], 1) for i in range(len(kept[0]))] for j in (0, 1)
-        )
+        self.keys, self.values = [], []
+        while kept[0]:  # a layer at a time: no second copy of all of them exists
+            keys, values = zip(*(layers.pop(0) for layers in kept))
+            self.keys.append(torch.cat(keys, 1))  # (G, tokens, D)
+            self.values.append(torch.cat(values, 1))
 
 
 @torch.no_grad()
@@ -703,9 +721,10 @@ def sample(
             if waiting == 0:
                 return results
             continue  # a fresh row may have ended with its first token
-        if live <= 0.75 * slots and slots > 16 and not queue:  # leave the finished rows behind
+        fewer = max(16, -(-live // 16) * 16)
+        if live <= 0.75 * slots and fewer < slots and not queue:  # leave the finished rows behind
             harvest()
-            slots = max(16, -(-live // 16) * 16)
+            slots = fewer
             keep = torch.cat([alive.nonzero()[:, 0], (~alive).nonzero()[:, 0]])[:slots]
             for store in (*cache.keys, *cache.values):
                 store[:slots] = store[keep]

@@ -154,7 +154,8 @@ def pair_tree(record: dict, line: dict):
 
 @torch.no_grad()
 def reference_logprobs(lm: LM, records: list[dict], lines: list[dict], budget: int):
-    """log pi_ref(a | s) of every action, by B.2's kernel, dtype and layout: ratios start at 0."""
+    """log pi_ref(a | s) of every action, by B.2's kernel, dtype and layout: on the CPU ratios
+    start at exactly 0."""
     trees = [pair_tree(r, line) for r, line in zip(records, lines)]
     actions = [{a["node"]: a for a in pairs(line)} for line in lines]
     for pack in pack_trees(trees, budget, align=BLOCK):
@@ -213,10 +214,12 @@ def stage(s: Settings):
     table = out.out.parent / "advantages.jsonl"
     values = [None] * len(records)
     if step and s.kappa > 0:
+        lm.model.cpu()  # a GPU holds one after the other
         critic, head = load_critic(s.critic, dtype=s.dtype)
         retokenise = tokenizer_facts(critic)["tokenizer"] != facts["tokenizer"]
         values = tree_values(critic, head, records, retokenise, s.budget)
         del critic, head
+        lm.model.to(lm.device)
     lines = []
     for r, value in zip(records, values):
         states = advantage_states(r, action_values(r, value, s.kappa), s.gap, s.kept_steps)

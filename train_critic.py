@@ -90,8 +90,8 @@ def held_out_by_hash(problem_id: str) -> bool:
 def critic_loss(lm, head, pack, target, weight, token_share: float):
     """Eq. 15 on one pack: V read at each state's last token and, token_share of it, at every token.
 
-    A token's target is the MC of the state that its step leads to. Steps that begin alike share
-    those targets by their n, so a token's expected target is the success rate from there on.
+    A token's target is the MC of the state that its step leads to. Inside a step it only helps to
+    learn: where steps begin alike, short ones and topped-up states weigh more, and ends nothing.
     """
     logit = head(pack_hidden(lm, pack).float())[:, 0]  # (N,)
     target, weight = target.to(logit.device), weight.to(logit.device)
@@ -155,11 +155,12 @@ def measure(lm, head, records: list[dict], retokenise: bool, budget: int, consta
         {"states": len(x), "value": float(x.mean()), "mc": float(y.mean())}
         for x, y in groups if len(x)
     ]  # fmt: skip
-    wins = mc[np.argsort(v)]
-    losses = 1 - wins
-    rivals = wins.sum() * losses.sum() - (wins * losses).sum()
-    below = np.cumsum(losses) - losses  # failures that V ranks lower, for each state
-    auc = (wins * below).sum() / rivals if rivals > 0 else 0.5
+    losses, rank = 1 - mc, np.unique(v, return_inverse=True)[1]
+    rivals = mc.sum() * losses.sum() - (mc * losses).sum()
+    tied = np.bincount(rank, losses)
+    # failures that V ranks lower than each state; a tie is half of one
+    below = (np.cumsum(tied) - tied / 2)[rank] - losses / 2
+    auc = (mc * below).sum() / rivals if rivals > 0 else 0.5
     pairs, right = 0, 0.0
     for t, r in enumerate(records):
         kids = {}

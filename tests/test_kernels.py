@@ -547,6 +547,12 @@ OTHERS = {
         {"sliding_window": None, "layer_types": ["full_attention"] * 2},
     ),
     "phi, a bias on the logits": ("phi.*bias", hf.PhiConfig, {}),
+    "llama, with a field that it does not read": (
+        "llama scales its logits",
+        hf.LlamaConfig,
+        {"logits_scaling": 4.0},
+    ),
+    "stablelm, which keeps the view to itself": ("StableLm.*hides", hf.StableLmConfig, {}),
     "bloom, ALiBi": ("bloom", hf.BloomConfig, BLOOM),
     "mamba, no attention": ("mamba", hf.MambaConfig, {"hidden_size": 32, "num_hidden_layers": 2}),
 }
@@ -564,6 +570,33 @@ def test_other_attention_is_refused_by_name(build, name):
 @pytest.mark.parametrize("kind", [hf.MistralConfig, hf.Qwen2Config])
 def test_a_window_that_is_switched_off_is_fine(build, kind):
     LM(build(kind, {"num_key_value_heads": 2, "sliding_window": None}), device="cpu")
+
+
+def test_a_temperature_without_do_sample_can_be_saved(build, tmp_path):
+    """Hugging Face loads such a generation config with a warning, but does not save it."""
+    place = build(hf.LlamaConfig, {"num_key_value_heads": 2})
+    lm = LM(place, device="cpu")
+    lm.model.generation_config.temperature = 0.6
+    with pytest.raises(ValueError, match="temperature"):
+        lm.model.save_pretrained(tmp_path / "refused")
+    lm.save(tmp_path / "saved")
+    LM(tmp_path / "saved", device="cpu")
+
+
+def test_auc_counts_ties_as_half(monkeypatch, rng):
+    values = [rng.randint(0, 4) / 4 for _ in range(60)]
+    wins = [rng.randint(0, 4) for _ in values]
+    node = {"parent": 0, "reward": None, "labelled": True, "n": 4}
+    nodes = [node | {"wins": w} for w in wins]
+    monkeypatch.setattr(train_critic, "tree_values", lambda *_: [values])
+    found = train_critic.measure(None, None, [{"nodes": nodes}], False, 99, 0.5)
+    above = total = 0.0
+    for i, (v, w) in enumerate(zip(values, wins)):
+        for j, (u, x) in enumerate(zip(values, wins)):
+            if i != j:  # every success of state i against every failure of state j
+                total += w * (4 - x)
+                above += w * (4 - x) * ((v > u) + (v == u) / 2)
+    assert found["auc"] == pytest.approx(above / total)
 
 
 def test_dropout_is_off_in_training(build):

@@ -202,7 +202,7 @@ def bpe(tmp_path_factory):
     return path
 
 
-def test_a_critic_of_another_tokenizer(demo, folder, bpe, tmp_path):
+def test_a_critic_of_another_tokenizer(demo, folder, bpe, tmp_path, capsys):
     it = tmp_path / "iter1"
     it.mkdir()
     for name in ("trees.jsonl", "trees.jsonl.manifest.json"):
@@ -218,6 +218,12 @@ def test_a_critic_of_another_tokenizer(demo, folder, bpe, tmp_path):
         train_actor, "--actor", folder, "--trees", trees, "--critic", it / "critic", "--out", it / "actor",
         "--gap", 0, "--batch", 16, "--lr", 1e-3,
     )  # fmt: skip
+    with pytest.raises(SystemExit, match="2"):  # the actor's ids mean nothing to it
+        run(
+            evaluate, "--actor", folder, "--critic", it / "critic", "--problems", demo / "test.jsonl",
+            "--out", it / "eval.jsonl", "--samples", 2, "--max_new", 8,
+        )  # fmt: skip
+    assert "tokenizer is not the actor's" in capsys.readouterr().err
 
 
 def test_gsm8k_with_a_bpe_model_through_every_stage(bpe, tmp_path):
