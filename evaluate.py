@@ -126,13 +126,14 @@ minute min, hour h hr, day, week, month, year yr, cent, dollar usd, euro, degree
 acre, gigabyte gb, am, pm, th st nd rd, ^2 square sq, ^3 cubic cu, / per"""
 UNITS = {word: unit.split()[0] for unit in UNITS.split(",") for word in unit.split()}
 # Words that change the number before them.
-NO_UNIT = "hundred|thousand|.illion|dozen|halves|thirds|squared|cubed|factorial|mod|sin|cos|tan|log"
+NO_UNIT = (
+    r"(?:hundred|thousand|.illion|dozen|halves|squared|cubed|factorial|mod|sin|cos|tan|log)( .*)?|"
+    r"tens?|quarters?|(?:thir|four|fif|six|seven|eigh|nin|ten|hundred|thousand)(?:d|th)s?"
+)
 # What may stand before a value: x=, f(x)=, (x,y)= or x\in
 NAME = r"(?:[A-Za-z](?:\([a-z]\))?|\([a-z](?:,[a-z])+\))(?:=|\\in(?![a-z]) ?)(?!.*[=<>])"
 # Of rule 5; a hyphen within a word is no minus, and math-verify would read on after "answer" only.
-LITERAL = (
-    r"-?\d[\dA-Z.]*_\w+|(?:[A-Za-z' .]|(?<=[a-z]{2})-(?=[a-z]{2}))+|.*(?:\d:\d|\d \d|(?i:answer)).*"
-)
+LITERAL = r"-?\d[\dA-Z.]*_\w+|(?:[A-Za-z' .]|(?<=[a-z]{2})-(?=[a-z]{2}))+|.*(?:\d:\d|(?<!_)\d \d|(?i:answer)).*"
 TEXT = r"\\(?:text\w*|mbox|mathrm|mathbf)\s*\{"
 REWRITES = [
     (r"(?<!\\)\\[()\[\]]|\\(?:displaystyle|left|right)(?![a-zA-Z])|^\s*(?:=|\\approx)", ""),
@@ -195,7 +196,7 @@ def exact_number(answer: str) -> Fraction | None:
     answer = re.sub(r"^([+-]?)(?=10\^)", r"\g<1>1\\cdot ", normalise(answer))
     answer = re.sub(r"\\cdot 10\^(?:\{([+-]?\d{1,4})\}|(\d))$", r"e\1\2", answer)
     answer = re.sub(r"\\frac\{([^{}]+)\}\{([^{}]+)\}$", r" \1/\2", answer)
-    decimal = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
+    decimal = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,4})?"
     match = re.fullmatch(rf"([+-]?) ?(?:(\d+) (?=.*/))?(-?{decimal})(?:/({decimal}))?", answer)
     if not match or len(answer) > MAX_ANSWER or not Fraction(match[4] or 1):
         return None
@@ -205,13 +206,15 @@ def exact_number(answer: str) -> Fraction | None:
 
 def split_unit(answer: str) -> tuple[str, set[str]]:
     """'5 cm^2' -> ('5', {'centimeter', '^2'}); a thing counted measures nothing."""
-    unit = r"[A-Za-z](?:[A-Za-z' ./-]|\\cdot ?|\^\{?-?\d\}?)+"
-    match = re.fullmatch(r"(.*(?:[\d})]|\\pi)) ?(" + unit + ")", answer)
+    unit = r"[A-Za-z](?:[A-Za-z' ./-]|\\cdot|\^\{?-?\d\}?)+"
+    match = re.fullmatch(r"(.*(?:[\d})]|\\pi))( ?)(" + unit + ")", answer)
     if not match or re.search(r"(?<![\\a-zA-Z])[a-zA-Z]", match[1]):
         return answer, set()
-    words = re.findall(r"[a-z][a-z'-]*|\^\d|/", match[2].lower())
+    words = re.findall(r"[a-z][a-z'-]*|\^\d|/", match[3].lower())
     measures = [UNITS.get(word) or UNITS.get(word.rstrip("s")) for word in words]
-    if not measures[0] and (len(max(words, key=len)) < 3 or re.fullmatch(NO_UNIT, words[0])):
+    product = not match[2] and match[1][-1].isdigit()  # 6xyz
+    product |= len(max(words, key=len)) < 3
+    if not measures[0] and (product or re.fullmatch(NO_UNIT, " ".join(words))):
         return answer, set()
     return match[1], set(measures) - {None}
 
@@ -900,10 +903,15 @@ def pass_at(k: int, n: int, right: int) -> float:
 
 
 def majority(sampled: list[dict]) -> bool:
-    """Is the most frequent answer right?"""
-    votes = Counter(x["prediction"] for x in sampled if x["prediction"])
+    """Is the most frequent answer right? Equal numbers are one answer, however they are written."""
+
+    def vote(x):
+        value = exact_number(x["prediction"])
+        return normalise(x["prediction"]) if value is None else value
+
+    votes = Counter(vote(x) for x in sampled if x["prediction"])
     winner = max(votes, key=votes.get, default=None)
-    return any(x["correct"] and x["prediction"] == winner for x in sampled)
+    return any(x["correct"] and vote(x) == winner for x in sampled if x["prediction"])
 
 
 def summarise(lines: list[dict], other: dict[str, dict]) -> dict:
@@ -958,6 +966,8 @@ def stage(s: Settings):
 
     if s.report:
         return report(Path(s.report))
+    if s.critic and not s.samples:
+        raise UserError("--critic picks the best of --samples; give some")
     if not (s.actor and s.problems and s.out):
         raise UserError("evaluate.py: give --actor, --problems and --out, or --report; see --help")
     needs, paths = ("id", "prompt", "answer or tests"), s.problems.split(",")
@@ -1050,7 +1060,8 @@ def report(run: Path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    files = sorted(run.glob("iter*/summary.json"), key=lambda path: int(path.parent.name[4:]))
+    files = [f for f in run.glob("iter*/summary.json") if f.parent.name[4:].isdigit()]
+    files.sort(key=lambda path: int(path.parent.name[4:]))
     if not files:
         raise UserError(f"{run}: no iter*/summary.json; run the stages first (bash run.sh)")
     rows = {f.parent.name: [*json.loads(f.read_text())["sets"].values()][-1] for f in files}

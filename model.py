@@ -133,7 +133,8 @@ class LM:
             raise UserError(f"{self.path}: {kind} ignores a tree mask, so it cannot be used")
         ids, pos = (x[None].to(self.device) for x in (pack.ids, pack.pos))
         view = TreeView(pack, self.device)
-        own = self.model(input_ids=ids, position_ids=pos, use_cache=False, view=view).logits[0]
+        with self._autocast():
+            own = self.model(input_ids=ids, position_ids=pos, use_cache=False, view=view).logits[0]
         difference = (own - self.logits(self.hidden(ids, pos, view)[0])).abs().max()
         if difference > (0.1 if self.rounds else 1e-3) * own.abs().max():
             raise UserError(f"{self.path}: {kind} scales its logits in a way that is not supported")
@@ -172,10 +173,13 @@ class LM:
         inner = ~blank[1:] & (np.cumsum(~blank)[:-1] > 0)
         return np.append(ends[:-1][inner], len(ids)).tolist()
 
+    def _autocast(self):
+        rounds = self.rounds and self.head.dtype is torch.float32
+        return torch.autocast(self.device, torch.bfloat16, enabled=rounds)
+
     def hidden(self, ids: torch.Tensor, pos: torch.Tensor, view) -> torch.Tensor:
         """Last hidden states (B, T, d) of ids (B, T) at positions (B, T); `view`: who sees whom."""
-        autocast = self.rounds and self.head.dtype is torch.float32
-        with torch.autocast(self.device, torch.bfloat16, enabled=autocast):
+        with self._autocast():
             out = self.decoder(input_ids=ids, position_ids=pos, use_cache=False, view=view)
         return out.last_hidden_state
 

@@ -104,6 +104,7 @@ def actor_facts(lm: LM, max_new: int) -> dict:
 
 KINDS = {"id": str | int, "prompt": str, "answer": str, "tests": dict}
 KINDS |= {"prompt_ids": list, "nodes": list, "responses": list}
+TESTS_SHAPE = {"setup": str | EllipsisType, "outputs": list | EllipsisType}
 
 
 def read_jsonl(path: Path, needs: tuple[str, ...] = ("id",), may_be_empty=False) -> list[dict]:
@@ -129,7 +130,7 @@ def read_jsonl(path: Path, needs: tuple[str, ...] = ("id",), may_be_empty=False)
         usable = {k for k, kind in KINDS.items() if isinstance(record.get(k), kind)}
         usable -= {k for k in usable if record[k] in ("", [], {})}
         missing = [need for need in needs if usable.isdisjoint(need.split(" or "))]
-        if record.get("tests") and misfit(record["tests"], {"setup": str | EllipsisType}):
+        if record.get("tests") and misfit(record["tests"], TESTS_SHAPE):
             missing = ["tests"]
         if missing:
             found = f"no usable {', '.join(missing)} (found: {', '.join(record) or 'no object'})"
@@ -371,7 +372,8 @@ def main(stage, settings_class, doc: str):
 def check_numbers(settings):
     """Refuse numbers that are negative or not finite, and 0 where it is no default and no use."""
     for f in fields(settings):
-        value, zero = getattr(settings, f.name), f.name in ("kappa", "gap", "valid_share")
+        value = getattr(settings, f.name)
+        zero = f.name in ("kappa", "gap", "valid_share", "token_share")
         good = isinstance(value, bool) or value == f.default or (value == 0 and zero)
         if isinstance(value, int | float) and not (good or 0 < value < math.inf):
             raise UserError(f"--{f.name} {value}: wanted a finite number above 0")
@@ -851,6 +853,15 @@ def own(row: dict) -> dict:
     needed = "code" if kind == "assert" else "inputs"
     if kind not in ("call", "stdin", "assert") or not tests.get(needed):
         raise LeftOut("no tests")
+    tests = TESTS | tests
+    if kind != "assert" and misfit(tests, {"inputs": list, "outputs": list}):
+        raise LeftOut("its inputs and outputs are no lists")
+    if kind != "assert" and len(tests["inputs"]) != len(tests["outputs"]):
+        raise LeftOut("it has not as many outputs as inputs")
+    if kind != "stdin" and not tests["entry"]:
+        raise LeftOut("its tests name no entry")
+    if misfit(tests, dict.fromkeys(("atol", "seconds", "megabytes"), int | float)):
+        raise LeftOut("its atol, seconds or megabytes is no number")
     return {"prompt": row["prompt"], "domain": "code", "tests": tests}
 
 
@@ -943,8 +954,8 @@ def load_set(name: str, path: str | Path, unsafe=False, loaders=LOADERS) -> tupl
         except (LeftOut, ValueError) as reason:  # no JSON in a field that should hold it, no text
             left_out.append((record["id"], str(reason).partition(" in position")[0]))
             continue
-        except (TypeError, AttributeError, KeyError) as e:  # a field of another type
-            raise UserError(f"{path}: row {index} is none of {name}'s ({e})") from None
+        except Exception as e:  # noqa: BLE001  a field of another type or form
+            raise UserError(f"{path}: row {index} is none of {name}'s ({e!r})") from None
         if bad := misfit(record, {"prompt": str, "response": str | EllipsisType}):
             raise UserError(f"{path}: row {index}: its {bad} is no text")
         records.append(record)

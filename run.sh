@@ -13,7 +13,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 RUN=${RUN-runs/demo}          # folder of the run
-ITERATIONS=${ITERATIONS-2}
+ITERATIONS=${ITERATIONS-2}    # the embedded problems last for 2 (code: 4); for more: PREPARE="--train_size 5000"
 SEED=${SEED-0}
 # New training problems an iteration; 0: all of them, each time. Programs take longer to grade than answers.
 if [ "${TASK-}" = code ]; then PROBLEMS=${PROBLEMS-500}; else PROBLEMS=${PROBLEMS-1000}; fi

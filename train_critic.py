@@ -188,6 +188,8 @@ def measure(lm, head, records: list[dict], retokenise: bool, budget: int, consta
 
 
 def stage(s: Settings):
+    if s.token_share > 1:
+        raise UserError(f"--token_share {s.token_share}: wanted a share from 0 to 1")
     if s.states not in ("all", "labelled"):
         raise UserError(f"--states {s.states}: wanted all or labelled")
     paths = s.trees.split(",")

@@ -6,6 +6,7 @@ batch), rejection-sampling SFT on the run's own samples, and outcome-level advan
 did; the two others see iteration 1's samples only, which cost nothing further.
 """
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,7 @@ def main(run):
     lm = LM(base, train=True)
     show(f"GRPO, {grpo(lm, train, sampled_tokens(run))} tokens", lm)
     lm = LM(base, train=True)
+    shutil.rmtree(run / "rft.work", ignore_errors=True)
     right = [
         Tree([x["prompt_ids"], r["ids"]], [-1, 0], [True, True])
         for x in read_jsonl(samples)

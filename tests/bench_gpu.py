@@ -1,4 +1,4 @@
-"""Every GPU figure in one call, by hand: python tests/bench_gpu.py   (needs CUDA, about 8 minutes on one H100)
+"""Every GPU figure in one call, by hand: python tests/bench_gpu.py   (needs CUDA)
 
 1. The two ceilings of this machine: bfloat16 matrix products (FLOP/s) and copies (bytes/s).
 2. linear_logprobs at the sizes of a 0.5B and a 7B model, against naive, with its share of the ceiling.

@@ -178,6 +178,22 @@ class Harmful:
             "its private tests ask for builtins.print",
         ),
         ("jsonl", OWN | {"tests": {"kind": "call", "entry": "f"}}, "no tests"),
+        ("jsonl", OWN | {"tests": OWN["tests"] | {"entry": None}}, "its tests name no entry"),
+        (
+            "jsonl",
+            OWN | {"tests": OWN["tests"] | {"outputs": None}},
+            "its inputs and outputs are no lists",
+        ),
+        (
+            "jsonl",
+            OWN | {"tests": OWN["tests"] | {"outputs": [2, 3]}},
+            "it has not as many outputs as inputs",
+        ),
+        (
+            "jsonl",
+            OWN | {"tests": OWN["tests"] | {"seconds": "4"}},
+            "its atol, seconds or megabytes is no number",
+        ),
     ],
 )
 def test_left_out(tmp_path, name, row, reason, capsys):

@@ -80,6 +80,7 @@ def test_exact_number(answer, number):
 
 
 SAME = [
+    (r"\log_2 8", "3"), ("123 (tenth graders)", "123"),
     # numbers
     ("4.5e33", r"4.5 \times 10^{33}"), ("4.5e33", r"4.5\cdot10^{33}"),
     (r"1.09 \times 10^{0}", "1.09"),
@@ -125,6 +126,10 @@ SAME = [
 ]  # fmt: skip
 
 DIFFERENT = [
+    # products of variables are no units
+    ("6abc", "6xyz"), ("6xyz", "6"), ("10", "10abc"), ("3", "3 fourths"), ("5", "5 tens"),
+    # what must not take for ever in the trainer's process
+    ("7", "2x" + 80 * r" \cdot x" + "+1"), ("7", "1.e999999999"), ("7", "1.e-999999999"),
     # numbers
     ("0.0000001", "0.0000002"), ("(0.0000001,1)", "(0.0000002,1)"), ("10001", "10000"),
     ("1,234", "234"),

@@ -210,7 +210,7 @@ def test_a_critic_of_another_tokenizer(demo, folder, bpe, tmp_path, capsys):
     trees = it / "trees.jsonl"
     run(
         train_critic, "--trees", trees, "--critic_model", bpe, "--held_out", trees,
-        "--out", it / "critic", "--batch", 8, "--lr", 1e-3,
+        "--out", it / "critic", "--batch", 8, "--lr", 1e-3, "--token_share", 0,
     )  # fmt: skip
     metrics = json.loads((it / "critic.metrics.json").read_text())
     assert 0 <= metrics["brier"] <= 1 and metrics["states"] > 0

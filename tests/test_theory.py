@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluate import bootstrap, mcnemar, paired, pass_at, wilson
+from evaluate import bootstrap, majority, mcnemar, paired, pass_at, wilson
 from model import step_advantages
 from sample import keep_balanced
 from train_actor import action_values, actor_loss, advantage_states
@@ -297,6 +297,13 @@ def test_mcnemar():
                 abs(2 * sum(x) - n) >= abs(2 * k - n) for x in itertools.product((0, 1), repeat=n)
             ]
             assert mcnemar(k, n - k) == pytest.approx(sum(extreme) / 2**n)
+
+
+def test_majority_counts_equal_numbers_as_one_answer():
+    votes = [("1/2", True), ("3", False), ("0.5", True), (r"\frac12", True), ("3", False)]
+    sampled = [{"prediction": p, "correct": c} for p, c in [*votes, (None, False)]]
+    assert majority(sampled) and not majority(sampled[1:3] + sampled[4:])
+    assert not majority([]) and not majority(sampled[-1:])
 
 
 def test_pass_at():
