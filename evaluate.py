@@ -128,7 +128,7 @@ UNITS = {word: unit.split()[0] for unit in UNITS.split(",") for word in unit.spl
 # Words that change the number before them.
 NO_UNIT = (
     r"(?:hundred|thousand|.illion|dozen|halves|squared|cubed|factorial|mod|sin|cos|tan|log)( .*)?|"
-    r"tens?|quarters?|(?:thir|four|fif|six|seven|eigh|nin|ten|hundred|thousand)(?:d|th)s?"
+    r"tens?|(?:thir|four|fif|six|seven|eigh|nin|ten|hundred|thousand)(?:d|th)s?"
 )
 # What may stand before a value: x=, f(x)=, (x,y)= or x\in
 NAME = r"(?:[A-Za-z](?:\([a-z]\))?|\([a-z](?:,[a-z])+\))(?:=|\\in(?![a-z]) ?)(?!.*[=<>])"

@@ -80,7 +80,7 @@ def test_exact_number(answer, number):
 
 
 SAME = [
-    (r"\log_2 8", "3"), ("123 (tenth graders)", "123"),
+    (r"\log_2 8", "3"), ("123 (tenth graders)", "123"), ("9 (quarters)", "9"),
     # numbers
     ("4.5e33", r"4.5 \times 10^{33}"), ("4.5e33", r"4.5\cdot10^{33}"),
     (r"1.09 \times 10^{0}", "1.09"),
