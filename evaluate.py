@@ -947,7 +947,9 @@ def summarise(lines: list[dict], other: dict[str, dict]) -> dict:
 class Settings:
     actor: str = flag("Hugging Face folder or hub id to evaluate", "")
     problems: str = flag("problem files, comma separated", "")
-    out: str = flag("eval.jsonl to write; summary.json goes beside it", "")
+    out: str = flag(
+        "eval.jsonl to write, with summary.json beside it (x.jsonl: x.summary.json)", ""
+    )
     against: str = flag("eval.jsonl of another actor on the same problems", "")
     samples: int = flag("responses a problem at temperature 1, beside the greedy one", 0)
     critic: str = flag("critic that picks the best of --samples (with the actor's tokenizer)", "")
@@ -1003,7 +1005,8 @@ def stage(s: Settings):
         sets["pooled"] = list(lines.values())
     figures = {name: summarise(rows, other) for name, rows in sets.items()}
     text = json.dumps({"sets": figures, "against": s.against}, indent=1)
-    replace(out.out.with_name("summary.json"), lambda path: path.write_text(text))
+    name = out.out.name.replace("eval.jsonl", "summary.json").replace(".jsonl", ".summary.json")
+    replace(out.out.with_name(name), lambda path: path.write_text(text))
     for name, row in figures.items():
         sampled = f", T=1 {row['sampled']:.1%}" if s.samples else ""
         print(
