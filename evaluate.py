@@ -988,7 +988,7 @@ def stage(s: Settings):
     out = Stage(s.out, dataclasses.replace(s, against=""), inputs)
     if not out.complete:
         lm = LM(s.actor, dtype=s.dtype)
-        critic = load_critic(s.critic, dtype=s.dtype) if s.critic and s.samples else None
+        critic = load_critic(s.critic, dtype=s.dtype) if s.critic else None
         if critic and tokenizer_facts(critic[0])["tokenizer"] != tokenizer_facts(lm)["tokenizer"]:
             raise UserError(f"{s.critic}: its tokenizer is not the actor's; pass one that has it")
         out.begin(actor_facts(lm, s.max_new))
@@ -1005,7 +1005,7 @@ def stage(s: Settings):
         sets["pooled"] = list(lines.values())
     figures = {name: summarise(rows, other) for name, rows in sets.items()}
     text = json.dumps({"sets": figures, "against": s.against}, indent=1)
-    name = out.out.name.replace("eval.jsonl", "summary.json").replace(".jsonl", ".summary.json")
+    name = "summary.json" if out.out.name == "eval.jsonl" else f"{out.out.stem}.summary.json"
     replace(out.out.with_name(name), lambda path: path.write_text(text))
     for name, row in figures.items():
         sampled = f", T=1 {row['sampled']:.1%}" if s.samples else ""
