@@ -28,9 +28,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from evaluate import grade_ids
-from model import LM, Prefixes, UserError, draw_key, flag, record_tree, sample
+from model import LM, UserError, flag, record_tree
 from prepare import Stage, actor_facts, main, read_jsonl, read_samples, sha256
+from reward import grade_ids
+from sample import Prefixes, draw_key, draw_rows
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def label(lm: LM, s: Settings, chunk, trees: list[StepTree], problems, total: Co
                 for k in range(s.m - tree.nodes[v]["n"]):
                     rows.append((t, v, draw_key(s.seed, "label", chunk[t]["id"], v, k), room))
                     total["prefixes"] += len(prefixes.path[t, v])
-        drawn = sample(lm, prefixes, rows, batch=s.batch, progress=progress)
+        drawn = draw_rows(lm, prefixes, rows, batch=s.batch, progress=progress)
         whole = [trees[t].response(v) + ids for (t, v, *_), ids in zip(rows, drawn)]
         graded = grade_ids(lm, [problems[t] for t, *_ in rows], whole, s.unsafe)
         for (t, v, *_), ids, grade in zip(rows, drawn, graded):

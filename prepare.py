@@ -49,8 +49,8 @@ from typing import NamedTuple, get_args
 import torch
 from transformers import HfArgumentParser
 
-from evaluate import TESTS, encode, exact_number, extract_answer, sandbox
 from model import LM, Tree, UserError, fit, flag, pack_trees, replace, step_logprobs, whole_batches
+from reward import TESTS, encode, exact_number, extract_answer, sandbox
 
 # ------------------------------------------------------------ records and manifests
 
@@ -216,7 +216,7 @@ class Stage:
             raise UserError(f"{self.out}: is an input too; choose another --out")
         self.force, script = settings.force, Path(sys.argv[0])
         flags = {k: v for k, v in asdict(settings).items() if k not in ("out", "force", *inputs)}
-        files = sorted({script.name, "model.py", "prepare.py", "evaluate.py"})
+        files = sorted({script.name, "model.py", "prepare.py", "reward.py"})
         code = "".join(Path(__file__).with_name(name).read_text("utf-8") for name in files)
         self.manifest = {
             "stage": script.stem,

@@ -15,9 +15,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from evaluate import grade_ids
-from model import LM, Prefixes, Tree, draw_key, pack_trees, sample, step_logprobs
+from model import LM, Tree, pack_trees, step_logprobs
 from prepare import fine_tune, read_jsonl
+from reward import grade_ids
+from sample import Prefixes, draw_key, draw_rows
 
 
 def accuracy(lm, problems, k=8):
@@ -30,7 +31,7 @@ def accuracy(lm, problems, k=8):
             for j, p in enumerate(problems)
             for i in range(n)
         ]
-        drawn = sample(lm, prefixes, rows, temperature, 512)
+        drawn = draw_rows(lm, prefixes, rows, temperature, 512)
         graded = grade_ids(lm, [problems[j] for j, *_ in rows], drawn, unsafe=False)
         shares.append(sum(g["correct"] for g in graded) / len(rows))
     return shares
@@ -46,7 +47,7 @@ def grpo(lm, problems, tokens, group=16, prompts=8, lr=3e-4):
         rows = [
             (j, 0, draw_key("grpo", step, j, i), 60) for j in range(prompts) for i in range(group)
         ]
-        drawn = sample(lm, prefixes, rows, 1.0, 512)
+        drawn = draw_rows(lm, prefixes, rows, 1.0, 512)
         used += sum(map(len, drawn))
         graded = grade_ids(lm, [chunk[j] for j, *_ in rows], drawn, unsafe=False)
         reward = torch.tensor([float(g["correct"]) for g in graded]).view(prompts, group)

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import transformers as hf
 
 import prepare
-from model import LM, Prefixes, Tree, draw_key, linear_logprobs, pack_trees, sample, step_logprobs
+from model import LM, Tree, linear_logprobs, pack_trees, step_logprobs
+from sample import Prefixes, draw_key, draw_rows
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -222,7 +223,7 @@ def sampler(sizes=SMALL, batches=(256, 512), new=80, model=None, dtype=""):
             def ours(batch=batch):
                 prefixes = Prefixes(lm, [Tree([ids], [-1], [True])])
                 rows = [(0, 0, draw_key("bench", i), new) for i in range(batch)]
-                return sample(lm, prefixes, rows, batch=batch)
+                return draw_rows(lm, prefixes, rows, batch=batch)
 
             def generate(prompt=prompt):
                 with torch.no_grad():

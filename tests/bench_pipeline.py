@@ -40,8 +40,8 @@ os.fsync, hashlib.file_digest = metered("fsync", os.fsync), metered("hash", hash
 report, profiled = sys.argv.pop(1), sys.argv.pop(1) == "profile"
 sys.argv.pop(0)
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
-import evaluate
-evaluate.grade_all = metered("grade", evaluate.grade_all)
+import reward
+reward.grade_all = metered("grade", reward.grade_all)
 profile, begin = cProfile.Profile(), time.perf_counter()
 if profiled: profile.enable()
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -8,7 +8,7 @@ import zlib
 
 import pytest
 
-import evaluate
+import reward
 from model import UserError
 from prepare import load_set
 
@@ -143,7 +143,7 @@ def test_row(tmp_path, name, row, row_id, right, wrong):
         None,
     )
     problem = json.loads(json.dumps(problem))  # as it will be read back
-    grades = evaluate.grade_all([problem] * 3, [right, f"```\n{wrong}\n```", "?"], unsafe=True)
+    grades = reward.grade_all([problem] * 3, [right, f"```\n{wrong}\n```", "?"], unsafe=True)
     assert grades == [("right", right), ("wrong", f"{wrong}\n"), ("no answer", None)]
 
 

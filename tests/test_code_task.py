@@ -12,7 +12,7 @@ import toy
 from transformers import PreTrainedTokenizerFast
 
 import prepare
-from evaluate import grade_all
+from reward import grade_all
 
 CODE = prepare.TASKS["code"]
 SIZES = {"train": 60, "valid": 20, "test": 20}

@@ -14,8 +14,8 @@ from fractions import Fraction
 
 import pytest
 
-import evaluate as math_grader
-from evaluate import MathVerifier, exact_number, extract_answer, grade_math, normalise
+import reward as math_grader
+from reward import MathVerifier, exact_number, extract_answer, grade_math, normalise
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +283,7 @@ def test_threads_share_one_worker_of_1_gb(verifier):
 SCRIPT = """
 import sys, time
 print("imported", flush=True)  # a stage without `if __name__ == "__main__"`
-from evaluate import MathVerifier, grade_math
+from reward import MathVerifier, grade_math
 verifier = MathVerifier()
 print(grade_math(r"2\\\\sqrt2", r"#### \\\\sqrt8", verifier)[0], verifier.worker.pid, flush=True)
 time.sleep(60)

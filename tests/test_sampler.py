@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers as hf
 
-from model import LM, Prefixes, Tree, UserError, draw_key, draw_tokens, sample, uniforms
+from model import LM, Tree, UserError
+from sample import Prefixes, draw_key, draw_rows, draw_tokens, uniforms
 
 MASK = 2**64 - 1
 
@@ -54,27 +55,31 @@ def joined(tree: Tree, v: int) -> list[int]:
 
 def test_draws_depend_on_prefix_and_key_alone(peaked, crowd):
     prefixes, trees, rows = crowd
-    drawn = sample(peaked, prefixes, rows)
+    drawn = draw_rows(peaked, prefixes, rows)
     assert len({tuple(ids) for ids in drawn}) > 100
     for batch in (1, 16, 33, 64, 1000):  # refilled slots, shrinking batches, all at once
-        assert sample(peaked, prefixes, rows, batch=batch) == drawn, batch
+        assert draw_rows(peaked, prefixes, rows, batch=batch) == drawn, batch
     order = random.Random(1).sample(range(len(rows)), len(rows))
-    assert sample(peaked, prefixes, [rows[i] for i in order], batch=32) == [drawn[i] for i in order]
+    assert draw_rows(peaked, prefixes, [rows[i] for i in order], batch=32) == [
+        drawn[i] for i in order
+    ]
     for i in range(0, 150, 15):  # alone, and among other neighbours
-        assert sample(peaked, prefixes, [rows[i]]) == [drawn[i]]
-        assert sample(peaked, prefixes, rows[i : i + 20], batch=7) == drawn[i : i + 20]
-    assert sample(peaked, prefixes, []) == []
+        assert draw_rows(peaked, prefixes, [rows[i]]) == [drawn[i]]
+        assert draw_rows(peaked, prefixes, rows[i : i + 20], batch=7) == drawn[i : i + 20]
+    assert draw_rows(peaked, prefixes, []) == []
     # the prefix as a plain prompt of its own: the same
     plain = [Tree([joined(trees[t], v)], [-1], [True]) for t, v, _, _ in rows]
     alone = [(i, 0, key, room) for i, (_, _, key, room) in enumerate(rows)]
-    assert sample(peaked, Prefixes(peaked, plain), alone) == drawn
-    assert sample(peaked, Prefixes(peaked, trees, budget=20), rows) == drawn  # trees cut into packs
+    assert draw_rows(peaked, Prefixes(peaked, plain), alone) == drawn
+    assert (
+        draw_rows(peaked, Prefixes(peaked, trees, budget=20), rows) == drawn
+    )  # trees cut into packs
 
 
 def test_a_longer_room_only_adds(peaked, crowd):
     prefixes, _, rows = crowd
-    drawn = sample(peaked, prefixes, rows)
-    longer = sample(peaked, prefixes, [(t, v, key, room + 9) for t, v, key, room in rows])
+    drawn = draw_rows(peaked, prefixes, rows)
+    longer = draw_rows(peaked, prefixes, [(t, v, key, room + 9) for t, v, key, room in rows])
     for ids, more, (*_, room) in zip(drawn, longer, rows, strict=True):
         assert more[: len(ids)] == ids
         assert (len(more) > len(ids)) == (ids[-1] not in peaked.eos)
@@ -85,7 +90,7 @@ def test_rows_end_at_an_eos_or_at_their_room(peaked, crowd, temperature):
     prefixes, _, rows = crowd
     ended = cut = 0
     for batch in (16, 64, 256):
-        drawn = sample(peaked, prefixes, rows, temperature, batch)
+        drawn = draw_rows(peaked, prefixes, rows, temperature, batch)
         for ids, (*_, room) in zip(drawn, rows, strict=True):
             assert 1 <= len(ids) <= room
             assert not set(ids[:-1]) & set(peaked.eos)  # it stopped at the first one
@@ -98,9 +103,9 @@ def test_rows_end_at_an_eos_or_at_their_room(peaked, crowd, temperature):
 def test_different_keys_draw_differently(peaked, crowd):
     prefixes, _, _ = crowd
     rows = [(1, 0, draw_key(0, k), 12) for k in range(64)]
-    first = sample(peaked, prefixes, rows)
+    first = draw_rows(peaked, prefixes, rows)
     assert len({tuple(ids) for ids in first}) > 30
-    assert sample(peaked, prefixes, [(1, 0, draw_key(1, k), 12) for k in range(64)]) != first
+    assert draw_rows(peaked, prefixes, [(1, 0, draw_key(1, k), 12) for k in range(64)]) != first
     keys = [
         draw_key(0, "a", "1", 2),
         draw_key(0, "a", 1, 2),
@@ -131,7 +136,7 @@ def test_temperature_1_is_the_models_distribution(peaked):
     """First tokens and whole two-token sequences, against softmax of Hugging Face's own logits."""
     prompt, n = [4, 9, 13, 5, 2, 77], 6000
     rows = [(0, 0, draw_key(3, "chi", k), 2) for k in range(n)]
-    drawn = sample(peaked, Prefixes(peaked, [Tree([prompt], [-1], [True])]), rows, batch=1000)
+    drawn = draw_rows(peaked, Prefixes(peaked, [Tree([prompt], [-1], [True])]), rows, batch=1000)
     plain = hf.AutoModelForCausalLM.from_pretrained(peaked.path, dtype=torch.float64)
     size = peaked.config.vocab_size
     with torch.no_grad():
@@ -175,7 +180,9 @@ def test_a_models_own_logit_transform_is_sampled(folder, tmp_path, kind, fields)
     tokenizer.save_pretrained(tmp_path)
     lm, prompt = LM(tmp_path, device="cpu"), [4, 9, 13, 5]
     keys = [draw_key(5, k) for k in range(300)]
-    drawn = sample(lm, Prefixes(lm, [Tree([prompt], [-1], [True])]), [(0, 0, k, 2) for k in keys])
+    drawn = draw_rows(
+        lm, Prefixes(lm, [Tree([prompt], [-1], [True])]), [(0, 0, k, 2) for k in keys]
+    )
     plain = hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     same = total = 0
     for ids, key in zip(drawn, keys, strict=True):
@@ -204,7 +211,7 @@ def test_draw_tokens_is_the_inverse_cdf():
 def test_greedy_equals_hugging_face(peaked, crowd):
     _, trees, _ = crowd
     states = [(t, v) for t, tree in enumerate(trees) for v in range(len(tree.ids))]
-    mine = sample(peaked, Prefixes(peaked, trees), [(t, v, 0, 30) for t, v in states], 0.0)
+    mine = draw_rows(peaked, Prefixes(peaked, trees), [(t, v, 0, 30) for t, v in states], 0.0)
     plain = hf.AutoModelForCausalLM.from_pretrained(peaked.path, dtype=torch.float32)
     for (t, v), ids in zip(states, mine, strict=True):
         prompt = torch.tensor([joined(trees[t], v)])
@@ -260,8 +267,8 @@ def test_more_than_the_context_is_refused(peaked):
     assert peaked.max_length == 128
     tree = Tree([[5] * 100, [6] * 20], [-1, 0], [True, True])
     prefixes = Prefixes(peaked, [tree])
-    fits = sample(peaked, prefixes, [(0, 1, 1, 8), (0, 0, 1, 28)])
+    fits = draw_rows(peaked, prefixes, [(0, 1, 1, 8), (0, 0, 1, 28)])
     assert len(fits[0]) <= 8 and len(fits[1]) <= 28
     for row in [(0, 1, 1, 9), (0, 0, 1, 29)]:
         with pytest.raises(UserError, match=r"129.*128"):
-            sample(peaked, prefixes, [(0, 0, 1, 2), row])
+            draw_rows(peaked, prefixes, [(0, 0, 1, 2), row])

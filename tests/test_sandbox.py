@@ -13,8 +13,8 @@ import time
 
 import pytest
 
-from evaluate import Sandbox, decode, encode, extract_program, same, same_text
 from model import UserError
+from reward import Sandbox, decode, encode, extract_program, same, same_text
 
 ROOT = os.getuid() == 0
 NONCE = secrets.token_hex(4)  # names the processes and files of this run
@@ -531,7 +531,7 @@ def test_the_trainer_is_told_when_nothing_is_walled_off(capsys):
 
 def test_nothing_survives_a_trainer_that_is_killed(tmp_path):
     code = (
-        "from evaluate import Sandbox\n"
+        "from reward import Sandbox\n"
         f"Sandbox(1, unsafe=True).grade([({SQUARE!r} | {{'seconds': 60}}, {STRAY + 'time.sleep(99)'!r})])"
     )
     trainer = subprocess.Popen([sys.executable, "-c", code])

@@ -4,6 +4,7 @@
 SIGKILL at a named point or at the k-th Python call. Flags name files of the current folder, so no record holds a path.
 """
 
+import ast
 import contextlib
 import errno
 import hashlib
@@ -226,8 +227,6 @@ def _run(script, flags, folder, point, call, full, log):
     os.environ["OMP_NUM_THREADS"] = "1"
     import safetensors
 
-    import model
-
     drawn, count, calls, no_room = set(), Counter(), 0, False
 
     def die():
@@ -253,16 +252,17 @@ def _run(script, flags, folder, point, call, full, log):
         if calls == call:
             die()
 
-    real_key = model.draw_key
+    real_hash = hashlib.blake2b  # what `draw_key` hashes is (seed, stage, problem, ...)
 
-    def draw_key(*what):
-        if what[2] not in drawn:
-            drawn.add(what[2])
-            os.write(record, f"{what[2]}\n".encode())
-        return real_key(*what)
+    def blake2b(data, **options):
+        problem = ast.literal_eval(data.decode())[2]
+        if problem not in drawn:
+            drawn.add(problem)
+            os.write(record, f"{problem}\n".encode())
+        return real_hash(data, **options)
 
     record = os.open(f"{log}.drawn", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    model.draw_key = draw_key
+    hashlib.blake2b = blake2b
     if point is not None:
         install(tick)
     if call is not None:
