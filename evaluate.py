@@ -23,10 +23,22 @@ from pathlib import Path
 
 import numpy as np
 
-from model import LM, Tree, UserError, flag, load_critic, replace, tree_values
+from model import (
+    LM,
+    Progress,
+    UserError,
+    flag,
+    gathered,
+    join,
+    load_critic,
+    rank,
+    replace,
+    tree_values,
+    world,
+)
 from prepare import Stage, actor_facts, main, misfit, read_jsonl, tokenizer_facts
-from reward import exact_number, grade_ids, normalise
-from sample import Prefixes, draw_key, draw_rows
+from reward import exact_number, normalise
+from sample import Server, respond, work_through
 
 # ------------------------------------------------------------ statistics
 
@@ -117,6 +129,7 @@ class Settings:
     critic: str = flag("critic that picks the best of --samples (with the actor's tokenizer)", "")
     max_new: int = flag("length limit of a response in tokens", 2048)
     batch: int = flag("rows decoded at once", 256)
+    server: str = flag("URL of a server that serves the actor, or several, comma separated", "")
     dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the samples", 0)
     report: str = flag("a run folder: print its table and draw its figures, nothing else", "")
@@ -144,18 +157,30 @@ def stage(s: Settings):
     inputs = {"actor": s.actor} | {f"problems{i or ''}": path for i, path in enumerate(paths)}
     inputs |= {"critic": s.critic} if s.critic else {}
     # --against is no setting of eval.jsonl: a finished evaluation is compared anew at no cost
-    out = Stage(s.out, dataclasses.replace(s, against=""), inputs)
+    out = Stage("evaluate.py", s.out, dataclasses.replace(s, against=""), inputs)
     if not out.complete:
-        lm = LM(s.actor, dtype=s.dtype)
+        join()
+        lm = LM(s.actor, dtype=s.dtype, weights=not s.server)
+        server = Server(s.server, lm) if s.server else None
         critic = load_critic(s.critic, dtype=s.dtype) if s.critic else None
         if critic and tokenizer_facts(critic[0])["tokenizer"] != tokenizer_facts(lm)["tokenizer"]:
             raise UserError(f"{s.critic}: its tokenizer is not the actor's; pass one that has it")
-        out.begin(actor_facts(lm, s.max_new))
-        done = {x["id"] for x in out.done}
+        out.begin(actor_facts(lm, s.max_new) | ({"draws": "server"} if server else {}))
+        done = {line["id"] for line in out.done}
         todo = [p for p in problems if p["id"] not in done]
-        for i in range(0, len(todo), 64):
-            out.append(respond(lm, critic, todo[i : i + 64], s))
+        with Progress("evaluate", len(todo)) as progress:
+
+            def process(chunk: list[dict]) -> list[dict]:
+                """Each process answers every world()-th problem."""
+                mine = answer(lm, critic, chunk[rank() :: world()], s, progress, server)
+                answered = {line["id"]: line for line in gathered(mine)}
+                progress.update(len(chunk))
+                return [answered[p["id"]] for p in chunk]
+
+            work_through(todo, process, out, server, 64 * world())
         out.finish()
+    if rank() > 0:
+        return
     lines = {x["id"]: x for x in read_jsonl(s.out)}
     sets = {}
     for p in problems:
@@ -174,37 +199,45 @@ def stage(s: Settings):
         )
 
 
-def respond(lm: LM, critic: tuple | None, problems: list[dict], s: Settings) -> list[dict]:
+def answer(lm: LM, critic, problems: list[dict], s: Settings, progress, server) -> list[dict]:
     """A line of eval.jsonl a problem. A response that was cut off is not right in any case."""
-    prompts = [lm.prompt_ids(p["prompt"]) for p in problems]
-    prefixes = Prefixes(lm, [Tree([ids], [-1], [True]) for ids in prompts])
-    greedy = [(j, 0, 0, s.max_new) for j in range(len(problems))]
-    rows = [
-        (j, 0, draw_key(s.seed, "evaluate", p["id"], k), s.max_new)
-        for j, p in enumerate(problems)
-        for k in range(s.samples)
-    ]
-    drawn = draw_rows(lm, prefixes, rows, 1.0, s.batch)
-    responses = draw_rows(lm, prefixes, greedy, 0.0, s.batch) + drawn
-    owners = [problems[j] for j, *_ in greedy + rows]
-    graded = grade_ids(lm, owners, responses, s.unsafe)
-    lines = [{"id": p["id"], **g, "sampled": []} for p, g in zip(problems, graded)]
-    for (j, *_), g in zip(rows, graded[len(problems) :]):
-        lines[j]["sampled"].append({k: g[k] for k in ("text", "prediction", "correct")})
-    if critic:  # of the sampled responses the one with the highest V before its last step
-        trees = [
-            {"id": p["id"], "prompt_ids": ids, "nodes": [{"parent": -1, "reward": None}]}
-            for p, ids in zip(problems, prompts)
-        ]
-        state = [[] for _ in problems]  # of each sampled response: its node, 0 if it has one step
-        for (j, *_), ids in zip(rows, drawn):
-            before, nodes = ids[: [0, *lm.step_ends(ids)][-2]], trees[j]["nodes"]
-            nodes += [{"parent": 0, "ids": before, "reward": None}] if before else []
-            state[j].append(len(nodes) - 1 if before else 0)
-        for line, at, value in zip(lines, state, tree_values(*critic, trees, False, 8192)):
-            best = max(range(len(at)), key=lambda k: value[at[k]])
+    if not problems:
+        return []
+    how = {"progress": progress, "server": server}
+    drawn = respond(lm, problems, s.samples, "evaluate", s, **how)
+    greedy = respond(lm, problems, 1, "evaluate", s, temperature=0.0, **how)
+    lines = []
+    for problem, (_, (first,)), (_, sampled) in zip(problems, greedy, drawn):
+        line = {"id": problem["id"]}
+        for name in ("text", "prediction", "correct", "verdict", "finished"):
+            line[name] = first[name]
+        line["sampled"] = []
+        for response in sampled:
+            shown = {name: response[name] for name in ("text", "prediction", "correct")}
+            line["sampled"].append(shown)
+        lines.append(line)
+    if critic:
+        for line, best in zip(lines, choose(lm, critic, problems, drawn)):
             line["by_critic"] = line["sampled"][best]["correct"]
     return lines
+
+
+def choose(lm: LM, critic: tuple, problems: list[dict], drawn: list[tuple]) -> list[int]:
+    """Of each problem's sampled responses the one with the highest V before its last step."""
+    trees, states = [], []  # states: of each sampled response its node, 0 if it has one step
+    for problem, (prompt_ids, sampled) in zip(problems, drawn):
+        nodes, own = [{"parent": -1, "reward": None}], []
+        for response in sampled:
+            begin = [0, *lm.step_ends(response["ids"])][-2]  # of the last step
+            if begin:
+                nodes.append({"parent": 0, "ids": response["ids"][:begin], "reward": None})
+            own.append(len(nodes) - 1 if begin else 0)
+        trees.append({"id": problem["id"], "prompt_ids": prompt_ids, "nodes": nodes})
+        states.append(own)
+    best = []
+    for own, value in zip(states, tree_values(*critic, trees, False, 8192)):
+        best.append(max(range(len(own)), key=lambda k: value[own[k]]))
+    return best
 
 
 # ------------------------------------------------------------ the report of a run
@@ -258,7 +291,7 @@ def report(run: Path):
         if (file := folder / "critic.metrics.json").exists():
             bins = [b for b in json.loads(file.read_text())["bins"] if b["states"]]
             critic.plot([b["value"] for b in bins], [b["mc"] for b in bins], marker="o", **style)
-        if (file := folder / "advantages.jsonl").exists():
+        if (file := folder / "actor.advantages.jsonl").exists():
             states = [state for text in file.open() for state in json.loads(text)["states"]]
             adv = [action["adv"] for state in states for action in state["actions"]]
             pairs.hist(adv, bins=41, range=(-1, 1), histtype="step", **style)
@@ -271,7 +304,7 @@ def report(run: Path):
         axis.legend(fontsize=8)
     figure.savefig(run / "report.png", dpi=110)
     print(run / "report.png")
-    if (run / "iter1" / "advantages.jsonl").exists():
+    if (run / "iter1" / "actor.advantages.jsonl").exists():
         draw_solution(run, plt)
 
 
@@ -279,7 +312,7 @@ def draw_solution(run: Path, plt):
     """The path of iteration 1 whose advantages are the widest apart, a colour for each."""
     trees = {r["id"]: r["nodes"] for r in map(json.loads, (run / "iter1" / "trees.jsonl").open())}
     widest, best = 0.0, None
-    for line in map(json.loads, (run / "iter1" / "advantages.jsonl").open()):
+    for line in map(json.loads, (run / "iter1" / "actor.advantages.jsonl").open()):
         nodes = trees[line["id"]]
         adv = {a["node"]: a["adv"] for state in line["states"] for a in state["actions"]}
         for leaf in adv:

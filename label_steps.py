@@ -26,12 +26,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
-from model import LM, UserError, flag, record_tree
-from prepare import Stage, actor_facts, main, read_jsonl, read_samples, sha256
+from model import LM, Progress, UserError, flag, record_tree
+from prepare import Stage, actor_facts, each_sample, main, read_jsonl, sha256
 from reward import grade_ids
-from sample import Prefixes, draw_key, draw_rows
+from sample import Prefixes, Server, draw, draw_key, work_through
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,7 @@ class Settings:
     m: int = flag("completions a state", 16)
     max_new: int = flag("length limit of a whole response in tokens", 2048)
     batch: int = flag("rows decoded at once", 256)
+    server: str = flag("URL of a server that serves the actor, or several, comma separated", "")
     dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the draws", 0)
     unsafe: bool = flag("run programs even where they cannot be walled off", False)
@@ -50,70 +49,74 @@ class Settings:
 
 
 class StepTree:
-    """One problem's nodes while they are counted; depth: response tokens up to a node."""
+    """One problem's nodes while they are counted: the lists below have an item a node."""
 
     def __init__(self, prompt_ids: list[int]):
         self.prompt_ids = prompt_ids
         root = {"parent": -1, "ids": [], "text": "", "draws": 0, "n": 0, "wins": 0}
         self.nodes = [root | {"reward": None, "labelled": False}]
-        self.child, self.depth, self.tokens = {}, [0], 0
-        self.kept = [True]  # states: a kept response goes on from here
-        self.open = [[]]  # a node's children that are states
+        self.depth = [0]  # response tokens up to the node
+        self.is_state = [True]  # a kept response goes on from here, so it is to be labelled
+        self.states_below = [[]]  # its children that are states
+        self.child = {}  # (node, token ids of a step): the child that the step leads to
+        self.tokens = 0  # generated for this problem
 
-    def step(self, parent: int, ids: list[int], reward: int | None) -> int:
+    def step(self, parent: int, ids: list[int], reward: float | None) -> int:
         """The child of `parent` by the step `ids`, made if need be; reward None: it goes on."""
         v = self.child.setdefault((parent, tuple(ids)), len(self.nodes))
         if v == len(self.nodes):
             new = {"parent": parent, "ids": ids, "reward": reward, "n": 0, "wins": 0}
             self.nodes.append(self.nodes[0] | new)
-            self.kept.append(False)
             self.depth.append(self.depth[parent] + len(ids))
-            self.open.append([])
+            self.is_state.append(False)
+            self.states_below.append([])
         elif reward is None:  # a response was cut off here by its length, another goes on
             self.nodes[v]["reward"] = None
         return v
 
-    def keep(self, ids: list[int], ends: list[int], reward: int):
-        """Put a kept response's steps in, uncounted."""
-        v = 0
-        for a, b in zip([0, *ends], ends):
-            u = self.step(v, ids[a:b], reward if b == ends[-1] else None)
-            if b != ends[-1] and not self.kept[u]:
-                self.kept[u] = True
-                self.open[v].append(u)
-            v = u
+    def keep(self, ids: list[int], ends: list[int], reward: float):
+        """Put a kept response's steps in, uncounted: it was kept because of its outcome."""
+        v, begin = 0, 0
+        for end in ends:
+            last = end == ends[-1]
+            u = self.step(v, ids[begin:end], reward if last else None)
+            if not last and not self.is_state[u]:
+                self.is_state[u] = True
+                self.states_below[v].append(u)
+            v, begin = u, end
 
-    def complete(self, v: int, ids: list[int], cut, reward: int):
-        """Count one completion drawn at node v, and go on at every kept state that it passes.
+    def complete(self, v: int, ids: list[int], cut, reward: float):
+        """Count one completion drawn at node v, and go on at every state that it passes.
 
-        cut: LM.step_ends. It looks a token ahead (a blank line joins the step before it), so a kept
-        state is passed if its tokens begin the completion, whatever the completion's own cut is:
-        only then is each completion an unbiased draw at each state.
+        cut: LM.step_ends. It looks a token ahead (a blank line joins the step before it), so a state
+        is passed if its tokens begin the completion, whatever the completion's own cut is: only
+        then is each completion an unbiased draw at each state.
         """
         self._count(v, reward)
         end = cut(ids)[0]
         last = end == len(ids)
         step = self.step(v, ids[:end], reward if last else None)
         self.nodes[step]["draws"] += 1
-        if last or not self.kept[step]:
+        if last or not self.is_state[step]:
             self._count(step, reward)
-        for u in self.open[v]:
+        for u in self.states_below[v]:
             size = len(self.nodes[u]["ids"])
             if size < len(ids) and ids[:size] == self.nodes[u]["ids"]:
                 self.complete(u, ids[size:], cut, reward)
 
-    def _count(self, v: int, reward: int):
+    def _count(self, v: int, reward: float):
         self.nodes[v]["n"] += 1
         self.nodes[v]["wins"] += reward
 
-    def states(self) -> list[list[int]]:
-        """Kept states that go on, by steps from the prompt: shallow ones are labelled first."""
-        levels, level = [], {0: 0}
+    def levels(self) -> list[list[int]]:
+        """The states by steps from the prompt: shallow ones are labelled first."""
+        levels, level = [], [0] * len(self.nodes)
         for v, node in enumerate(self.nodes):
             if v:
                 level[v] = level[node["parent"]] + 1
-            if self.kept[v]:
-                levels += [[] for _ in range(level[v] + 1 - len(levels))]
+            if self.is_state[v]:
+                while len(levels) <= level[v]:
+                    levels.append([])
                 levels[level[v]].append(v)
         return levels
 
@@ -121,90 +124,116 @@ class StepTree:
         """Token ids from the prompt's end to node v."""
         ids = []
         while v:
-            ids[:0] = self.nodes[v]["ids"]
+            ids = self.nodes[v]["ids"] + ids
             v = self.nodes[v]["parent"]
         return ids
 
-
-def stage(s: Settings):
-    needs = ("id", "prompt", "answer or tests")
-    problems = {p["id"]: p for p in read_jsonl(Path(s.problems), needs)}
-    samples = read_samples(s.samples)
-    out = Stage(s.out, s, {"actor": s.actor, "problems": s.problems, "samples": s.samples})
-    if out.complete:
-        return
-    lm = LM(s.actor, dtype=s.dtype)
-    facts = {**actor_facts(lm, s.max_new), "problems": sha256(s.problems)}
-    out.begin(facts, expects=facts)
-    if foreign := next((r["id"] for r in samples if r["id"] not in problems), None):
-        raise UserError(
-            f"{s.samples}: {foreign} is not in {s.problems}; pass the problems it was drawn from"
-        )
-    done = {r["id"] for r in out.done}
-    todo = [r for r in samples if r["kept"] and r["id"] not in done]
-    total = Counter()
-    with tqdm(desc="label_steps", unit=" tokens", disable=None) as progress:
-        for i in range(0, len(todo), 64):
-            chunk = todo[i : i + 64]
-            trees = [plant(r) for r in chunk]
-            label(lm, s, chunk, trees, [problems[r["id"]] for r in chunk], total, progress)
-            for r in chunk:
-                total["unshared"] += sum(len(r["responses"][k]["ends"]) for k in r["kept"])
-            out.append([record(lm, r["id"], t) for r, t in zip(chunk, trees)])
-    out.finish()
-    if total["completions"]:
-        print(
-            f"{total['states']} states labelled ({total['unshared']} before sharing), {total['completions']} completions "
-            f"({1 - total['completions'] / (s.m * total['unshared']):.0%} saved), {total['tokens']} tokens generated, "
-            f"{total['prefilled']} prefilled ({total['prefixes'] / total['prefilled']:.0f} times fewer than one by one)"
-        )
+    def record(self, lm: LM, problem_id: str) -> dict:
+        """The line of trees.jsonl."""
+        for v, node in enumerate(self.nodes):
+            node["text"] = lm.text(node["ids"] if v else self.prompt_ids)
+            node["labelled"] = self.is_state[v]
+        whole = {"id": problem_id, "prompt_ids": self.prompt_ids, "tokens": self.tokens}
+        return whole | {"nodes": self.nodes}
 
 
 def plant(sample_record: dict) -> StepTree:
     """The tree of a problem's kept responses, all in it before the first completion."""
     tree = StepTree(sample_record["prompt_ids"])
     for k in sample_record["kept"]:
-        r = sample_record["responses"][k]
-        if r["ends"]:
-            tree.keep(r["ids"], r["ends"], r["reward"])
+        response = sample_record["responses"][k]
+        if response["ends"]:
+            tree.keep(response["ids"], response["ends"], response["reward"])
     return tree
 
 
-def label(lm: LM, s: Settings, chunk, trees: list[StepTree], problems, total: Counter, progress):
-    """Top every kept state of a chunk's trees up to m completions, level by level."""
-    levels = [t.states() for t in trees]
+def label(lm: LM, problems: list[dict], trees: list[StepTree], s: Settings, progress, server):
+    """Top every state of these problems' trees up to m completions, level by level.
+
+    Shallow states come first, since their completions count at the deeper states that they pass.
+    -> how much was done, by name.
+    """
+    done = Counter()
+    levels = [tree.levels() for tree in trees]
     prefix_trees = []
-    for tree, states in zip(trees, levels):
-        wanted = {v for level in states for v in level}
+    for tree in trees:
         nodes = {"prompt_ids": tree.prompt_ids, "nodes": tree.nodes}
-        prefix_trees.append(record_tree(nodes, [v in wanted for v in range(len(tree.nodes))]))
-    prefixes = Prefixes(lm, prefix_trees)
-    total["prefilled"] += prefixes.tokens
+        prefix_trees.append(record_tree(nodes, list(tree.is_state)))
+    prefixes = None
+    if not server:
+        prefixes = Prefixes(lm, prefix_trees)  # once for all levels
+        done["prefilled"] += prefixes.tokens
     for depth in range(max(map(len, levels))):
         rows = []
-        for t, (tree, states) in enumerate(zip(trees, levels)):
-            for v in states[depth] if depth < len(states) else []:
-                total["states"] += 1
+        for t, tree in enumerate(trees):
+            for v in levels[t][depth] if depth < len(levels[t]) else ():
                 room = s.max_new - tree.depth[v]
-                for k in range(s.m - tree.nodes[v]["n"]):
-                    rows.append((t, v, draw_key(s.seed, "label", chunk[t]["id"], v, k), room))
-                    total["prefixes"] += len(prefixes.path[t, v])
-        drawn = draw_rows(lm, prefixes, rows, batch=s.batch, progress=progress)
-        whole = [trees[t].response(v) + ids for (t, v, *_), ids in zip(rows, drawn)]
-        graded = grade_ids(lm, [problems[t] for t, *_ in rows], whole, s.unsafe)
+                missing = max(0, s.m - tree.nodes[v]["n"])
+                for k in range(missing):
+                    rows.append((t, v, draw_key(s.seed, "label", problems[t]["id"], v, k), room))
+                done["states"] += 1
+                done["prefixes"] += missing * (len(tree.prompt_ids) + tree.depth[v])
+        how = {"batch": s.batch, "progress": progress, "prefixes": prefixes, "server": server}
+        drawn = draw(lm, prefix_trees, rows, **how)
+        whole, owners = [], []
+        for (t, v, *_), ids in zip(rows, drawn):
+            whole.append(trees[t].response(v) + ids)
+            owners.append(problems[t])
+        graded = grade_ids(lm, owners, whole, s.unsafe)
         for (t, v, *_), ids, grade in zip(rows, drawn, graded):
             trees[t].tokens += len(ids)
-            trees[t].complete(v, ids, lm.step_ends, int(grade["correct"]))
-        total["completions"] += len(rows)
-        total["tokens"] += sum(map(len, drawn))
+            trees[t].complete(v, ids, lm.step_ends, grade["reward"])
+            done["tokens"] += len(ids)
+        done["completions"] += len(rows)
+    return done
 
 
-def record(lm: LM, problem_id: str, tree: StepTree) -> dict:
-    for v, node in enumerate(tree.nodes):
-        node["text"] = lm.text(node["ids"] if v else tree.prompt_ids)
-        node["labelled"] = tree.kept[v]
-    whole = {"id": problem_id, "prompt_ids": tree.prompt_ids, "tokens": tree.tokens}
-    return whole | {"nodes": tree.nodes}
+def stage(s: Settings):
+    needs = ("id", "prompt", "answer or tests")
+    problems = {p["id"]: p for p in read_jsonl(Path(s.problems), needs)}
+    sampled = []  # ids of the problems with kept responses; the file is looked at whole, first
+    for record in each_sample(s.samples):
+        if record["id"] not in problems:
+            foreign = f"{record['id']} is not in {s.problems}"
+            raise UserError(f"{s.samples}: {foreign}; pass the problems it was drawn from")
+        if record["kept"]:
+            sampled.append(record["id"])
+    inputs = {"actor": s.actor, "problems": s.problems, "samples": s.samples}
+    out = Stage("label_steps.py", s.out, s, inputs)
+    if out.complete:
+        return
+    lm = LM(s.actor, dtype=s.dtype, weights=not s.server)
+    server = Server(s.server, lm) if s.server else None
+    facts = {**actor_facts(lm, s.max_new), "problems": sha256(s.problems)}
+    out.begin(facts | ({"draws": "server"} if server else {}), expects=facts)
+    done = {record["id"] for record in out.done}
+    todo = (r for r in each_sample(s.samples) if r["kept"] and r["id"] not in done)
+    counts = []  # of each chunk
+    with Progress("label_steps", len(sampled) - len(done)) as progress:
+
+        def process(chunk: list[dict]) -> list[dict]:
+            trees = [plant(record) for record in chunk]
+            owners = [problems[record["id"]] for record in chunk]
+            counts.append(label(lm, owners, trees, s, progress, server))
+            for record in chunk:
+                for k in record["kept"]:
+                    counts[-1]["unshared"] += len(record["responses"][k]["ends"])
+            progress.update(len(chunk))
+            return [tree.record(lm, record["id"]) for tree, record in zip(trees, chunk)]
+
+        work_through(todo, process, out, server)
+    out.finish()
+    total = sum(counts, Counter())
+    if total["completions"]:
+        saved = 1 - total["completions"] / (s.m * total["unshared"])
+        print(
+            f"{total['states']} states labelled ({total['unshared']} before sharing), "
+            f"{total['completions']} completions ({saved:.0%} saved), "
+            f"{total['tokens']} tokens generated"
+        )
+    if total["prefilled"]:
+        fewer = total["prefixes"] / total["prefilled"]
+        print(f"{total['prefilled']} tokens prefilled ({fewer:.0f} times fewer than one by one)")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The language model of every stage: packing, log-probs, advantages, the sampler, the loop.
+"""The language model of every stage: packing, attention, log-probs, advantages, the training loop.
 
 Read from top to bottom:
   LM                any Hugging Face decoder with its tokenizer; prompts; where steps end
@@ -6,8 +6,9 @@ Read from top to bottom:
   attend            the attention of every model; a pack or a cache decides who sees whom
   linear_logprobs   log-probs from hidden states without holding [tokens, vocabulary]
   step_logprobs, step_values, step_advantages   the three quantities of the paper, a number a step
-  Prefixes, sample  prefill a tree once, then draw continuations from any of its states
   fit               the training loop: accumulation, NaN check, metrics, exact resume
+  join, shard       the same on several cards (torchrun, FSDP2), or on one with the host's memory
+  memory            what a model needs in every stage: python model.py MODEL --cards 8 --gigabytes 80
 
 Sizes: N tokens of a pack, M scored nodes, S states, B rows of a batch, T columns, V vocabulary,
 d width, L layers, G key/value heads, R query heads a key/value head, D head size.
@@ -19,6 +20,9 @@ import json
 import os
 import random
 import shutil
+import sys
+import types
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, field
 from pathlib import Path
@@ -28,12 +32,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-BLOCK = 64  # queries that share one gathered key set (tree attention on the CPU)
+BLOCK = 64  # queries that share one gathered key set
 
 
 class UserError(Exception):
@@ -45,6 +51,35 @@ def flag(help: str, default=MISSING):
     return field(default=default, metadata={"help": help})
 
 
+class Progress(tqdm):
+    """A bar in a terminal; in a log a line a minute: done of all, tokens/s, time left."""
+
+    def __init__(self, what: str, total: int, unit: str = "problems", initial: int = 0):
+        self.tokens = 0
+        form = {"desc": what, "total": total, "unit": f" {unit}", "initial": initial}
+        if not sys.stderr.isatty():
+            line = "{desc}: {n_fmt} of {total_fmt}{unit}{postfix}, {remaining} left"
+            form |= {"bar_format": line, "delay": 60, "mininterval": 60, "maxinterval": 60}
+        super().__init__(**form)
+
+    @staticmethod
+    def status_printer(file):
+        """tqdm's way to write: over the last line in a terminal, a line of its own elsewhere."""
+        if file.isatty():
+            return tqdm.status_printer(file)
+        return lambda text: text.strip() and print(text.strip(), file=file, flush=True)
+
+    def add(self, tokens: int):
+        """Tokens were drawn or trained on; shown when it is time."""
+        self.tokens += tokens
+        now = self._time()
+        rate = self.tokens / max(1e-9, now - self.start_t)
+        self.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+        if now - self.last_print_t >= self.mininterval and now - self.start_t >= self.delay:
+            self.last_print_t = now
+            self.refresh()
+
+
 # ------------------------------------------------------------ the language model
 
 
@@ -53,39 +88,56 @@ class LM:
 
     dtype: what it computes in, by default bfloat16 on CUDA and float32 on the CPU. train=True holds
     the weights in float32 all the same (bfloat16 cannot hold AdamW's updates at the paper's
-    learning rates) and computes by autocast. Raises UserError for what cannot work: no tokenizer,
-    no EOS, no line break, attention that a tree mask would break.
+    learning rates) and computes by autocast. weights=False loads tokenizer and config alone, for
+    stages whose draws come from a server. Raises UserError for what cannot work: no tokenizer, no
+    EOS, no line break, attention that a tree mask would break.
     """
 
-    def __init__(self, path: str, train: bool = False, device: str | None = None, dtype: str = ""):
+    def __init__(self, path, train=False, device: str | None = None, dtype="", weights=True):
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        # here, not on import: it takes seconds, and a stage that is complete should say so at once
+        # Registered here and not on import: it takes seconds, and a complete stage should say so
+        # at once.
         transformers.AttentionInterface.register("dapo", attend)
         self.path = str(path)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or ("bfloat16" if self.device == "cuda" else "float32")
         if dtype not in ("bfloat16", "float32"):
             raise UserError(f"--dtype {dtype}: wanted bfloat16 or float32")
-        self.rounds = dtype == "bfloat16"
-        dtype = torch.float32 if train else getattr(torch, dtype)
+        self.in_bfloat16 = dtype == "bfloat16"
+        self.model = None
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, attn_implementation="dapo", output_loading_info=True
-            )
-            if report["missing_keys"]:
-                raise ValueError(f"no {min(report['missing_keys'])} in the weights")
+            self.config = transformers.AutoConfig.from_pretrained(path).get_text_config()
+            if weights:
+                self._load(torch.float32 if train else getattr(torch, dtype))
+                self.generation = self.model.generation_config
+            else:
+                self.generation = transformers.GenerationConfig.from_model_config(self.config)
+                if (Path(path) / "generation_config.json").exists() or not Path(path).is_dir():
+                    self.generation = transformers.GenerationConfig.from_pretrained(path)
         except Exception as e:  # a broken folder raises all kinds; the user needs one line
             reason = str(e).strip().split("\n")[0]
             raise UserError(f"{path}: not a model folder with a tokenizer ({reason})") from e
+        self._read_tokenizer()
+        self.flex = False  # whether flex_attention may do what the gathered form does
+        if weights:
+            self._refuse_other_attention()
+            self.flex = self.device == "cuda" and flex_agrees(self)
+        if weights and train and self.device == "cuda":
+            self.checkpoint_layers()
+
+    def _load(self, dtype: torch.dtype):
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            self.path, dtype=dtype, attn_implementation="dapo", output_loading_info=True
+        )
+        if report["missing_keys"]:
+            raise ValueError(f"no {min(report['missing_keys'])} in the weights")
         self.model = model.to(self.device).eval()  # no dropout: the log-ratio starts at exactly 0
         self.decoder, self.config = model.base_model, model.config.get_text_config()
         self.scale = getattr(self.config, "logit_scale", None) or 1.0
         self.scale /= getattr(self.config, "logits_scaling", None) or 1.0
         self.softcap = getattr(self.config, "final_logit_softcapping", None)
-        self._read_tokenizer()
-        self._refuse_other_attention()
 
     @property
     def head(self) -> torch.Tensor:
@@ -97,7 +149,7 @@ class LM:
 
     def _read_tokenizer(self):
         """breaks[id]: the token's text has a line break; blank[id]: white space or special."""
-        eos = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
+        eos = self.generation.eos_token_id or self.tokenizer.eos_token_id
         if eos is None:
             raise UserError(f"{self.path}: no EOS; add eos_token_id to generation_config.json")
         self.eos = sorted({eos} if isinstance(eos, int) else set(eos))
@@ -125,17 +177,34 @@ class LM:
         tree = Tree([ids[:4], ids[4:6], ids[6:]], [-1, 0, 0], [False, True, True])
         (pack,) = pack_trees([tree], 99)
         together = step_logprobs(self, pack)
-        alone = [tree._replace(score=[False, v == 1, v == 2]) for _, v in pack.owner]
-        apart = torch.cat([step_logprobs(self, *pack_trees([t], 99)) for t in alone])
-        if not torch.allclose(together, apart, atol=0.5 if self.rounds else 1e-3):
+        apart = []
+        for _, v in pack.owner:
+            alone = tree._replace(score=[False, v == 1, v == 2])
+            apart.append(step_logprobs(self, *pack_trees([alone], 99)))
+        if not torch.allclose(together, torch.cat(apart), atol=0.5 if self.in_bfloat16 else 1e-3):
             raise UserError(f"{self.path}: {kind} ignores a tree mask, so it cannot be used")
-        ids, pos = (x[None].to(self.device) for x in (pack.ids, pack.pos))
+        ids, pos = pack.ids[None].to(self.device), pack.pos[None].to(self.device)
         view = TreeView(pack, self.device)
         with self._autocast():
             own = self.model(input_ids=ids, position_ids=pos, use_cache=False, view=view).logits[0]
         difference = (own - self.logits(self.hidden(ids, pos, view)[0])).abs().max()
-        if difference > (0.1 if self.rounds else 1e-3) * own.abs().max():
+        if difference > (0.1 if self.in_bfloat16 else 1e-3) * own.abs().max():
             raise UserError(f"{self.path}: {kind} scales its logits in a way that is not supported")
+
+    def checkpoint_layers(self):
+        """Keep of each layer its input alone and compute the rest again in the backward pass: of
+        8,192 tokens of an 8B model 4 GB in place of 65. The gradients are the same to the last bit.
+
+        Hugging Face does so in train mode only, where dropout would act; so a model with any is
+        refused.
+        """
+        for name, value in self.config.to_dict().items():
+            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float) and value:
+                raise UserError(
+                    f"{self.path}: {name} is {value} in its config; set it to 0.0 there"
+                )
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model.train()
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of a user message: by chat template if there is one, else plain; one BOS."""
@@ -161,6 +230,9 @@ class LM:
         A step ends after a token whose text has a line break. A step of white space alone belongs
         to the one before it (at the very start, where there is none, to the one after it).
         "5 + 3 = 8\\n" "\\n" "So 8.\\n" EOS -> two steps; the blank line joins the first.
+
+        The one place that cuts responses: a fork that cuts at blank lines or every 32 tokens
+        replaces this body (return [*range(32, len(ids), 32), len(ids)]) and samples anew.
         """
         if not ids:
             return []
@@ -172,8 +244,9 @@ class LM:
         return np.append(ends[:-1][inner], len(ids)).tolist()
 
     def _autocast(self):
-        rounds = self.rounds and self.head.dtype is torch.float32
-        return torch.autocast(self.device, torch.bfloat16, enabled=rounds)
+        """bfloat16 products where the weights are held in float32; else they are as they should."""
+        enabled = self.in_bfloat16 and self.head.dtype is torch.float32
+        return torch.autocast(self.device, torch.bfloat16, enabled=enabled)
 
     def hidden(self, ids: torch.Tensor, pos: torch.Tensor, view) -> torch.Tensor:
         """Last hidden states (B, T, d) of ids (B, T) at positions (B, T); `view`: who sees whom."""
@@ -182,24 +255,35 @@ class LM:
         return out.last_hidden_state
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        head, rounds = _wide(self.head.to(hidden.dtype)), hidden.dtype is torch.bfloat16
-        z = _matmul32(_wide(hidden), head.T, rounds) * self.scale  # (B, V)
+        """Logits (B, V) of hidden states (B, d), in float32."""
+        head, in_bfloat16 = _wide(self.head.to(hidden.dtype)), hidden.dtype is torch.bfloat16
+        z = _matmul32(_wide(hidden), head.T, in_bfloat16) * self.scale  # (B, V)
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
+    def with_weights(self, function):
+        """function(), with all weights at hand: where they are sharded, they are gathered first."""
+        return self.model.with_weights(function) if is_sharded(self.model) else function()
+
     def save(self, folder: Path):
+        """Write a Hugging Face folder; of several processes the first one writes."""
+        state = whole_state(self.model)
+        if rank() > 0:
+            return
         try:
             self.model.generation_config.validate(strict=True)
         except ValueError:  # a temperature without do_sample, which may be loaded but not saved
             self.model.generation_config.do_sample = True
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, state_dict=state)
         self.tokenizer.save_pretrained(folder)
 
 
-def load_critic(path: str, train: bool = False, dtype: str = "") -> tuple[LM, torch.nn.Linear]:
-    """A decoder and its value head; without value_head.safetensors the head starts at zero."""
+def load_critic(path, train=False, dtype="", new: bool = False) -> tuple[LM, torch.nn.Linear]:
+    """A decoder and its value head; new=True: a language model may become one, from a head of 0."""
+    file = Path(path) / "value_head.safetensors"
+    if not new and not file.exists():
+        raise UserError(f"{path}: no value_head.safetensors, so no critic; run train_critic.py")
     lm = LM(path, train, dtype=dtype)
     head = torch.nn.Linear(lm.config.hidden_size, 1).to(lm.device)
-    file = Path(path) / "value_head.safetensors"
     if file.exists():
         try:
             head.load_state_dict(load_file(file))
@@ -254,14 +338,16 @@ def _fragments(tree: Tree, budget: int) -> list[list[tuple[int, bool]]]:
     -> lists of (node, scored here); a repeated ancestor is context. A path longer than the budget
     stays whole.
     """
-    need, children = list(tree.score), [[] for _ in tree.ids]
+    needed = list(tree.score)  # a node is needed if it or anything below it is scored
+    children = [[] for _ in tree.ids]
     for v in range(len(tree.ids) - 1, 0, -1):
-        need[tree.parent[v]] |= need[v]
+        needed[tree.parent[v]] |= needed[v]
         children[tree.parent[v]].append(v)
-    runs, inside, size, stack = [], set(), budget, [0] if need[0] else []
+    runs, inside, size = [], set(), budget  # "full", so that the first node opens a run
+    stack = [0] if needed[0] else []
     while stack:
         v = stack.pop()
-        stack += [c for c in children[v] if need[c]]
+        stack += [child for child in children[v] if needed[child]]
         if size + len(tree.ids[v]) > budget:
             runs.append([])
             inside, size = set(), 0
@@ -269,9 +355,10 @@ def _fragments(tree: Tree, budget: int) -> list[list[tuple[int, bool]]]:
         while u >= 0 and u not in inside:
             path.append((u, False))
             u = tree.parent[u]
-        runs[-1] += reversed(path)
-        inside.update(u for u, _ in path)
-        size += sum(len(tree.ids[u]) for u, _ in path)
+        for u, scored in reversed(path):
+            runs[-1].append((u, scored))
+            inside.add(u)
+            size += len(tree.ids[u])
     return runs
 
 
@@ -295,40 +382,54 @@ def pack_trees(trees: list[Tree], budget: int, align: int = 1) -> list[Pack]:
 
 
 def _pack(trees: list[Tree], group: list[tuple[int, list]], align: int) -> Pack:
-    ids, up, scored, owner, size = [], [], [], [], 0  # up: a node's parent in this pack
+    """One pack of a group of (tree, run of _fragments).
 
-    def pad(unit):  # with roots of one token, which see themselves alone: no row is all masked
+    A prompt of 2 tokens [7, 8] and two children of one token each, 5 and 6, without the padding:
+    ids [7, 8, 5, 6], pos [0, 1, 2, 2], end [4, 4, 3, 4], prev [-1, 0, 1, 1].
+    """
+    # The table of nodes, in depth-first order: token ids, parent's row, index among the scored.
+    ids, up, scored_as, owner, size = [], [], [], [], 0
+
+    def pad(unit: int):
+        """Fill up with roots of one token, which see themselves alone: no row is all masked."""
         nonlocal size
-        up.extend([-1] * (-size % unit))
-        ids.extend([[0]] * (-size % unit))
-        size += -size % unit
+        for _ in range(-size % unit):
+            ids.append([0])
+            up.append(-1)
+            scored_as.append(-1)
+            size += 1
 
     for t, run in group:
-        where = {-1: -1}
-        for v, score in run:
-            where[v] = len(ids)
+        row_of = {-1: -1}
+        for v, scored in run:
+            row_of[v] = len(ids)
             ids.append(trees[t].ids[v])
-            up.append(where[trees[t].parent[v]])
+            up.append(row_of[trees[t].parent[v]])
+            scored_as.append(len(owner) if scored else -1)
             size += len(ids[-1])
-            if score:
-                scored.append(where[v])
+            if scored:
                 owner.append((t, v))
         pad(align)
     pad(BLOCK)
-    lens, up = np.array([len(x) for x in ids]), np.array(up)  # (nodes,)
-    stop, depth, which = np.cumsum(lens), np.zeros(len(ids), int), np.full(len(ids), -1)
-    end, before = stop.copy(), np.where(up < 0, -1, stop[up] - 1)
-    which[scored] = np.arange(len(scored))
-    for i in np.flatnonzero(up >= 0):
-        depth[i] = depth[up[i]] + lens[up[i]]
+
+    # What each node has of its own: where it ends, where its subtree ends, how deep it starts.
+    length, up = np.array([len(x) for x in ids]), np.array(up)  # (nodes,)
+    stop, depth = np.cumsum(length), np.zeros(len(ids), int)
+    for i in np.flatnonzero(up >= 0):  # parents come before their children
+        depth[i] = depth[up[i]] + length[up[i]]
+    end = stop.copy()
     for i in np.flatnonzero(up >= 0)[::-1]:
         end[up[i]] = max(end[up[i]], end[i])
+    before = np.where(up < 0, -1, stop[up] - 1)  # the last token of the parent
+
+    # The tokens: a node's numbers repeated, and the offset within the node.
     token = np.arange(size)
-    within = token - np.repeat(stop - lens, lens)  # offset in its node
-    prev = np.where(within == 0, np.repeat(before, lens), token - 1)
-    pos, end, which = np.repeat(depth, lens) + within, np.repeat(end, lens), np.repeat(which, lens)
-    columns = (np.concatenate(ids), pos, end, prev, which, stop[scored] - 1)
-    return Pack(*map(torch.from_numpy, columns), owner)
+    offset = token - np.repeat(stop - length, length)
+    prev = np.where(offset == 0, np.repeat(before, length), token - 1)
+    node = np.repeat(scored_as, length)
+    last = stop[np.array(scored_as) >= 0] - 1
+    columns = (np.concatenate(ids), np.repeat(depth, length) + offset, np.repeat(end, length))
+    return Pack(*[torch.from_numpy(x) for x in (*columns, prev, node, last)], owner)
 
 
 # ------------------------------------------------------------ attention
@@ -360,15 +461,17 @@ def _attention(query, key, value, bias, scaling):
 class TreeView:
     """Who sees whom in a pack: j <= i < end[j].
 
-    CPU: each block of queries gathers just the keys that any of them may see (its path and
-    itself), so the cost grows with depth, not with the pack. CUDA: flex_attention skips the blocks
-    that the same rule leaves empty.
+    Gathered, on every device: each block of queries gathers just the keys that any of them may see
+    (its path and itself), so the cost grows with depth, not with the pack. flex=True, on CUDA:
+    flex_attention skips the blocks that the same rule leaves empty. remember=True keeps each
+    layer's keys and values for the sampler.
     """
 
-    def __init__(self, pack: Pack, device: str, keep: bool = False):
-        self.kept = [] if keep else None  # (key, value), each (G, N, D), a layer
-        self.mask = _block_mask(pack.end.to(device)) if device == "cuda" else None
-        if self.mask is not None:
+    def __init__(self, pack: Pack, device: str, remember: bool = False, flex: bool = False):
+        self.layers = [] if remember else None  # (key, value), each (G, N, D), a layer
+        self.flex = flex
+        if flex:
+            self.block_mask = _block_mask(_padded_ends(pack.end).to(device))
             return
         end, size, sets = pack.end.numpy(), len(pack.end), []
         for a in range(0, size, BLOCK):
@@ -379,22 +482,32 @@ class TreeView:
             row[: len(keys)] = keys
         i, j = np.arange(size).reshape(-1, BLOCK, 1), table[:, None]
         seen = torch.from_numpy((j <= i) & (i < np.append(end, 0)[j]))
-        self.table = torch.from_numpy(np.minimum(table, size - 1))
-        self.bias = torch.where(seen, 0.0, -torch.inf)[:, None, None]  # (blocks, 1, 1, BLOCK, K)
+        self.table = torch.from_numpy(np.minimum(table, size - 1)).to(device)
+        # (blocks, 1, 1, BLOCK, K)
+        self.bias = torch.where(seen, 0.0, -torch.inf)[:, None, None].to(device)
 
     def __call__(self, layer, query, key, value, scaling):
-        if self.kept is not None:
-            self.kept.append((key[0].detach(), value[0].detach()))
-        if self.mask is not None:
-            flags = {"block_mask": self.mask, "scale": scaling, "enable_gqa": True}
-            return _flex()[0](query, key, value, **flags)
+        if self.layers is not None:
+            self.layers.append((key[0].detach(), value[0].detach()))
+        if self.flex:
+            return flex_tree_attention(query, key, value, self.block_mask, scaling)
         groups, size, (blocks, width) = key.shape[1], key.shape[3], self.table.shape
         q = query[0].view(groups, -1, blocks, BLOCK, size)  # (G, R, blocks, BLOCK, D)
         shape = (groups, blocks, 1, width, size)
-        k, v = (x[0].index_select(1, self.table.view(-1)).view(shape) for x in (key, value))
+        k = key[0].index_select(1, self.table.view(-1)).view(shape)
+        v = value[0].index_select(1, self.table.view(-1)).view(shape)
         q, k, v = q.permute(2, 0, 1, 3, 4), k.transpose(0, 1), v.transpose(0, 1)
         out = _attention(q, k, v, self.bias, scaling)
         return out.permute(1, 2, 0, 3, 4).reshape(query.shape)
+
+
+FLEX = 128  # flex_attention takes queries and keys in multiples of this
+
+
+def _padded_ends(end: torch.Tensor) -> torch.Tensor:
+    """`end` of a pack filled up to a multiple of FLEX by tokens that see themselves alone."""
+    more = torch.arange(len(end), len(end) + -len(end) % FLEX)
+    return torch.cat([end, more + 1])
 
 
 def _block_mask(end: torch.Tensor):
@@ -403,23 +516,86 @@ def _block_mask(end: torch.Tensor):
     return _flex()[1](rule, None, None, len(end), len(end), device=end.device)
 
 
+def flex_tree_attention(query, key, value, block_mask, scaling):
+    """flex_attention on a pack: query (1, G * R, N, D), key and value (1, G, N, D).
+
+    A query under 128 tokens would go to another kernel (flex_decoding), which finds no block for
+    some head counts; so tokens are filled up and the kernel is named. Under autocast rotary
+    positions leave query and key in float32, and torch 2.11 does not cast them here.
+    """
+    size, short = query.shape[2], -query.shape[2] % FLEX
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    if short:
+        query, key, value = (F.pad(x, (0, 0, 0, short)) for x in (query, key, value))
+    out = _flex()[0](
+        query, key, value, block_mask=block_mask, scale=scaling, enable_gqa=True,
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
+    )  # fmt: skip
+    return out[:, :, :size]
+
+
 @functools.cache
 def _flex():
-    """(flex_attention, create_block_mask), compiled once; only CUDA comes here."""
+    """(flex_attention, create_block_mask), compiled once for all sizes; only CUDA comes here."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    return tuple(torch.compile(f, dynamic=True) for f in (flex_attention, create_block_mask))
+    # Beyond its limit of recompilations torch would run flex_attention unfused, with all scores in
+    # memory (8.6 GB at 8,192 tokens), and say nothing.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    compiled = functools.partial(torch.compile, dynamic=True)
+    return compiled(flex_attention), compiled(create_block_mask)
+
+
+def flex_agrees(lm: LM) -> bool:
+    """Does flex_attention give what the gathered form gives, forward and backward, for this model's
+    heads? If not, or where it cannot run, the gathered form goes on, with one line of warning."""
+    config = lm.config
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    dtype = torch.bfloat16 if lm.in_bfloat16 else torch.float32
+    tolerance = 3e-2 if lm.in_bfloat16 else 1e-4
+    rng = torch.Generator().manual_seed(0)
+    try:
+        for tokens in (128, 256, 1024):
+            part = tokens // 4
+            tree = Tree([[1] * part] * 4, [-1, 0, 0, 2], [True] * 4)
+            (pack,) = pack_trees([tree], tokens)
+            shapes = [(1, heads, tokens, size)] + [(1, groups, tokens, size)] * 2
+            inputs = []
+            for shape in shapes:
+                x = torch.randn(shape, generator=rng).to(lm.device, dtype)
+                inputs.append(x.requires_grad_())
+            found = []
+            for flex in (False, True):
+                out = TreeView(pack, lm.device, flex=flex)(0, *inputs, size**-0.5)
+                found.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
+            for gathered, fused in zip(*found):
+                difference = (gathered.float() - fused.float()).abs().max()
+                if not difference <= tolerance * max(1.0, float(gathered.float().abs().max())):
+                    raise ValueError(f"{tokens} tokens differ by {float(difference):.1g}")
+    except Exception as e:  # noqa: BLE001  whatever a GPU's software does, numbers are right
+        reason = str(e).strip().split("\n")[0]
+        warnings.warn(f"flex_attention is not used, a slower form is ({reason})", stacklevel=1)
+        return False
+    return True
 
 
 class CacheView:
     """Keys and values of B rows, allocated once; row b has written columns 0 .. length[b] - 1."""
 
     def __init__(self, layers: int, shape: tuple[int, ...], dtype: torch.dtype, device: str):
-        empty = functools.partial(torch.zeros, shape, dtype=dtype, device=device)  # (B, G, T, D)
-        self.keys, self.values = ([empty() for _ in range(layers)] for _ in range(2))
+        rows, groups, columns, size = shape
+        if device == "cuda":
+            columns += -columns % 8  # fused kernels want such widths
+        empty = functools.partial(torch.zeros, (rows, groups, columns, size))  # (B, G, T, D)
+        self.keys = [empty(dtype=dtype, device=device) for _ in range(layers)]
+        self.values = [empty(dtype=dtype, device=device) for _ in range(layers)]
 
     def at(self, length: torch.Tensor, width: int):
         """The next token of a row goes to column `length` and sees columns 0 .. length < width."""
+        if length.is_cuda:
+            width += -width % 8
         self.rows = torch.arange(len(length), device=length.device)
         self.length, self.width = length, width
         seen = torch.arange(width, device=length.device) <= length[:, None]
@@ -429,28 +605,59 @@ class CacheView:
 
     def __call__(self, layer, query, key, value, scaling):
         k, v = self.keys[layer], self.values[layer]
-        k[self.rows, :, self.length], v[self.rows, :, self.length] = key[:, :, 0], value[:, :, 0]
+        k[self.rows, :, self.length] = key[:, :, 0].to(k.dtype)
+        v[self.rows, :, self.length] = value[:, :, 0].to(v.dtype)
         k, v = k[: len(query), :, : self.width], v[: len(query), :, : self.width]
+        if query.is_cuda:  # scores and softmax are float32 inside
+            flags = {"attn_mask": self.bias, "scale": scaling, "enable_gqa": True}
+            return F.scaled_dot_product_attention(query.to(k.dtype), k, v, **flags)
         # (B, G, R, D): the heads of a group share keys
         q = query.view(len(query), k.shape[1], -1, query.shape[-1])
         return _attention(q, k, v, self.bias, scaling).view(query.shape)
+
+
+def row_bytes(config, columns: int, itemsize: int) -> int:
+    """Bytes of the keys and values of one row of `columns` tokens, all layers."""
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * config.num_hidden_layers * groups * size * columns * itemsize
+
+
+def rows_that_fit(lm: LM, columns: int, wanted: int) -> int:
+    """How many rows of the key/value cache to decode at once: `wanted`, or as many as fit."""
+    if lm.device != "cuda":
+        return wanted
+    free, _ = torch.cuda.mem_get_info()
+    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    each = row_bytes(lm.config, columns, lm.head.element_size())
+    logits = 16 * lm.config.vocab_size  # probabilities of a row, and their sums in float64
+    fit = int(0.8 * free / (each + logits)) // 16 * 16
+    if fit == 0:
+        needed = f"16 rows of {columns} tokens need {16 * each / 1e9:.1f} GB"
+        raise UserError(f"{lm.path}: {needed}, {free / 1e9:.1f} GB are free; lower --max_new")
+    return min(wanted, fit)
 
 
 # ------------------------------------------------------------ log-probs and values
 
 
 def _wide(x):
-    """What `_matmul32` takes: on the CPU bfloat16 numbers in float32, widened once, not a product."""
+    """What `_matmul32` takes: on the CPU bfloat16 numbers are written in float32, without loss."""
     return x if x.is_cuda else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _matmul32(a, b, rounds: bool):
-    """a (n, k) @ b (k, m); rounds: of bfloat16 numbers, and their sums are float32."""
-    if not rounds:
+def _matmul32(a, b, in_bfloat16: bool):
+    """a (n, k) @ b (k, m) with sums in float32 at least; in_bfloat16: of bfloat16 numbers.
+
+    The one place where CPU and CUDA multiply differently: CUDA takes bfloat16 and gives float32, the
+    CPU takes the same numbers written in float32 and may use its bfloat16 units for them.
+    """
+    if not in_bfloat16:
         return a @ b
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
-    matmul = torch.backends.mkldnn.matmul  # the CPU's bfloat16 units, but with a float32 result
+    matmul = torch.backends.mkldnn.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     try:
         return a @ b
@@ -459,7 +666,7 @@ def _matmul32(a, b, rounds: bool):
 
 
 def _largest_block(x) -> tuple[int, int]:
-    """(tokens, vocabulary) of the logits that exist at once; the CPU's as measured, CUDA's is not."""
+    """(tokens, vocabulary) of the logits that exist at once; the CPU's is measured, CUDA's is not."""
     return (4096, 8192) if x.is_cuda else (2048, 2048)
 
 
@@ -470,11 +677,11 @@ class _LinearLogprobs(torch.autograd.Function):
         top = hidden.new_full((len(hidden),), -torch.inf, dtype=high)  # running maximum
         total = torch.zeros_like(top)  # running sum of exp(logit - top)
         target = torch.zeros_like(top)  # the target's logit
-        rounds, wide = hidden.dtype is torch.bfloat16, _wide(hidden)
+        in_bfloat16, wide = hidden.dtype is torch.bfloat16, _wide(hidden)
         tokens, vocabulary = _largest_block(hidden)
         for w, first in _chunks(weight, vocabulary):
             for h, row in _chunks(wide, tokens):
-                z = _matmul32(h, w.T, rounds).mul_(scale)
+                z = _matmul32(h, w.T, in_bfloat16).mul_(scale)
                 if softcap is not None:
                     z = softcap * torch.tanh(z / softcap)
                 rows = slice(row, row + len(h))
@@ -501,13 +708,13 @@ class _LinearLogprobs(torch.autograd.Function):
         need_h, need_w = ctx.needs_input_grad[:2]
         grad_h = torch.zeros_like(hidden, dtype=lse.dtype) if need_h else None
         grad_w = torch.empty_like(weight) if need_w else None
-        rounds, wide = hidden.dtype is torch.bfloat16, _wide(hidden)
+        in_bfloat16, wide = hidden.dtype is torch.bfloat16, _wide(hidden)
         tokens, vocabulary = _largest_block(hidden)
         for w, first in _chunks(weight, vocabulary):
             acc = torch.zeros(w.shape, dtype=lse.dtype, device=w.device) if need_w else None
             for h, row in _chunks(wide, tokens):
                 rows = slice(row, row + len(h))
-                z = _matmul32(h, w.T, rounds).mul_(ctx.scale)
+                z = _matmul32(h, w.T, in_bfloat16).mul_(ctx.scale)
                 slope = ctx.scale
                 if ctx.softcap is not None:
                     t = torch.tanh(z / ctx.softcap)
@@ -519,16 +726,18 @@ class _LinearLogprobs(torch.autograd.Function):
                 g[inside, local[inside]] += grad[rows][inside]
                 g = g.mul_(slope).to(wide.dtype)
                 if need_h:
-                    grad_h[rows] += _matmul32(g, w, rounds)
+                    grad_h[rows] += _matmul32(g, w, in_bfloat16)
                 if need_w:
-                    acc += _matmul32(g.T, h, rounds)
+                    acc += _matmul32(g.T, h, in_bfloat16)
             if need_w:
                 grad_w[first : first + len(w)] = acc
         return grad_h.to(hidden.dtype) if need_h else None, grad_w, None, None, None
 
 
 def _chunks(x, size):
-    return ((_wide(x[i : i + size]), i) for i in range(0, len(x), size))
+    """Blocks of `size` rows, each with the number of its first row."""
+    for first in range(0, len(x), size):
+        yield _wide(x[first : first + size]), first
 
 
 def linear_logprobs(hidden, weight, targets, scale: float = 1.0, softcap: float | None = None):
@@ -543,23 +752,33 @@ def linear_logprobs(hidden, weight, targets, scale: float = 1.0, softcap: float 
 
 def pack_hidden(lm: LM, pack: Pack, view: TreeView | None = None) -> torch.Tensor:
     """Last hidden states (N, d) of a pack's tokens, every path at once."""
+    return lm.with_weights(lambda: _pack_hidden(lm, pack, view))
+
+
+def _pack_hidden(lm: LM, pack: Pack, view: TreeView | None = None) -> torch.Tensor:
     if not 0 <= int(pack.ids.min()) <= int(pack.ids.max()) < lm.config.vocab_size:
         wrong = f"token {int(pack.ids.max())} is asked for, of {lm.config.vocab_size}"
         raise UserError(f"{lm.path}: {wrong}: the records are of another tokenizer")
     ids, pos = pack.ids[None].to(lm.device), pack.pos[None].to(lm.device)
-    return lm.hidden(ids, pos, view or TreeView(pack, lm.device))[0]
+    return lm.hidden(ids, pos, view or TreeView(pack, lm.device, flex=lm.flex))[0]
 
 
 def step_logprobs(lm: LM, pack: Pack) -> torch.Tensor:
     """log pi(a | s) of every scored node: the sum over its tokens, EOS included (eq. 12). (M,)"""
-    hidden = pack_hidden(lm, pack)
-    if lm.rounds:  # autocast leaves the last norm in float32
-        hidden = hidden.bfloat16()
-    # a prompt's first token has none before it
+    # A prompt's first token has none before it, so it has no log-prob.
     token = ((pack.node >= 0) & (pack.prev >= 0)).nonzero()[:, 0]
-    source, target, node = (x[token].to(lm.device) for x in (pack.prev, pack.ids, pack.node))
-    logp = linear_logprobs(hidden[source], lm.head.to(hidden.dtype), target, lm.scale, lm.softcap)
-    return torch.zeros(len(pack.owner), device=lm.device).index_add(0, node, logp)
+    source, target = pack.prev[token].to(lm.device), pack.ids[token].to(lm.device)
+
+    def token_logprobs():
+        hidden = _pack_hidden(lm, pack)
+        if lm.in_bfloat16:  # autocast leaves the last norm in float32
+            hidden = hidden.bfloat16()
+        head = lm.head.to(hidden.dtype)
+        return linear_logprobs(hidden[source], head, target, lm.scale, lm.softcap)
+
+    logp = lm.with_weights(token_logprobs)
+    sums = torch.zeros(len(pack.owner), device=lm.device)
+    return sums.index_add(0, pack.node[token].to(lm.device), logp)
 
 
 def step_values(lm: LM, head: torch.nn.Linear, pack: Pack) -> torch.Tensor:
@@ -571,13 +790,20 @@ def step_values(lm: LM, head: torch.nn.Linear, pack: Pack) -> torch.Tensor:
 def tree_values(lm: LM, head, records: list[dict], retokenise: bool, budget: int) -> list[list]:
     """V of every node of trees.jsonl lines, one pass over each tree; the reward where a step ended."""
     other = lm if retokenise else None
-    trees = [record_tree(r, [n["reward"] is None for n in r["nodes"]], other) for r in records]
-    values = [[float(n["reward"] or 0) for n in r["nodes"]] for r in records]
-    for pack in pack_trees(trees, budget):
-        for (t, v), x in zip(pack.owner, torch.sigmoid(step_values(lm, head, pack)).tolist()):
-            if not np.isfinite(x):
-                raise UserError(f"{lm.path}: V is {x} in problem {records[t]['id']}; train it anew")
-            values[t][v] = x
+    trees, values = [], []
+    for record in records:
+        goes_on = [node["reward"] is None for node in record["nodes"]]
+        trees.append(record_tree(record, goes_on, other))
+        values.append([float(node["reward"] or 0) for node in record["nodes"]])
+    found = []
+    for pack, counts in own_share(pack_trees(trees, budget)):
+        value = torch.sigmoid(step_values(lm, head, pack)).tolist()
+        found += zip(pack.owner, value) if counts else ()
+    for (t, v), value in gathered(found):
+        if not np.isfinite(value):
+            wrong = f"V is {value} in problem {records[t]['id']}"
+            raise UserError(f"{lm.path}: {wrong}; train it anew")
+        values[t][v] = value
     return values
 
 
@@ -599,6 +825,107 @@ def step_advantages(q, parent, draws):
     return adv, mean, high - low
 
 
+# ------------------------------------------------------------ several processes
+#
+# torchrun starts a process a card: `torchrun --nproc-per-node 8 train_actor.py ...`. Each runs the
+# whole script; weights, gradients and moments are sharded (FSDP2), packs are shared out, and the
+# first process alone speaks and writes. Without torchrun nothing of this happens.
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join(offload: bool = False):
+    """Meet the other processes; offload: a group of one, which CPUOffloadPolicy needs too."""
+    if dist.is_initialized() or (world() == 1 and not offload):
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world() == 1 else {}
+    dist.init_process_group(backend, **alone)
+
+
+def wait_for_all():
+    if world() > 1 and dist.is_initialized():
+        dist.barrier()
+
+
+def own_share(items: list) -> list[tuple]:
+    """(item, True) of this process's share. (items[0], False) fills up: of sharded weights every
+    process must run equally many passes, and this one's result does not count."""
+    share = [(item, True) for item in items[rank() :: world()]]
+    missing = -(-len(items) // world()) - len(share)
+    return share + [(items[0], False)] * missing
+
+
+def gathered(items: list) -> list:
+    """The items of all processes, joined."""
+    if world() == 1:
+        return items
+    everyone = [None] * world()
+    dist.all_gather_object(everyone, items)
+    return [item for own in everyone for item in own]
+
+
+def is_sharded(module) -> bool:
+    if not dist.is_initialized():  # the import below takes a while
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def shard(lm: LM, head: torch.nn.Module | None = None, offload: bool = False):
+    """Shard a model's weights over the processes, each decoder layer and then the rest; head: the
+    critic's. offload: weights, gradients and moments lie in the host's memory.
+
+    What uses weights outside the layers (embedding, last norm, the vocabulary products) runs inside
+    `LM.with_weights`, for which they are gathered; so tied embeddings stay one parameter.
+    """
+    if not dist.is_initialized():
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    mesh = init_device_mesh(lm.device, (world(),), mesh_dim_names=("shard",))
+    narrow = torch.bfloat16 if lm.in_bfloat16 else None
+    flags = {"mesh": mesh, "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
+    precise = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32)
+    flags["reshard_after_forward"] = not offload  # offloaded weights go up once a step, not a pack
+    for layer in lm.decoder.layers:
+        fully_shard(layer, mp_policy=precise, **flags)
+    fully_shard(lm.model, mp_policy=precise, **flags)
+    lm.model.with_weights = types.MethodType(lambda model, function: function(), lm.model)
+    register_fsdp_forward_method(lm.model, "with_weights")
+    for module in [lm.model] if head is None else [lm.model, fully_shard(head, **flags)]:
+        for part in module.modules():
+            if is_sharded(part):  # the shares of a batch's mean are summed, not averaged
+                part.set_gradient_divide_factor(1.0)
+        module.reshards_late = offload
+
+
+def whole_state(module: torch.nn.Module) -> dict:
+    """The state dict with whole tensors, on the first process; every process takes part."""
+    if not is_sharded(module):
+        return module.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(module, options=options)
+
+
 # ------------------------------------------------------------ training
 
 
@@ -611,6 +938,11 @@ def replace(path: Path, write):
         write(beside)
     except (RuntimeError, SafetensorError) as e:  # torch's and safetensors' word for a full disk
         raise OSError(errno.EIO, f"not written ({str(e).splitlines()[0]})", str(path)) from e
+    put_in_place(beside, path)
+
+
+def put_in_place(beside: Path, path: Path):
+    """fsync what was written beside, then give it its name."""
     for p in (*beside.rglob("*"), beside) if beside.is_dir() else [beside]:
         fsync(p)
     if path.is_dir():
@@ -642,7 +974,96 @@ def whole_batches(counts: list[int], size: int, passes: int, seed: str) -> list[
     return batches
 
 
-def fit(modules, batches, prepare, loss, work: Path, lr: float, save_every: int, name=str):
+class Checkpoints:
+    """The two newest checkpoints of a training run: a file each, of several processes a folder
+    each (torch.distributed.checkpoint), which any number of processes can read again."""
+
+    def __init__(self, work: Path, modules: dict, optimiser):
+        self.work, self.modules, self.optimiser = work, modules, optimiser
+        self.sharded = any(is_sharded(module) for module in modules.values())
+        self.saved = sorted(work.glob("step-*.dcp" if self.sharded else "step-*.pt"))
+        if not self.saved and any(work.glob("step-*")):
+            other = "without torchrun" if self.sharded else "under torchrun, or with --offload"
+            raise UserError(f"{work}: was begun {other}; go on so, or --force starts over")
+
+    def check_disk(self):
+        """Two are kept while a third is written, each of weights and two moments."""
+        size = 0
+        for module in self.modules.values():
+            size += 3 * sum(p.numel() * p.element_size() for p in module.parameters())
+        need = (3 - len(self.saved)) * size
+        if shutil.disk_usage(self.work).free < need:
+            raise UserError(f"{self.work}: checkpoints need {need / 1e9:.1f} GB of disk; make room")
+        return need
+
+    def _sharded_state(self) -> dict:
+        """Not before the first step: it would leave AdamW's count of steps at 1."""
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+        together = torch.nn.ModuleDict(self.modules)
+        moments = get_optimizer_state_dict(together, self.optimiser)
+        return {"modules": {k: m.state_dict() for k, m in self.modules.items()}, "moments": moments}
+
+    def save(self, step: int):
+        path = self.work / f"step-{step:08d}"
+        if self.sharded:
+            import torch.distributed.checkpoint as dcp
+
+            path = Path(f"{path}.dcp")
+            beside = Path(f"{path}.new")
+            dcp.save(self._sharded_state() | {"step": step}, checkpoint_id=beside)
+            if rank() == 0:
+                put_in_place(beside, path)
+        else:
+            path = Path(f"{path}.pt")
+            state = {
+                "step": step,
+                "modules": {k: m.state_dict() for k, m in self.modules.items()},
+                "optimiser": self.optimiser.state_dict(),
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+            }
+            replace(path, functools.partial(torch.save, state))
+        self.saved.append(path)
+        while len(self.saved) > 2:
+            old = self.saved.pop(0)
+            if rank() == 0:
+                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+
+    def load(self) -> int:
+        """Restore the newest; -> the step that comes next."""
+        if not self.saved:
+            return 0
+        newest = self.saved[-1]
+        try:
+            return self._load_sharded(newest) if self.sharded else self._load_file(newest)
+        except (RuntimeError, EOFError, UnpicklingError) as e:
+            raise UserError(f"{newest}: broken; remove it, the one before it is used") from e
+
+    def _load_file(self, path: Path) -> int:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for key, module in self.modules.items():
+            module.load_state_dict(state["modules"][key])
+        self.optimiser.load_state_dict(state["optimiser"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda_rng"])
+        return state["step"]
+
+    def _load_sharded(self, path: Path) -> int:
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+        state = self._sharded_state() | {"step": 0}
+        dcp.load(state, checkpoint_id=path)
+        for key, module in self.modules.items():
+            module.load_state_dict(state["modules"][key])
+        together = torch.nn.ModuleDict(self.modules)
+        set_optimizer_state_dict(together, self.optimiser, state["moments"])
+        return state["step"]
+
+
+def fit(modules, batches, prepare, loss, work: Path, lr: float, save_minutes: float, name=str):
     """One optimiser step (AdamW, gradient norm clipped to 1) a batch; resumes exactly from `work`.
 
     modules   {name: torch.nn.Module} to train
@@ -652,44 +1073,28 @@ def fit(modules, batches, prepare, loss, work: Path, lr: float, save_every: int,
               add up, so gradients do not depend on how a batch is cut into packs (8 x 1 = 1 x 8)
     name      batch -> what to call it in the report on a loss that is not finite
     The rate rises over the first 5 % of the steps, then falls linearly to a tenth. `work` holds the
-    two newest checkpoints and metrics.jsonl, a line a step; seconds go to timing.jsonl apart.
+    two newest checkpoints, one every `save_minutes`, and metrics.jsonl, a line a step; seconds go to
+    timing.jsonl apart. Of several processes each runs its share of a batch's packs.
     """
     work.mkdir(parents=True, exist_ok=True)
     parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
-    saved = sorted(work.glob("step-*.pt"))
-    size = 3 * sum(p.numel() * p.element_size() for p in parameters)  # weights and two moments
-    need = (3 - len(saved)) * size  # two are kept while a third is written
-    if shutil.disk_usage(work).free < need:
-        raise UserError(f"{work}: checkpoints need {need / 1e9:.1f} GB of disk; make room there")
-    if not saved:
-        print(f"{work}: {len(batches)} steps; checkpoints take up to {need / 1e6:.0f} MB of disk")
     flags = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
     optimiser = torch.optim.AdamW(parameters, lr=lr, **flags)
-    first, log = 0, work / "metrics.jsonl"
-    if saved:
-        try:
-            state = torch.load(saved[-1], map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, UnpicklingError) as e:
-            raise UserError(f"{saved[-1]}: broken; remove it, the one before it is used") from e
-        for key, module in modules.items():
-            module.load_state_dict(state["modules"][key])
-        optimiser.load_state_dict(state["optimiser"])
-        torch.set_rng_state(state["rng"])
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
-        first = state["step"]
+    checkpoints = Checkpoints(work, modules, optimiser)
+    need, fresh = checkpoints.check_disk(), not checkpoints.saved
+    first = checkpoints.load()
+    if fresh:
+        print(f"{work}: {len(batches)} steps; checkpoints take up to {need / 1e6:.0f} MB of disk")
+    else:
         print(f"resuming {work} at step {first} of {len(batches)}")
-    lines = log.read_text().splitlines(keepends=True)[:first] if first else []
-    replace(log, lambda p: p.write_text("".join(lines)))
-
-    steps = range(first, len(batches))
-    bar = tqdm(steps, initial=first, total=len(batches), disable=None, desc=work.stem)
+    metrics, timing = Lines(work / "metrics.jsonl", first), Lines(work / "timing.jsonl", None)
+    saved_at = perf_counter()
     with (
         ThreadPoolExecutor(1) as ahead,
-        log.open("a", buffering=1) as metrics,
-        (work / "timing.jsonl").open("a", buffering=1) as timing,
+        Progress(work.stem, len(batches), "steps", initial=first) as bar,
     ):
-        packs = ahead.submit(prepare, batches[first]) if steps else None
-        for i in bar:
+        packs = ahead.submit(prepare, batches[first]) if first < len(batches) else None
+        for i in range(first, len(batches)):
             begin, items = perf_counter(), packs.result()
             if i + 1 < len(batches):
                 packs = ahead.submit(prepare, batches[i + 1])
@@ -697,12 +1102,16 @@ def fit(modules, batches, prepare, loss, work: Path, lr: float, save_every: int,
             for group in optimiser.param_groups:
                 group["lr"] = lr * rate
             sums = {"loss": 0.0}
-            for arguments in items:
-                share, parts = loss(*arguments)
-                share.backward()
-                for key, value in {"loss": share.detach(), **parts}.items():
-                    sums[key] = sums.get(key, 0.0) + float(value)
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+            share = own_share(items)
+            for j, (arguments, counts) in enumerate(share):
+                synchronise(modules, last=j == len(share) - 1)
+                part, parts = loss(*arguments)
+                (part if counts else 0.0 * part).backward()
+                for key, value in {"loss": part.detach(), **parts}.items():
+                    sums[key] = sums.get(key, 0.0) + float(value) * counts
+            sums = summed(sums)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
             if not np.isfinite([norm, *sums.values()]).all():
                 bad = work / "non_finite.json"
                 found = {"norm": str(norm), "sums": str(sums)}
@@ -710,17 +1119,128 @@ def fit(modules, batches, prepare, loss, work: Path, lr: float, save_every: int,
                 raise UserError(f"step {i}: loss or gradient not finite, see {bad}; lower --lr")
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-            metrics.write(json.dumps({"step": i, **sums, "norm": norm, "lr": lr * rate}) + "\n")
-            timing.write(json.dumps({"step": i, "seconds": perf_counter() - begin}) + "\n")
-            if (i + 1) % save_every == 0 or i + 1 == len(batches):
-                os.fsync(metrics.fileno())
-                state = {
-                    "step": i + 1,
-                    "modules": {k: m.state_dict() for k, m in modules.items()},
-                    "optimiser": optimiser.state_dict(),
-                    "rng": torch.get_rng_state(),
-                    "cuda_rng": torch.cuda.get_rng_state_all(),
-                }
-                replace(work / f"step-{i + 1:08d}.pt", functools.partial(torch.save, state))
-                for old in sorted(work.glob("step-*.pt"))[:-2]:
-                    old.unlink()
+            metrics.write({"step": i, **sums, "norm": norm, "lr": lr * rate})
+            timing.write({"step": i, "seconds": perf_counter() - begin})
+            bar.update()
+            due = summed({"due": float(perf_counter() - saved_at > 60 * save_minutes)})["due"]
+            if due or i + 1 == len(batches):
+                metrics.flush()
+                checkpoints.save(i + 1)
+                saved_at = perf_counter()
+
+
+class Lines:
+    """A JSONL file that the first process writes; keep: the lines of an earlier start that stay."""
+
+    def __init__(self, path: Path, keep: int | None):
+        self.file = None
+        if rank() > 0:
+            return
+        if keep is not None:
+            old = path.read_text().splitlines(keepends=True)[:keep] if keep else []
+            replace(path, lambda p: p.write_text("".join(old)))
+        self.file = path.open("a", buffering=1)
+
+    def write(self, record: dict):
+        if self.file:
+            self.file.write(json.dumps(record) + "\n")
+
+    def flush(self):
+        if self.file:
+            os.fsync(self.file.fileno())
+
+
+def synchronise(modules: dict, last: bool):
+    """Sharded gradients are summed over the processes with a step's last pack, and until then the
+    offloaded weights stay on the card."""
+    for module in modules.values():
+        if is_sharded(module):
+            module.set_requires_gradient_sync(last)
+            if module.reshards_late:
+                module.set_reshard_after_backward(last)
+
+
+def summed(sums: dict[str, float]) -> dict[str, float]:
+    """Each number summed over the processes."""
+    if world() == 1:
+        return sums
+    numbers = torch.tensor(list(sums.values()), dtype=torch.float64)
+    if dist.get_backend() == "nccl":
+        numbers = numbers.cuda()
+    dist.all_reduce(numbers)
+    return dict(zip(sums, numbers.tolist()))
+
+
+# ------------------------------------------------------------ memory
+
+
+def memory(config, columns: int, tokens: int, rows: int, cards: int, offload: bool) -> dict:
+    """Bytes that a model needs on one card, by stage and part; from its config alone.
+
+    columns: of a row of the key/value cache (prompt and response); tokens of a pack; rows decoded
+    at once. Training is in bfloat16 with checkpointed layers.
+    """
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    config = config.get_text_config()
+    count = sum(p.numel() for p in model.parameters())
+    layers, width, vocabulary = config.num_hidden_layers, config.hidden_size, config.vocab_size
+    layer = sum(p.numel() for p in model.base_model.layers[0].parameters())
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    heads = config.num_attention_heads
+    sizes = heads * (getattr(config, "head_dim", None) or width // heads)
+    sampling = {
+        "weights": 2 * count,
+        "key/value cache": rows * row_bytes(config, columns, 2),
+        "logits and their sums": rows * vocabulary * 16,
+    }
+    # With one card and no sharding autocast holds the residual stream in float32.
+    wide = 4 if cards == 1 and not offload else 2
+    state = 0 if offload else 16 * count // cards  # float32 weights, gradients and two moments
+    training = {
+        "weights, gradients, moments": state,
+        "gathered weights": 6 * count if offload else 4 * layer + 2 * (count - layers * layer),
+        "layers' inputs": wide * layers * tokens * width,
+        "one layer's activations": 4 * tokens * (4 * width + 3 * sizes + 4 * inner),
+        "vocabulary blocks": 12 * 4096 * 8192 + 2 * vocabulary * width + 8 * tokens * width,
+    }
+    if cards == 1 and not offload:
+        training["gathered weights"] = 2 * layer  # a layer's weights, cast
+    disk = {"two checkpoints and a third": 3 * 12 * count, "the model folder": 4 * count}
+    host = {"weights, gradients, moments": 16 * count} if offload else {}
+    return {"sampling": sampling, "training": training, "host": host, "disk": disk}
+
+
+def print_memory(arguments: list[str]):
+    """python model.py MODEL [--cards N] [--gigabytes G] [--columns C] [--tokens T] [--rows R]"""
+    import argparse
+
+    parser = argparse.ArgumentParser(description="What a model needs of memory in every stage.")
+    parser.add_argument("model", help="a folder or hub id; only its config is read")
+    parser.add_argument("--cards", type=int, default=1, help="that training is sharded over")
+    parser.add_argument("--gigabytes", type=float, default=80.0, help="of one card")
+    parser.add_argument("--columns", type=int, default=2448, help="tokens of prompt and response")
+    parser.add_argument("--tokens", type=int, default=8192, help="of a pack, --budget")
+    parser.add_argument("--rows", type=int, default=256, help="decoded at once, --batch")
+    s = parser.parse_args(arguments)
+    config = transformers.AutoConfig.from_pretrained(s.model)
+    print(f"{s.model}, GB on each of {s.cards} card(s) of {s.gigabytes:.0f} GB")
+    for offload in (False, True):
+        found = memory(config, s.columns, s.tokens, s.rows, s.cards, offload)
+        for stage, parts in found.items():
+            if not parts or (offload and stage in ("sampling", "disk")):
+                continue
+            total = sum(parts.values()) / 1e9
+            title = f"{stage}, --offload" if offload and stage == "training" else stage
+            listed = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items())
+            verdict = ""
+            if stage in ("sampling", "training"):
+                fits = total < 0.92 * s.gigabytes  # the rest: kernels, fragments
+                help = {"sampling": "--batch is lowered to what fits"}
+                help["training"] = "more cards, --offload, or a smaller --budget"
+                verdict = " fits" if fits else f" does not fit: {help[stage]}"
+            print(f"  {title}: {total:.1f}{verdict} ({listed})")
+
+
+if __name__ == "__main__":
+    print_memory(sys.argv[1:])

@@ -16,6 +16,7 @@ visible in its steps, and knows the right way well enough to find it by sampling
 they are small functions to write ("Let a be twice x."), graded by running them.
 """
 
+import argparse
 import ast
 import base64
 import fcntl
@@ -36,6 +37,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
@@ -50,9 +52,9 @@ import torch
 from transformers import HfArgumentParser
 
 from model import LM, Tree, UserError, fit, flag, pack_trees, replace, step_logprobs, whole_batches
-from reward import TESTS, encode, exact_number, extract_answer, sandbox
+from reward import TESTS, Sandbox, encode, exact_number, extract_answer, sandbox
 
-# ------------------------------------------------------------ records and manifests
+# ------------------------------------------------------------ records
 
 
 def digest(text: str) -> str:
@@ -63,9 +65,11 @@ def sha256(path: Path) -> str:
     """Hash of a file or a folder's files; remembered by size and time in .sha256.json beside."""
     path = Path(path)
     if path.is_dir():
-        files = (p for p in sorted(path.rglob("*")) if p.is_file())
-        own = [p for p in files if not p.name.startswith(".sha256.json")]
-        return digest("\n".join(f"{p.relative_to(path)} {sha256(p)}" for p in own))
+        lines = []
+        for file in sorted(path.rglob("*")):
+            if file.is_file() and not file.name.startswith(".sha256.json"):
+                lines.append(f"{file.relative_to(path)} {sha256(file)}")
+        return digest("\n".join(lines))
     memory, stat = path.parent / ".sha256.json", path.stat()
     try:
         known = json.loads(memory.read_text())
@@ -80,26 +84,39 @@ def sha256(path: Path) -> str:
     return known[path.name][2]
 
 
-def fingerprint(model: str) -> str:
-    """What identifies a model: the hash of its weights, or the name of one on the hub."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return str(model)
-    weights = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".bin")]
-    return digest("".join(map(sha256, weights)))
+def dump(record: dict) -> bytes:
+    """A record as a line of JSONL."""
+    return (json.dumps(record, ensure_ascii=False, separators=(", ", ": ")) + "\n").encode()
 
 
-def tokenizer_facts(lm: LM) -> dict:
-    """Hashes of the vocabulary and of the chat template: records made with others do not fit."""
-    vocabulary = json.dumps(sorted(lm.tokenizer.get_vocab().items()))
-    template = str(lm.tokenizer.chat_template)
-    return {"tokenizer": digest(vocabulary)[:16], "template": digest(template)[:16]}
+LARGEST = 1 << 62  # integers beyond it do not fit into a tensor
 
 
-def actor_facts(lm: LM, max_new: int) -> dict:
-    """What two stages must agree on if one's responses are to fit the other's."""
-    facts = {"actor": fingerprint(lm.path), "max_new": str(max_new)}
-    return {**facts, "grader": version("math-verify"), **tokenizer_facts(lm)}
+def misfit(value, shape, name: str = "") -> str | None:
+    """Where a value first differs from a shape; None if it fits.
+
+    A shape is a type or a union of types, [the shape of each item] or {field: its shape}; a field
+    whose shape includes EllipsisType may be missing.
+    {"ids": [3, "4"]} against {"ids": [int]} -> "ids[1]"
+    """
+    if isinstance(shape, list) and isinstance(value, list):
+        # Token ids are looked at all together: one by one takes minutes at full size.
+        ints = shape == [int] and set(map(type, value)) == {int}
+        if ints and -LARGEST < min(value) and max(value) < LARGEST:
+            return None
+        for i, item in enumerate(value):
+            if found := misfit(item, shape[0], f"{name}[{i}]"):
+                return found
+        return None
+    if isinstance(shape, dict) and isinstance(value, dict):
+        for field, inner in shape.items():
+            if found := misfit(value.get(field, ...), inner, f"{name} {field}".strip()):
+                return found
+        return None
+    wanted = get_args(shape) or (shape,)
+    # type() and not isinstance(), for which True would be an int
+    fits = type(value) in wanted and not (type(value) is int and abs(value) >= LARGEST)
+    return None if fits else name or "all of it"
 
 
 KINDS = {"id": str | int, "prompt": str, "answer": str, "tests": dict}
@@ -107,93 +124,152 @@ KINDS |= {"prompt_ids": list, "nodes": list, "responses": list}
 TESTS_SHAPE = {"setup": str | EllipsisType, "outputs": list | EllipsisType}
 
 
-def read_jsonl(path: Path, needs: tuple[str, ...] = ("id",), may_be_empty=False) -> list[dict]:
-    """All records of a JSONL file. A broken line is an error that names file and line.
+def unusable(record: dict, needs: tuple[str, ...]) -> list[str]:
+    """The fields of `needs` that a record lacks, or that are empty or of another type."""
+    if record.get("tests") and misfit(record["tests"], TESTS_SHAPE):
+        return ["tests"]
+    missing = []
+    for need in needs:
+        for name in need.split(" or "):
+            value = record.get(name)
+            if isinstance(value, KINDS[name]) and value not in ("", [], {}):
+                break
+        else:
+            missing.append(need)
+    return missing
+
+
+def each_record(path, needs: tuple[str, ...] = ("id",), may_be_empty=False) -> Iterator[dict]:
+    """The records of a JSONL file, one by one. A broken line is an error that names file and line.
 
     needs: fields that must be there and not empty; "answer or tests": one of them.
     """
-    path, records = Path(path), {}
+    path, ids = Path(path), set()
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path, or run the stage that writes it")
-    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    for number, line in enumerate(raw.split(b"\n"), 1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode())
-            if b"\\u" in line:  # half a surrogate pair is JSON, but no text
-                dump(record)
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{where}: not JSON in UTF-8 ({e}); one object a line is wanted") from e
-        record = record if isinstance(record, dict) else {}
-        usable = {k for k, kind in KINDS.items() if isinstance(record.get(k), kind)}
-        usable -= {k for k in usable if record[k] in ("", [], {})}
-        missing = [need for need in needs if usable.isdisjoint(need.split(" or "))]
-        if record.get("tests") and misfit(record["tests"], TESTS_SHAPE):
-            missing = ["tests"]
-        if missing:
-            found = f"no usable {', '.join(missing)} (found: {', '.join(record) or 'no object'})"
-            raise UserError(f"{where}: {found}; is this the right file?")
-        if record["id"] in records:
-            raise UserError(f"{where}: the id {record['id']!r} is there twice; make ids unique")
-        records[record["id"]] = record
-    if not records and not may_be_empty:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            where, line = f"{path}:{number}", line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.decode())
+                if b"\\u" in line:  # half a surrogate pair is JSON, but no text
+                    dump(record)
+            except (ValueError, RecursionError) as e:
+                why = f"not JSON in UTF-8 ({e}); one object a line is wanted"
+                raise UserError(f"{where}: {why}") from e
+            record = record if isinstance(record, dict) else {}
+            if missing := unusable(record, needs):
+                found = (
+                    f"no usable {', '.join(missing)} (found: {', '.join(record) or 'no object'})"
+                )
+                raise UserError(f"{where}: {found}; is this the right file?")
+            if record["id"] in ids:
+                raise UserError(f"{where}: the id {record['id']!r} is there twice; make ids unique")
+            ids.add(record["id"])
+            yield record
+    if not ids and not may_be_empty:
         raise UserError(f"{path}: empty; one JSON object a line is wanted")
-    return list(records.values())
 
 
-NODE = {"parent": int, "ids": [int], "text": str, "draws": int, "n": int, "wins": int}
-NODE |= {"reward": int | None, "labelled": bool}
-RESPONSE = {"ids": [int], "ends": [int], "text": str, "reward": int, "finished": bool}
-MANIFEST = {"stage": str, "settings": dict, "code": str, "grader": str, "inputs": dict}
-MANIFEST |= {"facts": dict, "output": str | EllipsisType}  # which may be missing
+def read_jsonl(path, needs: tuple[str, ...] = ("id",), may_be_empty=False) -> list[dict]:
+    """All records of a JSONL file at once."""
+    return list(each_record(path, needs, may_be_empty))
 
 
-def misfit(value, shape, name: str = "") -> str | None:
-    """Where a value first differs from a shape: a type, [shape of each item] or {field: shape}."""
-    if isinstance(shape, list) and isinstance(value, list):
-        found = (misfit(x, shape[0], f"{name}[{i}]") for i, x in enumerate(value))
-    elif isinstance(shape, dict) and isinstance(value, dict):
-        found = (misfit(value.get(k, ...), s, f"{name} {k}".strip()) for k, s in shape.items())
-    else:
-        huge = type(value) is int and abs(value) >> 62  # more than a tensor holds
-        fits = type(value) in (get_args(shape) or [shape]) and not huge
-        found = [] if fits else [name or "all of it"]
-    return next(filter(None, found), None)
+REWARD = int | float  # from 0 to 1
+NODE = {"parent": int, "ids": [int], "text": str, "draws": int, "n": int, "wins": REWARD}
+NODE |= {"reward": REWARD | None, "labelled": bool}
+RESPONSE = {"ids": [int], "ends": [int], "text": str, "reward": REWARD, "finished": bool}
 
 
 def read_trees(path: str) -> list[dict]:
     """trees.jsonl, looked at whole: a tree that is none would be trained on without a word."""
     records = read_jsonl(path, ("id", "prompt_ids", "nodes"))
-    for r in records:
-        bad = misfit(r, {"prompt_ids": [int], "nodes": [NODE]})
-        for v, n in enumerate([] if bad else r["nodes"]):
-            grows = n["parent"] in range(v) and n["ids"] if v else n["parent"] == -1
-            if not (grows and 0 <= n["wins"] <= n["n"] and n["draws"] >= 0):
-                bad = bad or f"nodes[{v}]"
-        if bad:
-            raise UserError(f"{path}: {r['id']}, {bad}: no step tree; make it anew")
+    for record in records:
+        if bad := broken_tree(record):
+            raise UserError(f"{path}: {record['id']}, {bad}: no step tree; make it anew")
     return records
 
 
-def read_samples(path: str) -> list[dict]:
-    """samples.jsonl, looked at whole: offsets that cut steps, and choices that exist."""
-    records = read_jsonl(path, ("id", "prompt_ids", "responses"))
-    for r in records:
-        bad = misfit(r, {"prompt_ids": [int], "kept": [int], "responses": [RESPONSE]})
-        for x in [] if bad else r["responses"]:
-            if [0, *x["ends"]] != sorted({0, *x["ends"], len(x["ids"])}):
-                bad = "ends"
-        if not bad and not {*r["kept"]} <= {*range(len(r["responses"]))}:
-            bad = "kept"
-        if bad:
-            raise UserError(f"{path}: {r['id']}, {bad}: no samples; make them anew")
-    return records
+def broken_tree(record: dict) -> str | None:
+    """What is wrong with a line of trees.jsonl; None if it is a step tree."""
+    if bad := misfit(record, {"prompt_ids": [int], "nodes": [NODE]}):
+        return bad
+    for v, node in enumerate(record["nodes"]):
+        grows = node["parent"] in range(v) and node["ids"] if v else node["parent"] == -1
+        counts = 0 <= node["wins"] <= node["n"] and node["draws"] >= 0
+        if not (grows and counts and 0 <= (node["reward"] or 0) <= 1):
+            return f"nodes[{v}]"
+    return None
 
 
-def dump(record: dict) -> bytes:
-    return (json.dumps(record, ensure_ascii=False, separators=(", ", ": ")) + "\n").encode()
+def each_sample(path: str) -> Iterator[dict]:
+    """The lines of samples.jsonl one by one: offsets that cut steps, and choices that exist."""
+    for record in each_record(path, ("id", "prompt_ids", "responses")):
+        if bad := broken_samples(record):
+            raise UserError(f"{path}: {record['id']}, {bad}: no samples; make them anew")
+        yield record
+
+
+def broken_samples(record: dict) -> str | None:
+    """What is wrong with a line of samples.jsonl; None if nothing is."""
+    if bad := misfit(record, {"prompt_ids": [int], "kept": [int], "responses": [RESPONSE]}):
+        return bad
+    for response in record["responses"]:
+        ends = [0, *response["ends"]]
+        if ends != sorted({*ends, len(response["ids"])}):
+            return "ends"
+        if not 0 <= response["reward"] <= 1:
+            return "reward"
+    if not {*record["kept"]} <= {*range(len(record["responses"]))}:
+        return "kept"
+    return None
+
+
+# ------------------------------------------------------------ the machinery of a stage
+
+
+MANIFEST = {"stage": str, "settings": dict, "code": str | dict, "grader": str, "inputs": dict}
+MANIFEST |= {"facts": dict, "output": str | EllipsisType}  # no output yet: unfinished
+
+
+def read_manifest(path: Path) -> dict:
+    """What the stage that made `path` stated about it; empty if no stage did."""
+    manifest = Path(f"{path}.manifest.json")
+    if not manifest.exists():
+        return {}
+    with suppress(ValueError):
+        made = json.loads(manifest.read_text())
+        if not misfit(made, MANIFEST) and all(isinstance(v, str) for v in made["facts"].values()):
+            return made
+    raise UserError(f"{manifest}: broken; remove it with its output, and make that anew")
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """How one manifest differs from another, a line a field: what it was and what it is now.
+
+    {"settings": {"beta": 0.1}}, {"settings": {"beta": 0.2}} -> ["settings beta was 0.1, is 0.2 now"]
+    """
+    found = []
+    for part in ("stage", "settings", "inputs", "facts", "grader"):
+        was, now = old.get(part), new.get(part)
+        if not isinstance(was, dict) or not isinstance(now, dict):
+            was, now, part = {part: was}, {part: now}, ""
+        for name in sorted({*was, *now}):
+            if was.get(name) != now.get(name):
+                what = f"{part} {name}".strip()
+                found.append(f"{what} was {was.get(name)}, is {now.get(name)} now")
+    return found
+
+
+def changed_files(old: dict, new: dict) -> list[str]:
+    """Names of the files of code that are not as they were; of an old manifest: the stage's own."""
+    was, now = old["code"], new["code"]
+    if isinstance(was, str):  # made before manifests named files
+        return [f"{new['stage']}.py"]
+    return [name for name in sorted({*was, *now}) if was.get(name) != now.get(name)]
 
 
 class Stage:
@@ -201,47 +277,59 @@ class Stage:
 
     The manifest `OUT.manifest.json` holds settings, code, hashes of the inputs, and facts. Started
     again with the same ones, the stage goes on where it stopped (`done`: the records that are
-    there); with others it is refused. Making a Stage only looks: `complete` says that nothing is
-    left to do, before any model is loaded. `begin` locks the folder and starts or resumes.
+    there); with others it is refused. Code is treated mildly, since people change it: a difference
+    is a warning, unless the output is half done and the stage's own file is another now.
+    The order of calls: Stage(...) only looks, and `complete` says that nothing is left to do, before
+    any model is loaded; `begin` locks the folder and finds what is done; `start` writes the manifest
+    (`append` does it for JSONL); `append` or `finish(folder)` write the output.
 
+    script    "sample.py": whose output this is
     inputs    {name: path}; an input made by a stage must be complete and as that stage left it
     """
 
-    def __init__(self, out, settings, inputs: dict):
-        self.out, self.began = Path(out), time.perf_counter()
-        self.path, self.inputs, self.done = Path(f"{self.out}.manifest.json"), inputs, []
+    def __init__(self, script: str, out, settings, inputs: dict):
+        self.out, self.inputs, self.force = Path(out), inputs, settings.force
+        self.path, self.work = Path(f"{out}.manifest.json"), Path(f"{out}.work")
+        self.began, self.done = time.perf_counter(), []
         if self.out.exists() and not self.path.exists():
             raise UserError(f"{out}: there already, and not by this pipeline; choose another --out")
         if self.out.resolve() in [Path(path).resolve() for path in inputs.values()]:
-            raise UserError(f"{self.out}: is an input too; choose another --out")
-        self.force, script = settings.force, Path(sys.argv[0])
-        flags = {k: v for k, v in asdict(settings).items() if k not in ("out", "force", *inputs)}
-        files = sorted({script.name, "model.py", "prepare.py", "reward.py"})
-        code = "".join(Path(__file__).with_name(name).read_text("utf-8") for name in files)
+            raise UserError(f"{out}: is an input too; choose another --out")
+        code = {}
+        for name in sorted({script, "model.py", "prepare.py", "reward.py"}):
+            code[name] = digest(Path(__file__).with_name(name).read_text("utf-8"))[:16]
+        flags = {
+            k: v
+            for k, v in asdict(settings).items()
+            if k not in ("out", "force", "server", *inputs)
+        }
         self.manifest = {
-            "stage": script.stem,
+            "stage": script.removesuffix(".py"),
             "settings": flags,
-            "code": digest(code)[:16],
+            "code": code,
             "grader": version("math-verify"),
             "inputs": {key: _checked_input(key, str(path)) for key, path in inputs.items()},
         }
-        self.complete = "output" in self._same_as_before() and self.out.exists()
+        self.complete = "output" in self._earlier() and self.out.exists()
         if self.complete:
             _checked_input("out", str(self.out))
             print(f"{self.out}: complete, nothing to do")
 
-    def _same_as_before(self) -> dict:
-        """The manifest of an earlier start; an error if it differs from this one's."""
+    def _earlier(self) -> dict:
+        """The manifest of an earlier start, {} if there is none; an error if this is another run."""
         old = {} if self.force else read_manifest(self.out)
-        for key in ("stage", "settings", "inputs", "facts", "code", "grader") if old else ():
-            was, now = old[key], self.manifest.get(key, old[key])  # facts come with `begin`
-            if not isinstance(was, dict):
-                was, now = {"": was}, {"": now}
-            for name in sorted({*was, *now}):
-                a, b = was.get(name), now.get(name)
-                if a != b:
-                    what = f"{key} {name}".strip() + f" was {a}, is {b} now"
-                    raise UserError(f"{self.out}: {what}; --force starts over, or change --out")
+        if not old:
+            return {}
+        facts = self.manifest.get("facts", old["facts"])  # they come with `begin`
+        if found := differences(old, self.manifest | {"facts": facts}):
+            raise UserError(f"{self.out}: {found[0]}; --force starts over, or change --out")
+        changed = changed_files(old, self.manifest)
+        own = f"{self.manifest['stage']}.py"
+        if own in changed and "output" not in old:
+            half = f"half done by another {own}"
+            raise UserError(f"{self.out}: {half}; restore that, or --force starts over")
+        if changed and self.manifest.get("facts") is None:  # say it once
+            print(f"{self.out}: made with another {', '.join(changed)}; taken as it is")
         return old
 
     def begin(self, facts: dict | None = None, expects: dict | None = None):
@@ -250,11 +338,13 @@ class Stage:
         facts     {fact: value} that the manifest states for the stages that come after
         expects   {fact: value} that inputs' manifests must agree with, where they state that fact
         """
-        for path, (fact, now) in product(self.inputs.values(), (expects or {}).items()):
-            was = read_manifest(path).get("facts", {}).get(fact, now)
-            if was != now:
-                made = f"made with {fact} {was[:16]}, this run has {now[:16]}"
-                raise UserError(f"{path}: {made}; pass that {fact}, or make it anew")
+        for path in self.inputs.values():
+            made = read_manifest(path).get("facts", {})
+            for fact, now in (expects or {}).items():
+                was = made.get(fact, now)
+                if was != now:
+                    wrong = f"made with {fact} {was[:16]}, this run has {now[:16]}"
+                    raise UserError(f"{path}: {wrong}; pass that {fact}, or make it anew")
         self.manifest["facts"] = facts or {}
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.lock = (self.out.parent / ".lock").open("w")
@@ -262,12 +352,9 @@ class Stage:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{self.out.parent}: another stage is writing here; wait") from None
-        self._same_as_before()
-        for path in (self.out, Path(f"{self.out}.work"), self.path) if self.force else ():
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        self._earlier()
+        if self.force:
+            self._clear()
         if self.out.is_file():
             raw = self.out.read_bytes()
             whole = raw.rfind(b"\n") + 1
@@ -279,23 +366,25 @@ class Stage:
                 print(f"{self.out}: resuming after {len(self.done)} records")
         return self
 
-    @property
-    def work(self) -> Path:
-        """Folder of a training stage's checkpoints and metrics; asking for it starts the run."""
-        self._state()
-        return Path(f"{self.out}.work")
+    def _clear(self):
+        """Throw an earlier output away, its manifest last: a kill in between leaves it owned."""
+        for path in (self.out, self.work, self.path):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
-    def _state(self):
-        """Write the manifest; a run that was refused before its first record leaves none behind."""
+    def start(self):
+        """Write the manifest; a run that was refused before this leaves nothing behind."""
         replace(self.path, lambda p: p.write_text(json.dumps(self.manifest, indent=1)))
 
     def append(self, records: list[dict]):
         """Write whole lines, flushed and fsynced before the next ones are made."""
         if not self.out.exists():
-            self._state()
+            self.start()
             replace(self.out, Path.touch)
         with self.out.open("ab") as f:
-            f.write(b"".join(map(dump, records)))
+            f.write(b"".join(dump(record) for record in records))
             f.flush()
             os.fsync(f.fileno())
 
@@ -306,7 +395,7 @@ class Stage:
         elif not self.out.exists():
             self.append([])
         self.manifest["output"] = sha256(self.out)
-        self._state()
+        self.start()
         self.lock.close()
         print(f"{self.out}: written, {time.perf_counter() - self.began:.0f} s")
 
@@ -326,21 +415,41 @@ def _checked_input(key: str, path: str) -> str:
     return found
 
 
-def read_manifest(path: Path) -> dict:
-    """What the stage that made `path` stated about it; empty if no stage did."""
-    manifest = Path(f"{path}.manifest.json")
-    if not manifest.exists():
-        return {}
-    with suppress(ValueError):
-        made = json.loads(manifest.read_text())
-        if not misfit(made, MANIFEST) and all(isinstance(v, str) for v in made["facts"].values()):
-            return made
-    raise UserError(f"{manifest}: broken; remove it with its output, and make that anew")
+def fingerprint(model: str) -> str:
+    """What identifies a model: the hash of its weights, or the name of one on the hub."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return str(model)
+    weights = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".bin")]
+    return digest("".join(sha256(file) for file in weights))
+
+
+def tokenizer_facts(lm: LM) -> dict:
+    """Hashes of the vocabulary and of the chat template: records made with others do not fit."""
+    vocabulary = json.dumps(sorted(lm.tokenizer.get_vocab().items()))
+    template = str(lm.tokenizer.chat_template)
+    return {"tokenizer": digest(vocabulary)[:16], "template": digest(template)[:16]}
+
+
+def actor_facts(lm: LM, max_new: int) -> dict:
+    """What two stages must agree on if one's responses are to fit the other's."""
+    facts = {"actor": fingerprint(lm.path), "max_new": str(max_new)}
+    return {**facts, "grader": version("math-verify"), **tokenizer_facts(lm)}
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """--help: the docstring as it is written; a default where there is one."""
+
+    def _get_help_string(self, action):
+        shown = not action.required and action.default not in (None, "", argparse.SUPPRESS)
+        return f"{action.help} (default: %(default)s)" if shown else action.help
 
 
 def main(stage, settings_class, doc: str):
     """Parse the flags, run the stage, turn users' mistakes into one line on stderr and code 2."""
-    parser = HfArgumentParser(settings_class, description=doc, allow_abbrev=False)
+    parser = HfArgumentParser(
+        settings_class, description=doc, formatter_class=Help, allow_abbrev=False
+    )
 
     def refuse(message):
         raise UserError(f"{Path(sys.argv[0]).name}: {message}; --help lists the flags")
@@ -613,7 +722,7 @@ def fine_tune(lm: LM, trees: list[Tree], work: Path, lr, batch, passes, seed, pr
         return nll, {"response_nll": -float(logp.detach()[response].sum()) / weight}
 
     batches = whole_batches([1] * len(trees), batch, passes, f"fine_tune {seed}")
-    fit({"model": lm.model}, batches, prepare, loss, work, lr, save_every=200)
+    fit({"model": lm.model}, batches, prepare, loss, work, lr, save_minutes=15.0)
 
 
 # ------------------------------------------------------------ data sets
@@ -630,9 +739,15 @@ class LeftOut(Exception):
 
 
 class Loader(NamedTuple):
-    fields: str  # that every row must have
+    """How to read a data set. For another one write a converter and give it a row in LOADERS:
+
+    def quiz(row): return {"prompt": row["text"], "answer": row["solution"]}
+    LOADERS["quiz"] = Loader("text solution", quiz)        # python prepare.py --train quiz:FILE
+    """
+
+    fields: str  # that every row must have; a/b: one of them
     convert: Callable[[dict], dict]  # row -> prompt, and answer, tests, readings or response
-    kind: str = "boxed"  # of INSTRUCTIONS
+    kind: str = "boxed"  # which of INSTRUCTIONS is put after the prompt; "": none
 
 
 def read_rows(path: str | Path) -> list[dict]:
@@ -718,23 +833,29 @@ STDIN = "Read standard input and print the answer."
 
 def apps(row: dict) -> dict:
     """APPS and TACO, whose outputs may or may not be wrapped in a list."""
-    cases, solutions = (
-        json.loads(value or "{}") if isinstance(value, str) else value
-        for value in (row["input_output"], row["solutions"])
-    )
+    cases, solutions = parsed(row["input_output"]), parsed(row["solutions"])
     if not cases.get("inputs") or not solutions:
         raise LeftOut("no solution" if cases.get("inputs") else "no tests")
-    name, outputs = cases.get("fn_name"), [cases["outputs"]]
-    tests = {"kind": "call", "entry": name, "setup": LEETCODE, "inputs": cases["inputs"]}
-    if not name:
-        tests |= {"kind": "stdin", "setup": "", "inputs": list(map(lines, cases["inputs"]))}
-        outputs = [list(map(lines, cases["outputs"]))]
-    elif all(isinstance(value, list) and len(value) == 1 for value in outputs[0]):
-        outputs.insert(0, [value for (value,) in outputs[0]])
-    readings = [tests | {"atol": 1e-6, "outputs": list(map(as_json, o))} for o in outputs]
+    name, inputs, outputs = cases.get("fn_name"), cases["inputs"], cases["outputs"]
+    if name:
+        tests = {"kind": "call", "entry": name, "setup": LEETCODE, "inputs": inputs}
+        ways = [outputs]
+        if all(isinstance(value, list) and len(value) == 1 for value in outputs):
+            ways.insert(0, [value[0] for value in outputs])
+    else:
+        tests = {"kind": "stdin", "entry": name, "setup": "", "inputs": [lines(x) for x in inputs]}
+        ways = [[lines(x) for x in outputs]]
+    readings = []
+    for wanted in ways:
+        readings.append(tests | {"atol": 1e-6, "outputs": [as_json(value) for value in wanted]})
     how = f"Write the function {name}." if name else STDIN
     prompt = f"{row['question'].strip()}\n\n{how}\n{row.get('starter_code') or ''}".rstrip()
     return {"prompt": prompt, "readings": readings, "solutions": solutions}
+
+
+def parsed(value):
+    """A field that holds JSON as text in the original, and as itself in some copies."""
+    return json.loads(value or "{}") if isinstance(value, str) else value
 
 
 def lines(text: str | list[str]) -> str:
@@ -772,33 +893,55 @@ def mbpp(row: dict) -> dict:
 
 
 def plus(row: dict) -> dict:
-    """HumanEval+ and MBPP+: the expected values are what the reference solution returns."""
-    name, number, asserts = row["entry_point"], row["task_id"].split("/")[1], row.get("assertion")
-    inputs, start = row["base_input"] + list(row["plus_input"]), "" if asserts else row["prompt"]
-    # in MBPP+ JSON has made lists of tuples and sets, and text of complex numbers
-    if calls := list(literal_calls(asserts or "", name)):
-        inputs = [[like(*pair) for pair in zip(args, zip(*calls))] for args in inputs]
-    if asserts and number in ("124", "252"):
-        inputs = [[complex(arg) for arg in args] for args in inputs]
-    code = ""  # for tasks with more than one right answer
+    """HumanEval+ and MBPP+: the expected values are what the reference solution returns.
+
+    An MBPP+ row has an `assertion`; a HumanEval+ row has none, and its prompt opens the function.
+    """
+    name, number = row["entry_point"], row["task_id"].split("/")[1]
+    asserts = row.get("assertion") or ""
+    inputs = row["base_input"] + list(row["plus_input"])
+    if asserts:
+        inputs = restored(inputs, literal_calls(asserts, name), number)
+    # Some tasks have more than one right answer: for those a line of code says what is right.
+    kind, code = "call", ""
     if "assert set(" in row["prompt"]:
         code = f"for i, o in zip(inputs, outputs): assert set({name}(*i)) == set(o)"
-    if f"assert not {name}(" in (asserts or ""):
+    elif f"assert not {name}(" in asserts:
         code = f"for i, o in zip(inputs, outputs): assert bool({name}(*i)) == bool(o)"
-    if name == "find_zero":
+    elif name == "find_zero":
         code = f"for i in inputs: assert abs(poly(*i, {name}(*i))) <= {row['atol']}"
-    tests = {"kind": "assert" if code else "call", "entry": name, "setup": start, "code": code}
-    tests |= {"inputs": list(map(encode, inputs)), "outputs": None, "atol": row["atol"] or 1e-6}
+    if code:
+        kind = "assert"
+    start = "" if asserts else row["prompt"]
+    tests = {"kind": kind, "entry": name, "setup": start, "code": code}
+    tests["inputs"] = [encode(arguments) for arguments in inputs]
+    tests |= {"outputs": None, "atol": row["atol"] or 1e-6}
     problem_id = f"{'mbpp' if asserts else 'humaneval'}_plus/test/{number}"
     return program(problem_id, row["prompt"], tests, start + row["canonical_solution"])
 
 
-def literal_calls(assertions: str, name: str):
+def restored(inputs: list, calls: list[list], number: str) -> list:
+    """MBPP+'s inputs as they were before JSON made lists of tuples and sets, and text of complex
+    numbers: an argument becomes what the assertions' calls have in its place."""
+    if number in ("124", "252"):
+        return [[complex(argument) for argument in arguments] for arguments in inputs]
+    if not calls:
+        return inputs
+    examples = list(zip(*calls))  # the values that the calls pass, a tuple a parameter
+    whole = []
+    for arguments in inputs:
+        whole.append([like(value, seen) for value, seen in zip(arguments, examples)])
+    return whole
+
+
+def literal_calls(assertions: str, name: str) -> list[list]:
     """The arguments of the calls of `name`, where they are literals."""
+    calls = []
     for node in ast.walk(ast.parse(assertions)):
         if isinstance(node, ast.Call) and getattr(node.func, "id", None) == name:
             with suppress(ValueError):
-                yield [ast.literal_eval(arg) for arg in node.args]
+                calls.append([ast.literal_eval(argument) for argument in node.args])
+    return calls
 
 
 def like(value, examples):
@@ -827,7 +970,8 @@ def livecodebench(row: dict) -> dict:
     cases = json.loads(row["public_test_cases"]) + json.loads(private)
     name = json.loads(row["metadata"]).get("func_name")
     tests = {"kind": "stdin", "entry": name, "atol": 1e-6}
-    inputs, outputs = ([case[key] for case in cases] for key in ("input", "output"))
+    inputs = [case["input"] for case in cases]
+    outputs = [case["output"] for case in cases]
     if name:
         tests |= {"kind": "call", "setup": LEETCODE}
         inputs = [[json.loads(line) for line in text.split("\n")] for text in inputs]
@@ -865,23 +1009,40 @@ def own(row: dict) -> dict:
     return {"prompt": row["prompt"], "domain": "code", "tests": tests}
 
 
+def first_passing(problem: dict, box: Sandbox) -> tuple[str, dict | None]:
+    """("right", the first reading of the tests that one of the first three solutions passes), or
+    the verdict on the last try and None.
+
+    A reading without outputs gets those that the first solution returns.
+    """
+    verdict = "no answer"
+    for tests in problem["readings"]:
+        if tests.get("outputs", "") is None:
+            verdict, values = box.run(tests | {"kind": "call"}, problem["solutions"][0])
+            if verdict != "right":
+                return "no answer", None
+            tests = tests | {"outputs": values}
+        for solution in problem["solutions"][:3]:
+            verdict, _ = box.run(tests, solution)
+            if verdict == "right":
+                return "right", tests
+    return verdict, None
+
+
 def keep_solved(problems: list[dict], unsafe: bool) -> tuple[list[dict], list[tuple[str, str]]]:
-    """-> the problems that one of their first three solutions solves, by the first reading of the
-    tests that it passes; and (id, reason) of the others. Outputs that are None it fills in."""
+    """-> the problems that their own solutions solve, with the tests that these pass; and
+    (id, reason) of the others. Several are tried at once."""
     box = sandbox(unsafe)
-    unknown = [p for p in problems if p["readings"][0].get("outputs", "") is None]
-    jobs = [(p["readings"][0] | {"kind": "call"}, p["solutions"][0]) for p in unknown]
-    for p, (verdict, values) in zip(unknown, box.grade(jobs)):
-        p["readings"] = [p["readings"][0] | {"outputs": values}] if verdict == "right" else []
-    tries = [list(product(p.pop("readings"), p.pop("solutions")[:3])) for p in problems]
-    verdicts = ["no answer"] * len(problems)
-    for attempt in range(max(map(len, tries), default=0)):
-        todo = [i for i, t in enumerate(tries) if attempt < len(t) and verdicts[i] != "right"]
-        for i, (verdict, _) in zip(todo, box.grade([tries[i][attempt] for i in todo])):
-            verdicts[i], problems[i]["tests"] = verdict, tries[i][attempt][0]
-    graded = list(zip(problems, verdicts))
-    failed = [(p["id"], f"its own solution: {v}") for p, v in graded if v != "right"]
-    return [p for p, v in graded if v == "right"], failed
+    with ThreadPoolExecutor(box.workers) as pool:
+        found = list(pool.map(lambda problem: first_passing(problem, box), problems))
+    solved, failed = [], []
+    for problem, (verdict, tests) in zip(problems, found):
+        if verdict == "right":
+            solved.append(problem | {"tests": tests})
+            del solved[-1]["readings"], solved[-1]["solutions"]
+        else:
+            failed.append((problem["id"], f"its own solution: {verdict}"))
+    return solved, failed
 
 
 def gsm8k_demos(row: dict) -> dict:
@@ -912,7 +1073,7 @@ LOADERS = {
     "college_math": Loader("question answer", taken(prompt="question", answer="answer")),
     "asdiv": Loader("body question answer", asdiv, "####"),
     "mawps": Loader("input target", mawps, "####"),
-    "jsonl": Loader("prompt answer/tests", own),
+    "jsonl": Loader("prompt answer/tests", own, ""),  # a user's prompts say what they want
     "taco": Loader("question input_output solutions", apps, "program"),
     "apps": Loader("question input_output solutions", apps, "program"),
     "humaneval": Loader("task_id prompt entry_point canonical_solution test", humaneval, "program"),
@@ -978,7 +1139,9 @@ class Settings:
     out: str = flag("folder of the run")
     train: str = flag("NAME:PATH of training problems, comma separated; empty: embedded", "")
     test: str = flag("NAME:PATH of test problems, comma separated", "")
-    instruction: str = flag("put after each question; default: by the set's kind of answer", "")
+    instruction: str | None = flag(
+        "put after each question, empty: nothing; default: by the set's kind of answer", None
+    )
     limit: int = flag("use at most this many training problems; 0: all", 0)
     valid_share: float = flag("share of --train held out as valid.jsonl, by hash", 0.1)
     split_seed: int = flag("of that hash", 0)
@@ -1005,7 +1168,9 @@ def stage(s: Settings):
     folder, task, demos = Path(s.out), TASKS[s.task], load(s.demos, s, DEMOS)
     sizes = {"train": s.train_size, "valid": s.valid_size, "test": s.test_size}
     inputs = {path: path for spec in (s.train, s.test, s.demos) for _, path in parse(spec)}
-    outs = {split: Stage(folder / f"{split}.jsonl", s, inputs) for split in sizes}
+    outs = {}
+    for split in sizes:
+        outs[split] = Stage("prepare.py", folder / f"{split}.jsonl", s, inputs)
     if not all(out.complete for out in outs.values()):
         problems = real_problems(s) if s.train else demo_problems(task, s.seed, sizes)
     for split, out in outs.items():
@@ -1014,9 +1179,10 @@ def stage(s: Settings):
             out.append(problems[split][len(out.done) :])
             out.finish()
     if s.make_base and (s.demos or not s.train):
-        base = Stage(folder / "base", s, inputs | ({"base": s.base} if s.base else {}))
+        inputs |= {"base": s.base} if s.base else {}
+        base = Stage("prepare.py", folder / "base", s, inputs)
         if not base.complete:
-            base.begin()
+            base.begin().start()
             if s.demos:
                 tune_base(base, demos, folder, s)
             else:
@@ -1037,13 +1203,16 @@ def load(spec: str, s: Settings, loaders: dict[str, Loader] = LOADERS) -> list[d
     for name, path in parse(spec):
         used, left_out = load_set(name, path, s.unsafe, loaders)
         print(f"{name} {path}: {len(used) + len(left_out)} rows, {len(used)} used")
-        for reason in sorted({r for _, r in left_out}):
-            ids = [i for i, r in left_out if r == reason]
-            shown = ", ".join([*ids[:5], "..."] if len(ids) > 5 else ids)
-            print(f"  left out, {reason}: {len(ids)} ({shown})")
+        ids = {}  # of the rows left out, by reason
+        for row_id, reason in left_out:
+            ids.setdefault(reason, []).append(row_id)
+        for reason in sorted(ids):
+            shown = ", ".join(ids[reason][:5]) + (", ..." if len(ids[reason]) > 5 else "")
+            print(f"  left out, {reason}: {len(ids[reason])} ({shown})")
         for r in used:
-            kind = "program" if r["tests"] else loaders[name].kind
-            instruction = kind and (s.instruction or INSTRUCTIONS[kind])
+            instruction = s.instruction
+            if instruction is None:
+                instruction = INSTRUCTIONS[loaders[name].kind] if loaders[name].kind else ""
             r["prompt"] = f"{r['prompt']}\n{instruction}".strip()
         records += used
     return records
@@ -1075,7 +1244,7 @@ def without(records: list[dict], others: list[dict], s: Settings) -> list[dict]:
 
     def question(record):
         prompt = record["prompt"]
-        for instruction in (s.instruction, *INSTRUCTIONS.values()):
+        for instruction in (s.instruction or "", *INSTRUCTIONS.values()):
             prompt = prompt.removesuffix(instruction)
         return normalised_question(prompt)
 

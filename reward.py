@@ -1,9 +1,11 @@
 r"""What is right: the reward of a response, shared by sampling, labelling and evaluation.
 
-`reward(problem, text)` is the one place to change for another reward: a number from 0 to 1.
+    reward(problem, text) -> float        from 0 (wrong) to 1 (right); replace it for another reward
 
-A verdict is one of right, wrong, no answer, timed out, error; only right is reward 1. Rules for
-math answers, in order:
+Read from top to bottom: the reward and how the stages call it; math answers; programs and their
+sandbox. A verdict is one of right, wrong, no answer, timed out, error; only "right" is reward 1.
+
+Rules for math answers, in order:
 1. Equal after `normalise`: right.
 2. Two plain numbers are compared as exact fractions; nothing is rounded (0.333 is not 1/3).
 3. A unit may be missing on one side (5 cm, 5). Two measures that differ are wrong (5 cm, 5 km), and
@@ -13,8 +15,24 @@ math answers, in order:
 6. (1,2) and [1,2) are ordered, \{1,2\} and a bare 1,2 are not; kinds and lengths must agree.
 7. What is left math-verify decides, part by part, with every decimal written as a fraction.
 
-A problem with tests is code: all must pass. Its prediction is the program, found by the rules of
-`extract_program` and run where it cannot cheat: see "grading programs" below.
+A problem with `tests` is a program to write, and all tests must pass. Its tests are of one of three
+kinds (further fields and their defaults: `TESTS`):
+
+    {"kind": "call", "entry": "f", "inputs": [[1, 2]], "outputs": [3]}      f(1, 2) returns 3, an int
+    {"kind": "stdin", "inputs": ["1 2\n"], "outputs": ["3\n"]}              it prints 3; white space
+                                                                            does not count
+    {"kind": "assert", "entry": "f", "code": "assert f(1, 2) == 3"}         sees what f returns
+
+The sandbox (Linux, standard library). The tests stay in a judge process. A program runs in another,
+a candidate, which gets the inputs one by one and returns plain values that the judge compares:
+expected values never get there, so nothing printed, patched, raised or forged makes a pass. A
+candidate sees no other process, no network and no file but /usr, /lib and Python's own folder, which
+it can read; it has no privilege, an empty folder of 64 MB, limits of CPU time, memory, processes and
+file size, and whatever it started dies with it. Where namespaces are not to be had (most containers),
+root runs it as a user of no rights, who can harm no other process and read no private file, but
+reaches the network and public files; the stage says so once. Where that fails too it asks for
+--unsafe. What it does not keep out: bugs of the kernel, what timing tells, memory or disk bandwidth
+used up. The tests' own code is trusted: in `assert` tests it runs in the judge.
 """
 
 import ast
@@ -22,6 +40,7 @@ import atexit
 import builtins
 import contextlib
 import ctypes
+import hashlib
 import inspect
 import json
 import math
@@ -46,6 +65,87 @@ from itertools import accumulate, pairwise
 from subprocess import DEVNULL, PIPE, Popen
 
 from model import LM, UserError
+
+# ------------------------------------------------------------ the reward
+
+
+def reward(problem: dict, text: str, unsafe: bool = False) -> float:
+    """How good a response is, from 0 (wrong) to 1 (right). Replace this body for another reward.
+
+    problem is a line of problems.jsonl, text the whole response; one that was cut off by the length
+    has reward 0 and is not asked about. The contract: the same arguments give the same number; it
+    never raises, never hangs and never runs model text in this process; several threads call it.
+    unsafe: run programs even where they cannot be walled off.
+
+    A bonus for a short program, say: return 0.9 * right + 0.1 * (len(text) < 200)
+    """
+    verdict, _ = grade(problem, text, unsafe)
+    return 1.0 if verdict == "right" else 0.0
+
+
+def grade(problem: dict, text: str, unsafe: bool = False) -> tuple[str, str | None]:
+    """(verdict, prediction or None) of a response; a program is its own prediction."""
+    if tests := problem.get("tests"):
+        program = extract_program(tests.get("setup", ""), text)
+        verdict, _ = sandbox(unsafe).run(tests, program)
+        return verdict, program
+    verifier = _verifiers.get()
+    try:
+        return grade_math(problem["answer"], text, verifier)
+    finally:
+        _verifiers.put(verifier)
+
+
+def grade_ids(lm: LM, problems: list[dict], responses: list[list[int]], unsafe: bool) -> list[dict]:
+    """Text, prediction, verdict and reward of each response; `finished`: it ended by itself.
+
+    Identical responses to a problem are graded once, different ones several at a time.
+    """
+    texts = [lm.text(ids) for ids in responses]
+    tasks = {}  # (problem, text): what to grade
+    for problem, text in zip(problems, texts):
+        tasks[problem["id"], text] = problem, text
+
+    def judged(task):
+        problem, text = task
+        return grade(problem, text, unsafe), reward(problem, text, unsafe)
+
+    found = dict(zip(tasks, _graders.map(judged, tasks.values())))
+    graded = []
+    for problem, ids, text in zip(problems, responses, texts):
+        (verdict, prediction), value = found[problem["id"], text]
+        finished = ids[-1] in lm.eos
+        value = value if finished else 0.0
+        line = {"text": text, "prediction": prediction, "correct": value >= 0.5}
+        line["reward"] = int(value) if value in (0, 1) else value  # 0 and 1 are written as such
+        graded.append(line | {"verdict": verdict, "finished": finished})
+    return graded
+
+
+CPUS = len(os.sched_getaffinity(0))  # that this process may use
+REMEMBERED = 1 << 18  # verdicts
+_graders, _starting = ThreadPoolExecutor(CPUS), threading.Lock()
+
+
+def remember(known: dict, key, verdict):
+    """Keep a verdict, so that an answer drawn again, which is usual, costs nothing."""
+    if len(known) >= REMEMBERED:
+        known.clear()
+    known[key] = verdict
+
+
+@cache
+def _sandbox(unsafe: bool) -> "Sandbox":
+    box = Sandbox(unsafe=unsafe)
+    atexit.register(box.close)  # no zombie is left where nobody reaps orphans
+    return box
+
+
+def sandbox(unsafe: bool) -> "Sandbox":
+    """This process's sandbox, started for the first program, by one thread."""
+    with _starting:
+        return _sandbox(unsafe)
+
 
 # ------------------------------------------------------------ processes that grade
 
@@ -218,10 +318,11 @@ def math_worker() -> None:
     signal.alarm(0)
     for line in sys.stdin:
         signal.alarm(10)
-        gold, answer = (
-            parse(f"${side}$", latex, "no_fallback", "first_match", parsing_timeout=None)
-            for side in json.loads(line)
-        )
+        sides = []
+        for side in json.loads(line):
+            options = (latex, "no_fallback", "first_match")
+            sides.append(parse(f"${side}$", *options, parsing_timeout=None))
+        gold, answer = sides
         # 30 digits: with the default of 15, 10^{-20} \sqrt{2} is 0.
         right = gold and answer and verify(gold, answer, 6, 30, True, True, None)
         print(json.dumps(["right" if right else "wrong", None]), flush=True)
@@ -230,16 +331,17 @@ def math_worker() -> None:
 
 class MathVerifier:
     """math-verify in one process with 1 GB of memory: used for many answers, killed when one takes
-    too long, then started again. The process imports neither torch nor this module."""
+    too long, then started again. The process imports neither torch nor this module. One thread uses
+    it at a time."""
 
-    def __init__(self, limit_s: float = 5.0):
+    def __init__(self, limit_s: float = 5.0, known: dict | None = None):
         version("math-verify")  # missing: say so here, not in the first verdict
         self.limit_s = self.left_s = limit_s  # for one answer; a restart adds about a second
-        self.lock = threading.Lock()
+        self.known = {} if known is None else known  # (gold, answer): verdict
         self.worker = None
 
     def check(self, gold: str, answer: str) -> str:
-        """Verdict on two LaTeX scalars. `grade_math` holds the lock and has set `left_s`."""
+        """Verdict on two LaTeX scalars. `grade_math` has set `left_s`."""
         if self.left_s <= 0:
             return "timed out"
         if not self.worker or self.worker.poll() is not None:
@@ -298,7 +400,7 @@ def compare(gold: str, answer: str, verifier: MathVerifier) -> str:
 
 
 def grade_math(gold: str, text: str, verifier: MathVerifier) -> tuple[str, str | None]:
-    """-> (verdict, the answer as extracted). Never raises; any thread may call it."""
+    """-> (verdict, the answer as extracted). Never raises."""
     prediction = extract_answer(text)
     if prediction is None:
         return "no answer", None
@@ -308,12 +410,22 @@ def grade_math(gold: str, text: str, verifier: MathVerifier) -> tuple[str, str |
         return "wrong", prediction
     if re.fullmatch(r"-?\d+", gold) and re.fullmatch(r"-?\d+", prediction):
         return "right" if int(gold) == int(prediction) else "wrong", prediction
-    with verifier.lock:
-        verifier.left_s = verifier.limit_s
-        try:
-            return compare(normalise(gold), normalise(prediction), verifier), prediction
-        except OSError:  # the worker cannot be started
-            return "error", prediction
+    key = gold, prediction
+    if verdict := verifier.known.get(key):
+        return verdict, prediction
+    verifier.left_s = verifier.limit_s
+    try:
+        verdict = compare(normalise(gold), normalise(prediction), verifier)
+    except OSError:  # the worker cannot be started
+        return "error", prediction
+    remember(verifier.known, key, verdict)
+    return verdict, prediction
+
+
+_known = {}
+_verifiers = queue.SimpleQueue()  # those that no thread is using
+for _ in range(CPUS):
+    _verifiers.put(MathVerifier(known=_known))  # a process starts with its first answer
 
 
 # ------------------------------------------------------------ grading programs
@@ -745,7 +857,7 @@ class Sandbox:
     """
 
     def __init__(self, workers=None, unsafe=False, modes=tuple(MODES)):
-        self.workers = workers or len(os.sched_getaffinity(0))
+        self.workers = workers or CPUS
         tests = TESTS | {"entry": "f", "inputs": [[]], "outputs": [1]}
         probe = tests, "import decimal, random\ndef f(): return 1"  # is the library within reach?
         for self.mode in modes:
@@ -757,7 +869,7 @@ class Sandbox:
             raise UserError("no way to wall programs off here; --unsafe runs them unprotected")
         if MODES[self.mode]:
             print(f"sandbox: programs can get at {MODES[self.mode]}", file=sys.stderr)
-        self.known, self._pool = {}, ThreadPoolExecutor(self.workers)
+        self.known = {}  # (hash of the tests, program): verdict and values
         self._judges = queue.SimpleQueue()
         self._judges.put(judge)
         for _ in range(self.workers - 1):
@@ -767,26 +879,25 @@ class Sandbox:
         for _ in range(self.workers):
             self._judges.get().end()
 
-    def grade(self, jobs: list[tuple[dict, str | None]]) -> list[tuple[str, list | None]]:
-        """(verdict, values) of each (tests, program): right, wrong, no answer, timed out or error.
+    def run(self, tests: dict, program: str | None) -> tuple[str, list | None]:
+        """(verdict, values) of a program, by the next judge that is free; any thread may call it.
 
-        "no answer": there is no program; "error": it raised, ended or grew too large before it had
-        answered. values: if tests["outputs"] is None, what `entry` returned, encoded. Identical
-        jobs are graded once, also those of the last call.
+        right, wrong, timed out; "no answer": there is no program; "error": it raised, ended or grew
+        too large before it had answered. values: if tests["outputs"] is None, what `entry`
+        returned, encoded.
         """
-        texts = {id(tests): json.dumps(TESTS | tests, sort_keys=True) for tests, _ in jobs}
-        keys, kept = [(texts[id(tests)], program) for tests, program in jobs], {*texts.values()}
-        self.known = {key: found for key, found in self.known.items() if key[0] in kept}
-        new = [k for k in dict.fromkeys(keys) if k not in self.known and k[1] and k[1].strip()]
-        self.known |= zip(new, self._pool.map(self._grade, new))
-        return [self.known.get(key, ("no answer", None)) for key in keys]
-
-    def _grade(self, key):
-        tests, program = json.loads(key[0]), key[1]
+        if not program or not program.strip():
+            return "no answer", None
+        tests = TESTS | tests
+        text = json.dumps(tests, sort_keys=True).encode()
+        key = hashlib.blake2b(text, digest_size=16).digest(), program
+        if found := self.known.get(key):
+            return found
         judge = self._judges.get()
-        # the judge keeps limits itself; this one is for test code that chokes on what it got
+        # The judge keeps the limits itself; this one is for test code that chokes on an answer.
         found = judge.ask([tests, program], 60 * tests["seconds"])
         self._judges.put(judge if judge.poll() is None else self._start())
+        remember(self.known, key, found)
         return found
 
     def _start(self):
@@ -794,45 +905,3 @@ class Sandbox:
         # changes from run to run; with this environment and -sS the rest is the same
         env = {"PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "utf-8"}
         return Worker("-sSBc", JUDGE_PARTS, JUDGE_MAIN, self.mode, env=env)
-
-
-# ------------------------------------------------------------ grading
-
-_math = MathVerifier()
-
-
-@cache
-def sandbox(unsafe: bool) -> Sandbox:
-    """This process's sandbox, started for the first program."""
-    box = Sandbox(unsafe=unsafe)
-    atexit.register(box.close)  # no zombie is left where nobody reaps orphans
-    return box
-
-
-def grade_all(problems: list[dict], texts: list[str], unsafe: bool = False) -> list[tuple]:
-    """(verdict, prediction or None) of each response; a program is its own prediction.
-
-    Identical texts are graded once. unsafe: run programs even where they cannot be walled off.
-    """
-    grades, jobs = {}, {}
-    for problem, text in zip(problems, texts):
-        key = problem["id"], text
-        if tests := problem.get("tests"):
-            jobs[key] = tests, extract_program(tests.get("setup", ""), text)
-        elif key not in grades:
-            grades[key] = grade_math(problem["answer"], text, _math)
-    if jobs:
-        found = sandbox(unsafe).grade([*jobs.values()])
-        grades |= {key: (verdict, jobs[key][1]) for key, (verdict, _) in zip(jobs, found)}
-    return [grades[problem["id"], text] for problem, text in zip(problems, texts)]
-
-
-def grade_ids(lm: LM, problems: list[dict], responses: list[list[int]], unsafe: bool) -> list[dict]:
-    """Text and grade of each response; one that was cut off is not right in any case."""
-    texts, graded = [lm.text(ids) for ids in responses], []
-    for ids, text, grade in zip(responses, texts, grade_all(problems, texts, unsafe)):
-        (verdict, prediction), finished = grade, ids[-1] in lm.eos
-        right = finished and verdict == "right"
-        line = {"text": text, "prediction": prediction, "correct": right}
-        graded.append(line | {"verdict": verdict, "finished": finished})
-    return graded

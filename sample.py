@@ -1,4 +1,4 @@
-"""Stage A.1: n1 responses a problem from the current actor, graded; n kept, balanced.
+"""Stage A.1: n1 responses a problem from the current actor, graded; n kept, balanced. And drawing.
 
     python sample.py --actor runs/demo/base --problems runs/demo/train.jsonl \\
         --out runs/demo/iter1/samples.jsonl
@@ -15,22 +15,46 @@ Departures from the paper:
     other kind if one runs short. A problem whose responses are all alike is kept too, since its
     steps may still differ in value; --mixed keeps none of its responses, and so spends no label on
     problems that the actor always or never solves.
+
+Drawing is one function, `draw(lm, trees, rows)`, for this stage, label_steps.py and evaluate.py. It
+is done here, by `Prefixes` (every token of a tree is computed once) and `Slots` (rows that decode
+together), or by a server that takes and returns token ids (--server, class `Server`).
 """
 
 import hashlib
+import http.client
+import json
+import queue
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from model import BLOCK, LM, CacheView, Tree, TreeView, UserError, flag, pack_hidden, pack_trees
-from prepare import Stage, actor_facts, main, read_jsonl, sha256
+from model import (
+    BLOCK,
+    LM,
+    CacheView,
+    Progress,
+    Tree,
+    TreeView,
+    UserError,
+    flag,
+    pack_hidden,
+    pack_trees,
+    rows_that_fit,
+)
+from prepare import Stage, actor_facts, fingerprint, main, read_jsonl, sha256
 from reward import grade_ids
 
-# ------------------------------------------------------------ the sampler
+# ------------------------------------------------------------ one token
 
 
 def draw_key(*what) -> int:
@@ -58,6 +82,9 @@ def draw_tokens(logits, key, position, temperature: float) -> torch.Tensor:
     return torch.searchsorted(cdf, u, right=True)[:, 0]
 
 
+# ------------------------------------------------------------ continuations of trees' states
+
+
 class Prefixes:
     """Keys, values and last hidden states of trees of prefixes, every token computed once.
 
@@ -66,113 +93,348 @@ class Prefixes:
 
     @torch.no_grad()
     def __init__(self, lm: LM, trees: list[Tree], budget: int = 8192):
-        self.path, hidden, kept, self.tokens = {}, [], [], 0
+        self.path, self.tokens = {}, 0
+        hidden, layers_of_packs = [], []
         for pack in pack_trees(trees, budget, align=BLOCK):
-            view = TreeView(pack, lm.device, keep=True)
+            view = TreeView(pack, lm.device, remember=True)
             hidden.append(pack_hidden(lm, pack, view))
-            kept.append(view.kept)
+            layers_of_packs.append(view.layers)
             end = pack.end.numpy()
             for owner, last in zip(pack.owner, pack.last.tolist()):
                 self.path[owner] = np.flatnonzero(end[: last + 1] > last) + self.tokens
             self.tokens += len(end)
         self.hidden = torch.cat(hidden)  # (tokens, d)
-        self.keys, self.values = [], []
-        while kept[0]:  # a layer at a time: no second copy of all of them exists
-            keys, values = zip(*(layers.pop(0) for layers in kept))
-            self.keys.append(torch.cat(keys, 1))  # (G, tokens, D)
-            self.values.append(torch.cat(values, 1))
+        self.keys, self.values = [], []  # a layer each, (G, tokens, D)
+        while layers_of_packs[0]:  # a layer at a time: no second copy of all of them exists
+            layer = [layers.pop(0) for layers in layers_of_packs]  # (keys, values) of each pack
+            self.keys.append(torch.cat([keys for keys, _ in layer], 1))
+            self.values.append(torch.cat([values for _, values in layer], 1))
 
 
-@torch.no_grad()
-def draw_rows(
-    lm: LM, prefixes: Prefixes, rows: list, temperature=1.0, batch=256, progress=None
-) -> list:
-    """A continuation for each row (tree, node, key, room): up to an EOS (kept) or `room` tokens.
+class Slots:
+    """B rows that decode together, each in a slot; a finished row's slot is free for another."""
 
-    -> lists of token ids, in the order of rows. They depend on a row's prefix and key alone, not on
-    the batch, the neighbours or the slot (on the CPU in float32: to the last bit).
-    A finished row's slot goes to the next waiting row; when none waits, the batch shrinks.
-    """
-    paths = [prefixes.path[tree, node] for tree, node, _, _ in rows]
-    # popped from the end: longest first, so that rows of like length decode together
-    queue = sorted(range(len(rows)), key=lambda r: len(paths[r]))
-    width = max((len(p) + r[3] for p, r in zip(paths, rows)), default=0)
-    if width > lm.max_length:
-        wrong = f"a prefix and its new tokens are {width}, the context is {lm.max_length}"
-        raise UserError(f"{lm.path}: {wrong}; lower --max_new or leave long problems out")
-    # under 16 rows the CPU's matrix product rounds differently
-    slots = max(16, min(batch, -(-len(rows) // 16) * 16))
-    (groups, _, size), dtype = prefixes.keys[0].shape, prefixes.keys[0].dtype
-    cache = CacheView(len(prefixes.keys), (slots, groups, width, size), dtype, lm.device)
-    long = {"dtype": torch.long, "device": lm.device}
-    length, key, new, room, token, row = (torch.zeros(slots, **long) for _ in range(6))
-    row -= 1  # which of `rows` sits in a slot, -1: none
-    alive = torch.zeros(slots, dtype=torch.bool, device=lm.device)
-    out = torch.zeros(slots, max((r[3] for r in rows), default=0), **long)
-    stop = torch.zeros(max(lm.head.shape[0], max(lm.eos) + 1), dtype=torch.bool, device=lm.device)
-    stop[lm.eos] = True
-    results = [None] * len(rows)
+    def __init__(self, lm: LM, prefixes: Prefixes, rows: list, size: int, temperature: float):
+        self.lm, self.prefixes, self.rows, self.temperature = lm, prefixes, rows, temperature
+        self.size = size  # B, the number of slots
+        self.width = 0  # columns of the cache that the longest row may have written
+        longest = max(len(prefixes.path[row[:2]]) + row[3] for row in rows)
+        groups, _, head = prefixes.keys[0].shape
+        shape, dtype = (size, groups, longest, head), prefixes.keys[0].dtype
+        self.cache = CacheView(len(prefixes.keys), shape, dtype, lm.device)
 
-    def record(slot, logits):  # draw the next token of these slots and write it down
-        token[slot] = draw_tokens(logits, key[slot], new[slot], temperature)
-        out[slot, new[slot]] = token[slot]
-        new[slot] += 1
-        alive[slot] &= ~stop[token[slot]] & (new[slot] < room[slot])
+        def numbers(*shape):
+            return torch.zeros(*shape, dtype=torch.long, device=lm.device)
 
-    def harvest():  # read finished rows, seat waiting ones
-        free = (~alive).nonzero()[:, 0]
-        done = free[row[free] >= 0]
-        for r, n, ids in zip(row[done].tolist(), new[done].tolist(), out[done].tolist()):
-            results[r] = ids[:n]
-            if progress is not None:
-                progress.update(n)
-        row[done] = -1
-        free = free[: len(queue)]
+        self.row = numbers(size) - 1  # which of `rows` sits in a slot; -1: none
+        self.alive = torch.zeros(size, dtype=torch.bool, device=lm.device)  # it draws on
+        self.key = numbers(size)  # of its draws
+        self.room = numbers(size)  # how many tokens it may draw
+        self.new = numbers(size)  # how many it has drawn
+        self.out = numbers(size, max(row[3] for row in rows))  # (B, longest room) what it has drawn
+        self.token = numbers(size)  # the last of them
+        self.length = numbers(size)  # tokens before that one: its columns of the cache
+        self.stop = torch.zeros(max(len(lm.head), max(lm.eos) + 1), dtype=torch.bool)
+        self.stop[lm.eos] = True  # (V,) is this token an end
+        self.stop = self.stop.to(lm.device)
+
+    def seat(self, waiting: list[int]):
+        """Give free slots to waiting rows, the last ones first, and draw their first tokens."""
+        free = (self.row < 0).nonzero()[:, 0][: len(waiting)]
         if len(free) == 0:
             return
-        seat = [queue.pop() for _ in range(len(free))]
-        lens = np.array([len(paths[r]) for r in seat])
-        index = np.zeros((len(seat), lens.max()), int)  # (free, longest prefix)
-        for i, r in enumerate(seat):
-            index[i, : lens[i]] = paths[r]
-        index = torch.from_numpy(index).to(lm.device)
-        for views, kept in ((cache.keys, prefixes.keys), (cache.values, prefixes.values)):
-            for store, source in zip(views, kept):
+        seated = [waiting.pop() for _ in range(len(free))]
+        paths = [self.prefixes.path[self.rows[r][:2]] for r in seated]
+        index = np.zeros((len(seated), max(map(len, paths))), int)  # (free, longest prefix)
+        for i, path in enumerate(paths):
+            index[i, : len(path)] = path
+        index = torch.from_numpy(index).to(self.lm.device)
+        for stores, sources in (
+            (self.cache.keys, self.prefixes.keys),
+            (self.cache.values, self.prefixes.values),
+        ):
+            for store, source in zip(stores, sources):
                 store[free, :, : index.shape[1]] = source[:, index].transpose(0, 1)
-        length[free], row[free] = torch.tensor(lens, **long), torch.tensor(seat, **long)
-        key[free] = torch.tensor([rows[r][2] for r in seat], **long)
-        room[free], new[free] = torch.tensor([rows[r][3] for r in seat], **long), 0
-        alive[free] = True
-        last = torch.tensor([paths[r][-1] for r in seat], **long)
-        record(free, _at_least_16(lm.logits, prefixes.hidden[last]))
 
-    while True:
-        live = int(alive.sum())
-        if live == 0 or (queue and live <= 0.9 * slots):
-            waiting = len(queue)
-            harvest()
-            if waiting == 0:
-                return results
-            continue  # a fresh row may have ended with its first token
-        fewer = max(16, -(-live // 16) * 16)
-        if live <= 0.75 * slots and fewer < slots and not queue:  # leave the finished rows behind
-            harvest()
-            slots = fewer
-            keep = torch.cat([alive.nonzero()[:, 0], (~alive).nonzero()[:, 0]])[:slots]
-            for store in (*cache.keys, *cache.values):
-                store[:slots] = store[keep]
-            state = (length, key, new, room, token, row, alive, out)
-            length, key, new, room, token, row, alive, out = (x[keep] for x in state)
-        view = cache.at(length, int(length.max()) + 1)
-        hidden = lm.hidden(token[:, None], length[:, None], view)[:, 0]
-        length += alive  # a finished row stays where it is until its slot is given away
-        active = alive.nonzero()[:, 0]
-        record(active, lm.logits(hidden)[active])
+        def numbers(values):
+            return torch.tensor(values, dtype=torch.long, device=self.lm.device)
+
+        self.row[free], self.alive[free], self.new[free] = numbers(seated), True, 0
+        self.key[free] = numbers([self.rows[r][2] for r in seated])
+        self.room[free] = numbers([self.rows[r][3] for r in seated])
+        self.length[free] = numbers([len(path) for path in paths])
+        last = numbers([path[-1] for path in paths])
+        self.write(free, _at_least_16(self.lm.logits, self.prefixes.hidden[last]))
+
+    def write(self, slot, logits):
+        """Draw the next token of these slots and write it down where the row is alive."""
+        alive = self.alive[slot]
+        token = draw_tokens(logits, self.key[slot], self.new[slot], self.temperature)
+        column = self.new[slot].clamp(max=self.out.shape[1] - 1)
+        self.out[slot, column] = torch.where(alive, token, self.out[slot, column])
+        self.token[slot] = token
+        self.new[slot] += alive
+        self.alive[slot] = alive & ~self.stop[token] & (self.new[slot] < self.room[slot])
+
+    def step(self):
+        """One token for every living row: a forward of all slots, then the draws."""
+        view = self.cache.at(self.length, min(self.width + 1, self.cache.keys[0].shape[2]))
+        hidden = self.lm.hidden(self.token[:, None], self.length[:, None], view)[:, 0]  # (B, d)
+        self.length += self.alive  # a finished row stays where it is until its slot is given away
+        self.width += 1
+        logits = self.lm.logits(hidden)  # (B, V)
+        if self.lm.device == "cuda":  # to ask which rows live would wait for the GPU
+            self.write(torch.arange(self.size, device="cuda"), logits)
+        else:
+            living = self.alive.nonzero()[:, 0]
+            self.write(living, logits[living])
+
+    def look(self) -> int:
+        """How many rows live; on a GPU this waits for its work."""
+        self.width = int(self.length.max())
+        return int(self.alive.sum())
+
+    def finished(self) -> list[tuple[int, list[int]]]:
+        """(row, its tokens) of the rows that have ended; their slots are free then."""
+        done = (~self.alive & (self.row >= 0)).nonzero()[:, 0]
+        ended = []
+        for r, n, ids in zip(
+            self.row[done].tolist(), self.new[done].tolist(), self.out[done].tolist()
+        ):
+            ended.append((r, ids[:n]))
+        self.row[done] = -1
+        return ended
+
+    def shrink(self, size: int):
+        """Leave free slots behind: the first `size` slots are the living rows', then free ones."""
+        first = torch.cat([self.alive.nonzero()[:, 0], (~self.alive).nonzero()[:, 0]])[:size]
+        for store in (*self.cache.keys, *self.cache.values):
+            store[:size] = store[first]
+        for name in ("row", "alive", "key", "room", "new", "out", "token", "length"):
+            setattr(self, name, getattr(self, name)[first])
+        self.size = size
 
 
 def _at_least_16(f, x):
     """f(x) on at least 16 rows: a row's bits do not depend on how many came with it."""
     return f(x) if len(x) >= 16 else f(F.pad(x, (0, 0, 0, 16 - len(x))))[: len(x)]
+
+
+def _sixteens(n: int) -> int:
+    """n rounded up to a multiple of 16: under 16 rows the CPU's matrix product rounds otherwise."""
+    return max(16, -(-n // 16) * 16)
+
+
+@torch.no_grad()
+def draw(
+    lm: LM, trees: list[Tree], rows: list, temperature=1.0, batch=256, progress=None,
+    prefixes: Prefixes | None = None, server: "Server | None" = None,
+) -> list[list[int]]:  # fmt: skip
+    """A continuation for each row (tree, node, key, room): up to an EOS (kept) or `room` tokens.
+
+    rows point at states: what is continued are the tokens from trees[tree]'s root through node.
+    -> lists of token ids, in the order of rows. They depend on a row's prefix and key alone, not on
+    the batch, the neighbours or the slot (on the CPU in float32: to the last bit; a server's draws
+    are its own). batch: rows decoded at once, fewer where the GPU's memory holds fewer; progress: told of
+    the tokens; prefixes: of these trees, if they are computed already.
+    """
+    if server:
+        return server.draw(trees, rows, temperature, progress)
+    if not rows:
+        return []
+    prefixes = prefixes or Prefixes(lm, trees)
+    sizes = [len(prefixes.path[row[:2]]) for row in rows]
+    width = max(size + row[3] for size, row in zip(sizes, rows))
+    if width > lm.max_length:
+        wrong = f"a prefix and its new tokens are {width}, the context is {lm.max_length}"
+        raise UserError(f"{lm.path}: {wrong}; lower --max_new or leave long problems out")
+    # Taken from the end: longest first, so that rows of like length decode together.
+    waiting = sorted(range(len(rows)), key=lambda r: sizes[r])
+    wanted = max(16, min(batch, _sixteens(len(rows))))
+    slots = Slots(lm, prefixes, rows, rows_that_fit(lm, width, wanted), temperature)
+    results = [None] * len(rows)
+    while True:
+        # 1. Look how many rows live. On a GPU that waits for its work, so it is done now and then.
+        live = slots.look()
+        free_enough = live <= (0.9 if waiting else 0.75) * slots.size
+        # 2. Finished rows hand in their tokens, once a good part of the slots is free.
+        if live == 0 or free_enough:
+            for r, ids in slots.finished():
+                results[r] = ids
+                if progress is not None:
+                    progress.add(len(ids))
+        # 3. Nothing lives and nothing waits: done.
+        if live == 0 and not waiting:
+            return results
+        # 4. Waiting rows take the free slots; one may end with its first token, so look again.
+        if waiting and (live == 0 or free_enough):
+            slots.seat(waiting)
+            continue
+        # 5. When none waits, the batch gets smaller.
+        if not waiting and free_enough and _sixteens(live) < slots.size:
+            slots.shrink(_sixteens(live))
+        # 6. The next token of every row.
+        for _ in range(8 if lm.device == "cuda" else 1):
+            slots.step()
+
+
+# ------------------------------------------------------------ continuations by a server
+
+
+class Fault(Exception):
+    """A server's answer that cannot be used, for a reason that may pass."""
+
+
+class Server:
+    """Draws by OpenAI-compatible servers that take and return token ids (vLLM, SGLang).
+
+    urls: comma separated, each the root of a server ("http://127.0.0.1:8000"). lm: tokenizer and
+    config of the model that they must serve (its weights are not needed). Log-probs are never taken
+    from a server, and no seed is sent: draws differ from run to run, what is stored stays.
+    """
+
+    requests = 64  # that each server is asked at once
+    tries = 8  # of one request, on whichever server is free
+    timeout = 900.0  # seconds for one answer
+    pause = 1.0  # seconds that a server rests after a fault, doubled with each further one
+
+    def __init__(self, urls: str, lm: LM):
+        self.lm, self.faults = lm, {}
+        self.seats = queue.PriorityQueue()  # (when it may be used, number, url): free requests
+        for url in [url.strip().rstrip("/") for url in urls.split(",")]:
+            self.faults[url] = 0
+            self._check(url)
+            for _ in range(self.requests):
+                self.seats.put((0.0, self.seats.qsize(), url))
+
+    def _check(self, url: str):
+        """Refuse a server that serves another model, or gives no token ids."""
+        try:
+            models = self._ask(url, "/v1/models")["data"]
+        except (OSError, http.client.HTTPException, ValueError, LookupError, Fault) as e:
+            raise ConnectionError(f"{url}: no list of models ({e}); is the server up?") from e
+        own = {self.lm.path, str(Path(self.lm.path).resolve()), fingerprint(self.lm.path)[:16]}
+        served = set()
+        for model in models:
+            served |= {model.get("id"), model.get("root")}
+        if not served & own:
+            names = ", ".join(sorted(str(name) for name in served if name))
+            raise UserError(f"{url}: serves {names}, not {self.lm.path}; start it with that folder")
+        self.model = next(m["id"] for m in models if {m.get("id"), m.get("root")} & own)
+        try:
+            self._complete(url, [self.lm.eos[0]], 1, 1, 0.0)
+        except Fault as e:
+            raise UserError(f"{url}: {e}; a server that returns token ids is needed") from e
+
+    def _ask(self, url: str, path: str, question: dict | None = None) -> dict:
+        data = None if question is None else json.dumps(question).encode()
+        request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                return json.loads(answer.read())
+        except urllib.error.HTTPError as e:
+            said = e.read().decode(errors="replace")[:300]
+            if 400 <= e.code < 500 and e.code not in (408, 429):
+                raise UserError(f"{url}: answered {e.code}: {said}") from e
+            raise Fault(f"answered {e.code}: {said}") from e
+
+    def _complete(self, url, prompt: list[int], count: int, room: int, temperature) -> list:
+        """Up to `count` continuations of a prompt; Fault if the answer is not to be trusted."""
+        question = {
+            "model": self.model, "prompt": prompt, "n": count, "max_tokens": room,
+            "temperature": temperature, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0,
+            "ignore_eos": False, "stop_token_ids": self.lm.eos, "return_token_ids": True,
+        }  # fmt: skip
+        answer = self._ask(url, "/v1/completions", question)
+        drawn = []
+        for choice in answer.get("choices") or ():
+            ids, echoed = choice.get("token_ids"), choice.get("prompt_token_ids")
+            echoed = answer.get("prompt_token_ids") if echoed is None else echoed
+            if not isinstance(ids, list) or not isinstance(echoed, list):
+                raise Fault("its answers have no token ids")
+            if echoed != prompt:
+                raise Fault("it answered another prompt than it was sent")
+            if choice.get("finish_reason") == "stop" and not (ids and ids[-1] in self.lm.eos):
+                ids = [*ids, choice.get("stop_reason") or self.lm.eos[0]]
+            whole = len(ids) == room or (ids and len(ids) < room and ids[-1] in self.lm.eos)
+            if not whole or set(ids[:-1]) & set(self.lm.eos):
+                raise Fault(f"{len(ids)} tokens came where {room} or an end were asked for")
+            # Rows of the head beyond the tokenizer are padding: such a draw is made anew.
+            if all(type(i) is int and 0 <= i < len(self.lm.tokenizer) for i in ids):
+                drawn.append(ids)
+        if not answer.get("choices") or len(drawn) > count:
+            raise Fault(f"{len(drawn)} continuations came where {count} were asked for")
+        return drawn
+
+    def _continuations(self, prompt: list[int], count: int, room: int, temperature) -> list:
+        """`count` continuations, by whichever server is free, tried again where one fails."""
+        drawn, failed = [], 0
+        while len(drawn) < count:
+            usable, number, url = self.seats.get()
+            time.sleep(max(0.0, usable - time.monotonic()))
+            rest = 0.0
+            try:
+                drawn += self._complete(url, prompt, count - len(drawn), room, temperature)
+                self.faults[url] = 0
+            except (OSError, http.client.HTTPException, ValueError, Fault) as e:
+                failed, self.faults[url] = failed + 1, self.faults[url] + 1
+                rest = time.monotonic() + self.pause * 2 ** min(self.faults[url] - 1, 6)
+                if failed >= self.tries:
+                    raise ConnectionError(f"{url}: {e}, {failed} times") from e
+            finally:
+                self.seats.put((rest, number, url))
+        return drawn
+
+    def draw(self, trees: list[Tree], rows: list, temperature: float, progress) -> list[list[int]]:
+        """As the function `draw`: rows of one state and room are one request."""
+        asked = {}  # (tree, node, room): its rows
+        for r, (tree, node, _, room) in enumerate(rows):
+            asked.setdefault((tree, node, room), []).append(r)
+
+        def ask(state):
+            tree, node, room = state
+            prompt = []
+            while node >= 0:
+                prompt = trees[tree].ids[node] + prompt
+                node = trees[tree].parent[node]
+            return self._continuations(prompt, len(asked[state]), room, temperature)
+
+        results = [None] * len(rows)
+        with ThreadPoolExecutor(self.requests) as pool:
+            for state, drawn in zip(asked, pool.map(ask, asked)):
+                for r, ids in zip(asked[state], drawn):
+                    results[r] = ids
+                    if progress is not None:
+                        progress.add(len(ids))
+        return results
+
+
+def work_through(todo: Iterable, process, out: Stage, server: Server | None, chunk: int = 64):
+    """Append process(list of items) -> records of all items: the loop of every stage that draws.
+
+    Here: `chunk` problems at a time, since they decode in one batch. By a server: a thread a problem,
+    so that requests are in flight over the problems' borders, and records come as problems finish.
+    """
+    items = iter(todo)
+    if server is None:
+        while some := list(islice(items, chunk)):
+            out.append(process(some))
+        return
+    threads = server.requests * len(server.faults)
+    with ThreadPoolExecutor(threads) as pool:
+        running = set()
+        try:
+            while True:
+                for item in islice(items, 2 * threads - len(running)):
+                    running.add(pool.submit(process, [item]))
+                if not running:
+                    return
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    out.append(future.result())
+        finally:
+            for future in running:
+                future.cancel()
 
 
 # ------------------------------------------------------------ the stage
@@ -192,20 +454,40 @@ class Settings:
     limit: int = flag("use at most this many problems; 0: all", 0)
     max_new: int = flag("length limit of a response in tokens", 2048)
     batch: int = flag("rows decoded at once", 256)
+    server: str = flag("URL of a server that serves the actor, or several, comma separated", "")
     dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the draws", 0)
     unsafe: bool = flag("run programs even where they cannot be walled off", False)
     force: bool = flag("throw an existing output away", False)
 
 
-def keep_balanced(rewards: list[int], n: int) -> list[int]:
+def keep_balanced(rewards: list[float], n: int) -> list[int]:
     """Indices of the n responses to keep: half right, half wrong as far as there are, as drawn.
 
     rewards [1, 0, 0, 0, 1, 0], n = 4 -> right [0, 4], wrong [1, 2] -> [0, 1, 2, 4]
     """
-    right, wrong = ([i for i, r in enumerate(rewards) if r == kind] for kind in (1, 0))
+    right = [i for i, reward in enumerate(rewards) if reward >= 0.5]
+    wrong = [i for i, reward in enumerate(rewards) if reward < 0.5]
     a = min(len(right), max(n // 2, n - len(wrong)))
     return sorted(right[:a] + wrong[: n - a])
+
+
+def respond(lm: LM, problems: list[dict], count: int, stage: str, s, **how) -> list[tuple]:
+    """(prompt_ids, `count` graded responses: {"ids", "text", "reward", ...}) of each problem.
+
+    s: settings with seed, max_new, batch and unsafe. how: further arguments of `draw`.
+    """
+    trees = [Tree([lm.prompt_ids(p["prompt"])], [-1], [True]) for p in problems]
+    rows, owners = [], []
+    for j, problem in enumerate(problems):
+        for k in range(count):
+            rows.append((j, 0, draw_key(s.seed, stage, problem["id"], k), s.max_new))
+            owners.append(problem)
+    drawn = draw(lm, trees, rows, batch=s.batch, **how)
+    answered = [(tree.ids[0], []) for tree in trees]
+    for (j, *_), ids, graded in zip(rows, drawn, grade_ids(lm, owners, drawn, s.unsafe)):
+        answered[j][1].append({"ids": ids, **graded})
+    return answered
 
 
 def stage(s: Settings):
@@ -215,47 +497,46 @@ def stage(s: Settings):
     problems = problems[s.first :][: s.limit or None]
     if not problems:
         raise UserError(f"{s.problems}: no problem is left after --first {s.first}")
-    out = Stage(s.out, s, {"actor": s.actor, "problems": s.problems})
+    out = Stage("sample.py", s.out, s, {"actor": s.actor, "problems": s.problems})
     if out.complete:
         return
-    lm = LM(s.actor, dtype=s.dtype)
-    out.begin({**actor_facts(lm, s.max_new), "problems": sha256(s.problems)})
-    done = {r["id"] for r in out.done}
+    lm = LM(s.actor, dtype=s.dtype, weights=not s.server)
+    server = Server(s.server, lm) if s.server else None
+    facts = {"draws": "server"} if server else {}
+    out.begin({**actor_facts(lm, s.max_new), "problems": sha256(s.problems), **facts})
+    done = {record["id"] for record in out.done}
     todo = [p for p in problems if p["id"] not in done]
-    tokens = right = 0
-    with tqdm(desc="sample", unit=" tokens", disable=None) as progress:
-        for i in range(0, len(todo), 64):
-            chunk = todo[i : i + 64]
-            prompts = [lm.prompt_ids(p["prompt"]) for p in chunk]
-            prefixes = Prefixes(lm, [Tree([ids], [-1], [True]) for ids in prompts])
-            rows = [
-                (j, 0, draw_key(s.seed, "sample", p["id"], k), s.max_new)
-                for j, p in enumerate(chunk)
-                for k in range(s.n1)
-            ]
-            drawn = draw_rows(lm, prefixes, rows, batch=s.batch, progress=progress)
-            graded = grade_ids(lm, [chunk[j] for j, *_ in rows], drawn, s.unsafe)
-            everything = [
-                {"ids": ids, "ends": lm.step_ends(ids), "text": g["text"],
-                 "reward": int(g["correct"]), "finished": g["finished"]}
-                for ids, g in zip(drawn, graded)
-            ]  # fmt: skip
+    rewards, tokens = [], []  # of all responses
+    with Progress("sample", len(todo)) as progress:
+
+        def process(chunk: list[dict]) -> list[dict]:
+            how = {"progress": progress, "server": server}
+            answered = respond(lm, chunk, s.n1, "sample", s, **how)
             records = []
-            for j, p in enumerate(chunk):
-                responses = everything[j * s.n1 : (j + 1) * s.n1]
-                rewards = [r["reward"] for r in responses]
-                tokens += sum(len(r["ids"]) for r in responses)
-                right += sum(rewards)
-                alike = s.mixed and len({*rewards}) < 2
-                kept = [] if alike else keep_balanced(rewards, s.n)
-                records.append(
-                    {"id": p["id"], "prompt_ids": prompts[j], "kept": kept, "responses": responses}
-                )
-            out.append(records)
+            for problem, (prompt_ids, responses) in zip(chunk, answered):
+                rewards.extend(r["reward"] for r in responses)
+                tokens.extend(len(r["ids"]) for r in responses)
+                records.append(record(lm, problem, prompt_ids, responses, s))
+            progress.update(len(chunk))
+            return records
+
+        work_through(todo, process, out, server)
     out.finish()
-    print(
-        f"{len(todo)} problems, {tokens} tokens, {right / max(1, len(todo) * s.n1):.3f} of the responses right"
-    )
+    right = sum(rewards) / max(1, len(rewards))
+    print(f"{len(todo)} problems, {sum(tokens)} tokens, {right:.3f} of the responses right")
+
+
+def record(lm: LM, problem: dict, prompt_ids: list[int], responses: list[dict], s) -> dict:
+    """A line of samples.jsonl."""
+    rewards = [r["reward"] for r in responses]
+    kept = keep_balanced(rewards, s.n)
+    if s.mixed and len(set(rewards)) == 1:
+        kept = []
+    lines = []
+    for r in responses:
+        line = {"ids": r["ids"], "ends": lm.step_ends(r["ids"]), "text": r["text"]}
+        lines.append(line | {"reward": r["reward"], "finished": r["finished"]})
+    return {"id": problem["id"], "prompt_ids": prompt_ids, "kept": kept, "responses": lines}
 
 
 if __name__ == "__main__":

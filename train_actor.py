@@ -5,8 +5,7 @@
         --critic runs/demo/iter1/critic --out runs/demo/iter1/actor
 
 Reads:  trees.jsonl, the critic trained on it, and the actor that drew it (pi_ref).
-Writes: advantages.jsonl beside --out, a line a problem, then actor/, an ordinary Hugging Face
-folder
+Writes: OUT.advantages.jsonl, a line a problem, then OUT, an ordinary Hugging Face folder
     {"id": "demo/train/17", "states": [{"node": 0, "mean": 0.53, "gap": 0.41, "actions":
      [{"node": 1, "q": 0.66, "adv": 0.13, "logp_ref": -2.31}]}]}
 
@@ -37,10 +36,15 @@ from model import (
     UserError,
     fit,
     flag,
+    gathered,
+    join,
     load_critic,
+    own_share,
     pack_trees,
+    rank,
     record_tree,
     replace,
+    shard,
     step_advantages,
     step_logprobs,
     tree_values,
@@ -49,9 +53,9 @@ from model import (
 from prepare import (
     Stage,
     dump,
+    each_sample,
     fingerprint,
     main,
-    read_samples,
     read_trees,
     sha256,
     tokenizer_facts,
@@ -73,7 +77,8 @@ class Settings:
     passes: int = flag("passes over the pairs", 1)
     batch: int = flag("pairs an optimiser step, in whole problems", 2048)
     budget: int = flag("tokens a pack", 8192)
-    save_every: int = flag("steps between checkpoints", 100)
+    save_minutes: float = flag("minutes between checkpoints", 15.0)
+    offload: bool = flag("hold weights, gradients and moments in the host's memory", False)
     dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the order of the problems", 0)
     force: bool = flag("throw an existing output away", False)
@@ -93,82 +98,97 @@ def action_values(record: dict, value: list[float] | None, kappa: float):
     wins 3 of n 4, V .5: kappa inf -> .5, kappa 0 -> .75, kappa 4 -> (3 + 4 * .5) / (4 + 4) = .625
     """
     q = [0.0]  # the prompt is nobody's action
-    for v, n in enumerate(record["nodes"][1:], 1):
-        if n["reward"] is not None:
-            q.append(float(n["reward"]))
+    for v, node in enumerate(record["nodes"][1:], 1):
+        if node["reward"] is not None:
+            q.append(float(node["reward"]))
         elif kappa == math.inf:
             q.append(value[v])
         else:
             prior = kappa * value[v] if kappa else 0.0
-            q.append((n["wins"] + prior) / max(n["n"] + kappa, 1e-9))
+            q.append((node["wins"] + prior) / max(node["n"] + kappa, 1e-9))
     return torch.tensor(q, dtype=torch.float64)
 
 
 def advantage_states(record: dict, q, gap: float, kept_steps: bool = False) -> list[dict]:
-    """B.1 for one tree: states worth training on and their unique actions (eq. 13, app. F.1)."""
+    """B.1 for one tree: states worth training on and their unique actions (eq. 13, app. F.1).
+
+    Here it is decided which pairs train the actor, and with what advantage.
+    """
     nodes = record["nodes"]
-    drawn = [v for v, n in enumerate(nodes) if n["draws"] > 0]
-    known = {nodes[v]["parent"] for v in drawn}  # states with a mean
-    actions = [v for v, n in enumerate(nodes) if n["parent"] in known] if kept_steps else drawn
+    drawn = [v for v, node in enumerate(nodes) if node["draws"] > 0]
+    states = sorted({nodes[v]["parent"] for v in drawn})  # those with a mean
+    actions = drawn
+    if kept_steps:
+        actions = [v for v, node in enumerate(nodes) if node["parent"] in states]
     if not actions:
         return []
-    states = sorted(known)
     parent = torch.tensor([states.index(nodes[v]["parent"]) for v in actions])
     draws = torch.tensor([nodes[v]["draws"] for v in actions])
     adv, mean, gaps = step_advantages(q[actions], parent, draws)
-    kept, short = [], lambda x: round(float(x), 6)
+    chosen = []
     for i, state in enumerate(states):
-        if gaps[i] >= gap - 1e-9:  # .6 - .5 is .0999...
-            here = (parent == i).nonzero()[:, 0].tolist()
-            chosen = [
-                {"node": actions[j], "q": short(q[actions[j]]), "adv": short(adv[j])} for j in here
-            ]
-            line = {"node": state, "mean": short(mean[i]), "gap": short(gaps[i])}
-            kept.append(line | {"actions": chosen})
-    return kept
+        if gaps[i] < gap - 1e-9:  # .6 - .5 is .0999...
+            continue
+        line = {"node": state, "mean": short(mean[i]), "gap": short(gaps[i]), "actions": []}
+        for j in (parent == i).nonzero()[:, 0].tolist():
+            action = {"node": actions[j], "q": short(q[actions[j]]), "adv": short(adv[j])}
+            line["actions"].append(action)
+        chosen.append(line)
+    return chosen
+
+
+def short(x) -> float:
+    """A number as advantages.jsonl holds it."""
+    return round(float(x), 6)
 
 
 def outcome_record(sample: dict) -> dict:
     """Whole responses as the actions of one state, for --advantage outcome."""
     root = {"parent": -1, "ids": [], "text": "", "draws": 0, "n": 0, "wins": 0, "reward": None}
     unique = {}
-    for r in sample["responses"]:
-        if r["ids"]:
-            node = unique.setdefault(
-                tuple(r["ids"]), {**root, "parent": 0, "ids": r["ids"], "reward": r["reward"]}
-            )
-            node["draws"] += 1
+    for response in sample["responses"]:
+        ids = tuple(response["ids"])
+        if ids:
+            leaf = root | {"parent": 0, "ids": response["ids"], "reward": response["reward"]}
+            unique.setdefault(ids, leaf)["draws"] += 1
     nodes = [root, *unique.values()]
     return {"id": sample["id"], "prompt_ids": sample["prompt_ids"], "nodes": nodes}
 
 
 def pairs(line: dict) -> list[dict]:
-    return [a for state in line["states"] for a in state["actions"]]
+    """The actions of all states of a line of the advantages."""
+    return [action for state in line["states"] for action in state["actions"]]
 
 
 def pair_tree(record: dict, line: dict):
     """The tree of a problem's pairs: exactly the actions are scored."""
-    chosen = {a["node"] for a in pairs(line)}
+    chosen = {action["node"] for action in pairs(line)}
     return record_tree(record, [v in chosen for v in range(len(record["nodes"]))])
+
+
+def actions_by_node(lines: list[dict]) -> list[dict[int, dict]]:
+    return [{action["node"]: action for action in pairs(line)} for line in lines]
 
 
 @torch.no_grad()
 def reference_logprobs(lm: LM, records: list[dict], lines: list[dict], budget: int):
     """log pi_ref(a | s) of every action, by B.2's kernel, dtype and layout: on the CPU ratios
     start at exactly 0."""
-    trees = [pair_tree(r, line) for r, line in zip(records, lines)]
-    actions = [{a["node"]: a for a in pairs(line)} for line in lines]
-    for pack in pack_trees(trees, budget, align=BLOCK):
-        for (t, v), x in zip(pack.owner, step_logprobs(lm, pack).tolist()):
-            if not math.isfinite(x):
-                raise UserError(f"{lm.path}: log-prob is {x} in problem {records[t]['id']}")
-            actions[t][v]["logp_ref"] = x
+    trees = [pair_tree(record, line) for record, line in zip(records, lines)]
+    actions, found = actions_by_node(lines), []
+    for pack, counts in own_share(pack_trees(trees, budget, align=BLOCK)):
+        logp = step_logprobs(lm, pack).tolist()
+        found += zip(pack.owner, logp) if counts else ()
+    for (t, v), logp in gathered(found):
+        if not math.isfinite(logp):
+            raise UserError(f"{lm.path}: log-prob is {logp} in problem {records[t]['id']}")
+        actions[t][v]["logp_ref"] = logp
 
 
 def train(lm: LM, records: list[dict], lines: list[dict], s: Settings, work: Path):
     """B.2: min_theta 1/2 E (A / beta - log pi_theta / pi_ref)^2, each pair with the same weight."""
-    trees = [pair_tree(r, line) for r, line in zip(records, lines)]
-    actions = [{a["node"]: a for a in pairs(line)} for line in lines]
+    trees = [pair_tree(record, line) for record, line in zip(records, lines)]
+    actions = actions_by_node(lines)
     batches = whole_batches([len(a) for a in actions], s.batch, s.passes, f"actor {s.seed}")
 
     def prepare(batch):
@@ -176,8 +196,9 @@ def train(lm: LM, records: list[dict], lines: list[dict], s: Settings, work: Pat
         items = []
         for pack in pack_trees([trees[i] for i in batch], s.budget, align=BLOCK):
             chosen = [actions[batch[t]][v] for t, v in pack.owner]
-            adv, ref = (torch.tensor([a[k] for a in chosen]) for k in ("adv", "logp_ref"))
-            items.append((pack, adv.to(lm.device), ref.to(lm.device), count))
+            adv = torch.tensor([action["adv"] for action in chosen], device=lm.device)
+            logp_ref = torch.tensor([action["logp_ref"] for action in chosen], device=lm.device)
+            items.append((pack, adv, logp_ref, count))
         return items
 
     def loss(pack, adv, logp_ref, count):
@@ -190,7 +211,7 @@ def train(lm: LM, records: list[dict], lines: list[dict], s: Settings, work: Pat
         }  # fmt: skip
 
     ids = lambda batch: [lines[i]["id"] for i in batch]
-    fit({"model": lm.model}, batches, prepare, loss, work, s.lr, s.save_every, ids)
+    fit({"model": lm.model}, batches, prepare, loss, work, s.lr, s.save_minutes, ids)
 
 
 def stage(s: Settings):
@@ -199,11 +220,12 @@ def stage(s: Settings):
     step = s.advantage == "step"
     if step and s.kappa > 0 and not s.critic:
         raise UserError("--critic is missing; give one, or --kappa 0 for raw Monte Carlo values")
-    records = (read_trees if step else read_samples)(s.trees)
+    records = read_trees(s.trees) if step else list(each_sample(s.trees))
     inputs = {"actor": s.actor, "trees": s.trees, **({"critic": s.critic} if s.critic else {})}
-    out = Stage(s.out, s, inputs)
+    out = Stage("train_actor.py", s.out, s, inputs)
     if out.complete:
         return
+    join(s.offload)
     lm = LM(s.actor, train=True, dtype=s.dtype)
     facts = tokenizer_facts(lm)
     out.begin(facts, {"actor": fingerprint(s.actor), "trees": sha256(Path(s.trees)), **facts})
@@ -211,7 +233,6 @@ def stage(s: Settings):
         records = [outcome_record(r) for r in records]
 
     # B.1
-    table = out.out.parent / "advantages.jsonl"
     values = [None] * len(records)
     if step and s.kappa > 0:
         lm.model.cpu()  # a GPU holds one after the other
@@ -220,24 +241,28 @@ def stage(s: Settings):
         values = tree_values(critic, head, records, retokenise, s.budget)
         del critic, head
         lm.model.to(lm.device)
-    lines = []
-    for r, value in zip(records, values):
-        states = advantage_states(r, action_values(r, value, s.kappa), s.gap, s.kept_steps)
-        lines.append({"id": r["id"], "states": states})
-    print(
-        f"B.1: {sum(len(x['states']) for x in lines)} states with gap >= {s.gap}, "
-        f"{sum(len(pairs(x)) for x in lines)} pairs"
-    )
-    chosen = [i for i, line in enumerate(lines) if line["states"]]
+    shard(lm, offload=s.offload)
+    chosen, lines, states, count = [], [], 0, 0
+    for record, value in zip(records, values):
+        q = action_values(record, value, s.kappa)
+        line = {"id": record["id"], "states": advantage_states(record, q, s.gap, s.kept_steps)}
+        if line["states"]:
+            chosen.append(record)
+            lines.append(line)
+            states, count = states + len(line["states"]), count + len(pairs(line))
+    print(f"B.1: {states} states with gap >= {s.gap}, {count} pairs")
     if not chosen:
         wrong = f"no state's advantages differ by --gap {s.gap}"
         raise UserError(f"{s.trees}: {wrong}; lower it, or label more")
-    records, lines = [records[i] for i in chosen], [lines[i] for i in chosen]
-    reference_logprobs(lm, records, lines, s.budget)
-    replace(table, lambda p: p.write_bytes(b"".join(map(dump, lines))))
+    reference_logprobs(lm, chosen, lines, s.budget)
+    table = Path(f"{s.out}.advantages.jsonl")
+    if rank() == 0:
+        replace(table, lambda p: p.write_bytes(b"".join(dump(line) for line in lines)))
+        out.manifest["facts"]["advantages"] = sha256(table)
+    out.start()
 
     # B.2
-    train(lm, records, lines, s, out.work)
+    train(lm, chosen, lines, s, out.work)
     out.finish(lm.save)
 
 

@@ -25,6 +25,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -36,13 +37,17 @@ from model import (
     UserError,
     fit,
     flag,
+    join,
     load_critic,
     pack_hidden,
     pack_trees,
+    rank,
     record_tree,
     replace,
+    shard,
     tree_values,
     whole_batches,
+    whole_state,
 )
 from prepare import Stage, main, read_manifest, read_trees, sha256, tokenizer_facts
 
@@ -59,7 +64,8 @@ class Settings:
     passes: int = flag("passes over the states", 1)
     batch: int = flag("states an optimiser step, in whole problems", 512)
     budget: int = flag("tokens a pack", 8192)
-    save_every: int = flag("steps between checkpoints", 100)
+    save_minutes: float = flag("minutes between checkpoints", 15.0)
+    offload: bool = flag("hold weights, gradients and moments in the host's memory", False)
     dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the order of the problems", 0)
     force: bool = flag("throw an existing output away", False)
@@ -70,17 +76,17 @@ def value_loss(logit, target, weight):
 
     logit 0 (V = .5), target .75, weight 2 -> 2 * -(.75 log .5 + .25 log .5) = 2 * .6931 = 1.3863
     """
-    return (
-        weight * F.binary_cross_entropy_with_logits(logit, target, reduction="none")
-    ).sum()  # eq. 15
+    bce = F.binary_cross_entropy_with_logits(logit, target, reduction="none")
+    return (weight * bce).sum()  # eq. 15
 
 
 def training_nodes(record: dict, states: str) -> list[bool]:
     """Which nodes train the critic: states that go on and were completed at least once."""
-    return [
-        n["reward"] is None and n["n"] > 0 and (states == "all" or n["labelled"])
-        for n in record["nodes"]
-    ]
+    chosen = []
+    for node in record["nodes"]:
+        known = node["reward"] is None and node["n"] > 0
+        chosen.append(known and (states == "all" or node["labelled"]))
+    return chosen
 
 
 def held_out_by_hash(problem_id: str) -> bool:
@@ -106,19 +112,22 @@ def critic_loss(lm, head, pack, target, weight, token_share: float):
 
 
 def train(lm, head, records: list[dict], retokenise: bool, s: Settings, work: Path):
-    trees = [
-        record_tree(r, training_nodes(r, s.states), lm if retokenise else None) for r in records
-    ]
+    trees = []
+    for record in records:
+        chosen = training_nodes(record, s.states)
+        trees.append(record_tree(record, chosen, lm if retokenise else None))
 
     def prepare(batch):
-        packs = pack_trees([trees[i] for i in batch], s.budget)
-        nodes = [[records[batch[t]]["nodes"][v] for t, v in pack.owner] for pack in packs]
-        weight = [[n["n"] if s.states == "all" else 1 for n in row] for row in nodes]
-        total = sum(map(sum, weight))  # over the whole batch: the one normaliser
-        return [
-            (pack, torch.tensor([n["wins"] / n["n"] for n in row]), torch.tensor(w) / total)
-            for pack, row, w in zip(packs, nodes, weight)
-        ]
+        items, total = [], 0  # total: of the whole batch's weights, the one normaliser of the step
+        for pack in pack_trees([trees[i] for i in batch], s.budget):
+            target, weight = [], []
+            for t, v in pack.owner:
+                node = records[batch[t]]["nodes"][v]
+                target.append(node["wins"] / node["n"])
+                weight.append(node["n"] if s.states == "all" else 1)
+            total += sum(weight)
+            items.append((pack, torch.tensor(target), torch.tensor(weight)))
+        return [(pack, target, weight / total) for pack, target, weight in items]
 
     def loss(pack, target, weight):
         return critic_loss(lm, head, pack, target, weight, s.token_share), {}
@@ -126,64 +135,89 @@ def train(lm, head, records: list[dict], retokenise: bool, s: Settings, work: Pa
     counts = [sum(tree.score) for tree in trees]
     batches = whole_batches(counts, s.batch, s.passes, f"critic {s.seed}")
     ids = lambda batch: [records[i]["id"] for i in batch]
-    fit({"model": lm.model, "head": head}, batches, prepare, loss, work, s.lr, s.save_every, ids)
+    modules = {"model": lm.model, "head": head}
+    fit(modules, batches, prepare, loss, work, s.lr, s.save_minutes, ids)
+
+
+def auc(v: np.ndarray, mc: np.ndarray) -> float:
+    """Chance that V puts a completion that was right above one that was wrong; a tie is half.
+
+    v and mc (S,): V of each state and the share of its completions that were right.
+    v [.9, .2], mc [1, 0] -> 1.0; v [.9, .5, .5], mc [0, 1, 0] -> (0 + .5) / 2 = .25
+    """
+    losses, rank_of = 1 - mc, np.unique(v, return_inverse=True)[1]
+    rivals = mc.sum() * losses.sum() - (mc * losses).sum()  # a state is no rival of itself
+    if rivals <= 0:
+        return 0.5
+    tied = np.bincount(rank_of, losses)  # failures at each value of V
+    below = (np.cumsum(tied) - tied / 2)[rank_of] - losses / 2
+    return float((mc * below).sum() / rivals)
+
+
+def calibration(v: np.ndarray, mc: np.ndarray) -> tuple[float, list[dict]]:
+    """Expected calibration error over ten bins of V, and the bins: how far V is from MC on average.
+
+    v [.91, .95, .2], mc [1, .8, .1]: bins [.9, 1] and [.2, .3): |1.86 - 1.8| + |.2 - .1| = .16, / 3
+    """
+    which, error, bins = np.minimum((v * 10).astype(int), 9), 0.0, []
+    for b in range(10):
+        value, success = v[which == b], mc[which == b]
+        error += abs(value.sum() - success.sum())
+        if len(value):
+            row = {"states": len(value), "value": float(value.mean()), "mc": float(success.mean())}
+            bins.append(row)
+    return float(error / len(v)), bins
+
+
+def siblings(records: list[dict], value: list[list[float]]) -> tuple[float, int]:
+    """Of the pairs of actions of one state whose MC differ by at least 0.5, the share that V (at an
+    end: the reward) puts in the right order, a tie being half; and how many pairs. 0.5 is chance.
+
+    Only actions with n >= 4 count, or ends. MC 1, .75, .25 and V .9, .4, .5: pairs (1, .25) right,
+    (.75, .25) wrong -> (0.5, 2)
+    """
+    pairs, right = 0, 0.0
+    for record, values in zip(records, value):
+        actions = {}  # of each state: (MC, V)
+        for node, v in zip(record["nodes"][1:], values[1:]):
+            if node["n"] >= 4 or (node["reward"] is not None and node["n"]):
+                actions.setdefault(node["parent"], []).append((node["wins"] / node["n"], v))
+        for group in actions.values():
+            for (mc, v), (other_mc, other_v) in combinations(group, 2):
+                if abs(mc - other_mc) >= 0.5:
+                    pairs += 1
+                    right += 0.5 if v == other_v else (mc > other_mc) == (v > other_v)
+    return float(right / max(1, pairs)), pairs
 
 
 def measure(lm, head, records: list[dict], retokenise: bool, budget: int, constant: float) -> dict:
-    """How good V is on labelled states of problems that it was not trained on.
-
-    siblings: of the pairs of actions of one state whose MC differ by at least 0.5 (n >= 4, or an
-    end), the share that V (at an end: the reward) puts in the right order; 0.5 is chance.
-    """
+    """How good V is on labelled states of problems that it was not trained on."""
     value = tree_values(lm, head, records, retokenise, budget)
-    states = [
-        (value[t][v], n["wins"] / n["n"])
-        for t, r in enumerate(records)
-        for v, n in enumerate(r["nodes"])
-        if n["labelled"]
-    ]
-    v, mc = np.array(states).T
+    v, mc = [], []
+    for record, values in zip(records, value):
+        for node, x in zip(record["nodes"], values):
+            if node["labelled"]:
+                v.append(x)
+                mc.append(node["wins"] / node["n"])
+    v, mc = np.array(v), np.array(mc)
 
     def bce(p):
         p = np.clip(p, 1e-6, 1 - 1e-6)
         return float(-(mc * np.log(p) + (1 - mc) * np.log(1 - p)).mean())
 
-    bins = np.minimum((v * 10).astype(int), 9)
-    groups = [(v[bins == b], mc[bins == b]) for b in range(10)]
-    calibration = sum(abs(x.sum() - y.sum()) for x, y in groups) / len(v)
-    table = [
-        {"states": len(x), "value": float(x.mean()), "mc": float(y.mean())}
-        for x, y in groups if len(x)
-    ]  # fmt: skip
-    losses, rank = 1 - mc, np.unique(v, return_inverse=True)[1]
-    rivals = mc.sum() * losses.sum() - (mc * losses).sum()
-    tied = np.bincount(rank, losses)
-    # failures that V ranks lower than each state; a tie is half of one
-    below = (np.cumsum(tied) - tied / 2)[rank] - losses / 2
-    auc = (mc * below).sum() / rivals if rivals > 0 else 0.5
-    pairs, right = 0, 0.0
-    for t, r in enumerate(records):
-        kids = {}
-        for i, n in enumerate(r["nodes"][1:], 1):
-            if n["n"] >= 4 or (n["reward"] is not None and n["n"]):
-                kids.setdefault(n["parent"], []).append((n["wins"] / n["n"], value[t][i]))
-        for group in kids.values():
-            for i, (a, va) in enumerate(group):
-                for b, vb in group[:i]:
-                    if abs(a - b) >= 0.5:
-                        pairs += 1
-                        right += 0.5 if va == vb else (a > b) == (va > vb)
+    error, bins = calibration(v, mc)
+    in_order, pairs = siblings(records, value)
     return {
         "states": len(v),
         "bce": bce(v),
         "constant_bce": bce(np.full_like(v, constant)),
         "brier": float(((v - mc) ** 2).mean()),
-        "auc": float(auc),
-        "calibration_error": float(calibration),
+        "auc": auc(v, mc),
+        "calibration_error": error,
         "correlation": float(np.corrcoef(v, mc)[0, 1]) if v.std() * mc.std() else 0.0,
-        "siblings": float(right / max(1, pairs)),
+        "siblings": in_order,
         "sibling_pairs": pairs,
-        "bins": table,
+        "bins": bins,
     }
 
 
@@ -196,10 +230,11 @@ def stage(s: Settings):
     records = [r for path in paths for r in read_trees(path)]
     inputs = {"critic_model": s.critic_model, **{f"trees{i or ''}": p for i, p in enumerate(paths)}}
     inputs |= {"held_out": s.held_out} if s.held_out else {}
-    out = Stage(s.out, s, inputs)
+    out = Stage("train_critic.py", s.out, s, inputs)
     if out.complete:
         return
-    lm, head = load_critic(s.critic_model, train=True, dtype=s.dtype)
+    join(s.offload)
+    lm, head = load_critic(s.critic_model, train=True, dtype=s.dtype, new=True)
     out.begin({"trees": sha256(Path(paths[-1]))})
     made = {read_manifest(path).get("facts", {}).get("tokenizer") for path in paths}
     if None in made or len(made) > 1:
@@ -214,20 +249,28 @@ def stage(s: Settings):
         raise UserError(
             f"{s.trees}: too few problems to hold some out; give more, or --held_out trees"
         )
-    n, wins = map(
-        sum, zip(*((x["n"], x["wins"]) for r in training for x in r["nodes"] if x["labelled"]))
-    )
+    n = wins = 0
+    for record in training:
+        for node in record["nodes"]:
+            if node["labelled"]:
+                n, wins = n + node["n"], wins + node["wins"]
     if not head.weight.any():  # a new head starts as the constant predictor
         torch.nn.init.constant_(head.bias, math.log((wins + 1) / (n - wins + 1)))
+    shard(lm, head, s.offload)
+    out.start()
     train(lm, head, training, retokenise, s, out.work)
     metrics = measure(lm, head, testing, retokenise, s.budget, wins / n)
     print(json.dumps({k: round(v, 4) for k, v in metrics.items() if k != "bins"}))
 
     def write(folder):
         lm.save(folder)
-        save_file(head.state_dict(), folder / "value_head.safetensors")
+        state = whole_state(head)
+        if rank() == 0:
+            save_file(state, folder / "value_head.safetensors")
 
-    replace(Path(f"{s.out}.metrics.json"), lambda p: p.write_text(json.dumps(metrics, indent=1)))
+    if rank() == 0:
+        text = json.dumps(metrics, indent=1)
+        replace(Path(f"{s.out}.metrics.json"), lambda p: p.write_text(text))
     out.finish(write)
 
 

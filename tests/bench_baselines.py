@@ -18,12 +18,12 @@ sys.path.insert(0, str(ROOT))
 from model import LM, Tree, pack_trees, step_logprobs
 from prepare import fine_tune, read_jsonl
 from reward import grade_ids
-from sample import Prefixes, draw_key, draw_rows
+from sample import draw, draw_key
 
 
 def accuracy(lm, problems, k=8):
     """(greedy, temperature 1) shares of right responses."""
-    prefixes = Prefixes(lm, [Tree([lm.prompt_ids(p["prompt"])], [-1], [True]) for p in problems])
+    prompts = [Tree([lm.prompt_ids(p["prompt"])], [-1], [True]) for p in problems]
     shares = []
     for temperature, n in ((0.0, 1), (1.0, k)):
         rows = [
@@ -31,7 +31,7 @@ def accuracy(lm, problems, k=8):
             for j, p in enumerate(problems)
             for i in range(n)
         ]
-        drawn = draw_rows(lm, prefixes, rows, temperature, 512)
+        drawn = draw(lm, prompts, rows, temperature, 512)
         graded = grade_ids(lm, [problems[j] for j, *_ in rows], drawn, unsafe=False)
         shares.append(sum(g["correct"] for g in graded) / len(rows))
     return shares
@@ -43,11 +43,11 @@ def grpo(lm, problems, tokens, group=16, prompts=8, lr=3e-4):
     used = step = 0
     while used < tokens:
         chunk = [problems[(step * prompts + i) % len(problems)] for i in range(prompts)]
-        prefixes = Prefixes(lm, [Tree([lm.prompt_ids(p["prompt"])], [-1], [True]) for p in chunk])
+        trees = [Tree([lm.prompt_ids(p["prompt"])], [-1], [True]) for p in chunk]
         rows = [
             (j, 0, draw_key("grpo", step, j, i), 60) for j in range(prompts) for i in range(group)
         ]
-        drawn = draw_rows(lm, prefixes, rows, 1.0, 512)
+        drawn = draw(lm, trees, rows, 1.0, 512)
         used += sum(map(len, drawn))
         graded = grade_ids(lm, [chunk[j] for j, *_ in rows], drawn, unsafe=False)
         reward = torch.tensor([float(g["correct"]) for g in graded]).view(prompts, group)

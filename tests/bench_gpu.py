@@ -54,7 +54,7 @@ def sampler_share(rate, sizes, batch, new=80):
         stop, lm.eos = lm.eos, [len(lm.head)]  # no row ends early
         prefixes = bench.Prefixes(lm, [bench.Tree([[5] * 16], [-1], [True])])
         rows = [(0, 0, i, new) for i in range(batch)]
-        took = bench.seconds(lambda: bench.draw_rows(lm, prefixes, rows, batch=batch), 2)
+        took = bench.seconds(lambda: bench.draw(lm, None, rows, batch=batch, prefixes=prefixes), 2)
         weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
         kept = (
             2 * sizes["num_key_value_heads"] * sizes["num_hidden_layers"] * lm.head.element_size()

@@ -41,7 +41,7 @@ report, profiled = sys.argv.pop(1), sys.argv.pop(1) == "profile"
 sys.argv.pop(0)
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 import reward
-reward.grade_all = metered("grade", reward.grade_all)
+reward.grade_ids = metered("grade", reward.grade_ids)
 profile, begin = cProfile.Profile(), time.perf_counter()
 if profiled: profile.enable()
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -143,7 +143,8 @@ def test_row(tmp_path, name, row, row_id, right, wrong):
         None,
     )
     problem = json.loads(json.dumps(problem))  # as it will be read back
-    grades = reward.grade_all([problem] * 3, [right, f"```\n{wrong}\n```", "?"], unsafe=True)
+    texts = [right, f"```\n{wrong}\n```", "?"]
+    grades = [reward.grade(problem, text, unsafe=True) for text in texts]
     assert grades == [("right", right), ("wrong", f"{wrong}\n"), ("no answer", None)]
 
 

@@ -12,7 +12,8 @@ import toy
 from transformers import PreTrainedTokenizerFast
 
 import prepare
-from reward import grade_all
+import reward
+from reward import grade
 
 CODE = prepare.TASKS["code"]
 SIZES = {"train": 60, "valid": 20, "test": 20}
@@ -26,7 +27,7 @@ def test_the_right_reading_passes_and_the_misreading_does_not(kind):
     reading, misreading = (text.format(x="a", k=3) for text in prepare.OPERATIONS[kind][1:3])
     assert reading in right
     texts = [right, right.replace(reading, misreading), right.replace("    return b", "    return")]
-    verdicts = [verdict for verdict, _ in grade_all([problem] * 3, texts, unsafe=True)]
+    verdicts = [grade(problem, text, unsafe=True)[0] for text in texts]
     assert verdicts == ["right", "wrong", "wrong"]
 
 
@@ -81,17 +82,17 @@ def passes(problem, text):
         return False
 
 
-def test_the_forms_of_tests_that_readme_shows():
-    text = (toy.ROOT / "README.md").read_text()
-    shown = [ast.literal_eval(line) for line in re.findall(r"^\{.kind.*\}", text, re.MULTILINE)]
+def test_the_forms_of_tests_that_the_docstring_shows():
+    forms = re.findall(r"^ +(\{.kind.*\})", reward.__doc__, re.MULTILINE)
+    shown = [ast.literal_eval(line) for line in forms]
     assert [tests["kind"] for tests in shown] == ["call", "stdin", "assert"]
     add = "def f(a, b): return a + b"
     texts = [add, "print(sum(map(int, input().split())))", add]
     problems = [{"id": i, "tests": tests} for i, tests in enumerate(shown)]
-    grades = grade_all(problems, texts, unsafe=True)
-    assert [verdict for verdict, _ in grades] == ["right"] * 3
-    bad = grade_all(problems, [text.replace("+", "-").replace("sum", "max") for text in texts])
-    assert [verdict for verdict, _ in bad] == ["wrong"] * 3
+    for problem, text in zip(problems, texts):
+        assert grade(problem, text, unsafe=True)[0] == "right"
+        bad = text.replace("+", "-").replace("sum", "max")
+        assert grade(problem, bad, unsafe=True)[0] == "wrong"
 
 
 def records(path):

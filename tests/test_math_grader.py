@@ -14,7 +14,7 @@ from fractions import Fraction
 
 import pytest
 
-import reward as math_grader
+import reward
 from reward import MathVerifier, exact_number, extract_answer, grade_math, normalise
 
 
@@ -267,13 +267,15 @@ def test_ctrl_c_leaves_no_reply_for_the_next_question():
     verifier.close()
 
 
-def test_threads_share_one_worker_of_1_gb(verifier):
-    def grade(n):
-        return grade_math(rf"2\sqrt{{{n % 10}}}", rf"#### \sqrt{{{4 * n}}}", verifier)[0]
+def test_threads_share_workers_of_1_gb(verifier):
+    def verdict(n):
+        problem = {"answer": rf"2\sqrt{{{n % 10}}}"}
+        return reward.grade(problem, rf"#### \sqrt{{{4 * n}}}")[0]
 
     with ThreadPoolExecutor(4) as pool:
-        verdicts = list(pool.map(grade, range(2, 40)))
+        verdicts = list(pool.map(verdict, range(2, 40)))
     assert verdicts == ["right" if n < 10 else "wrong" for n in range(2, 40)]
+    assert grade_math(r"2\sqrt2", r"#### \sqrt8", verifier)[0] == "right"
     assert (
         os.getsid(verifier.worker.pid) == verifier.worker.pid
     )  # a terminal's Ctrl-C is not for it
@@ -293,7 +295,7 @@ time.sleep(60)
 def test_the_worker_does_not_import_the_script_and_dies_with_it(tmp_path):
     script = tmp_path / "stage.py"
     script.write_text(SCRIPT.replace("\\\\", "\\"))
-    here = os.path.dirname(math_grader.__file__)
+    here = os.path.dirname(reward.__file__)
     stage = subprocess.Popen(
         [sys.executable, script],
         stdout=subprocess.PIPE,

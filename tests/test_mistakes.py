@@ -177,7 +177,7 @@ TABLE = [
     (L, LABEL, "--max_new 4", "max_new"),
     (C, CRITIC, "--lr -1", "--lr -1"),
     (C, CRITIC, "--passes 0", "--passes 0"),
-    (C, CRITIC, "--save_every 0", "--save_every 0"),
+    (C, CRITIC, "--save_minutes 0", "--save_minutes 0"),
     (C, CRITIC, "--states some", "--states some"),
     (A, ACTOR, "--beta 0", "--beta 0"),
     (A, ACTOR, "--beta -0.1", "--beta -0.1"),

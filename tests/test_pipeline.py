@@ -280,7 +280,7 @@ def test_readme_sample_lines_have_the_keys_of_the_files(demo):
         "problems": demo / "train.jsonl",
         "samples": demo / "iter1" / "samples.jsonl",
         "trees": demo / "iter1" / "trees.jsonl",
-        "advantages": demo / "iter1" / "advantages.jsonl",
+        "advantages": demo / "iter1" / "actor.advantages.jsonl",
         "eval": demo / "iter1" / "eval.jsonl",
     }
     shown = {}

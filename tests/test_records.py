@@ -56,7 +56,7 @@ def begun(tmp_path, monkeypatch):
     def make(kind):
         path = tmp_path / f"{kind}.jsonl"
         records = [{"id": f"p{i}", **RECORDS[kind]} for i in range(3)]
-        out = Stage(path, Settings(str(path)), {}).begin()
+        out = Stage(S, path, Settings(str(path)), {}).begin()
         out.append(records[:1])
         out.append(records[1:])
         out.lock.close()
@@ -74,7 +74,7 @@ def test_cut_at_every_byte(kind, begun, capsys):
     for size in range(len(whole) + 1):
         path.write_bytes(whole[:size])
         capsys.readouterr()
-        out = Stage(path, Settings(str(path)), {}).begin()
+        out = Stage(S, path, Settings(str(path)), {}).begin()
         out.lock.close()
         kept = whole[:size].count(b"\n")
         assert out.done == records[:kept]
@@ -93,7 +93,7 @@ def test_broken_byte_in_the_middle(kind, begun):
         broken = whole[:at] + b"\xff" + whole[at + 1 :]
         path.write_bytes(broken)
         with pytest.raises(UserError, match=rf"{kind}\.jsonl:2: "):
-            Stage(path, Settings(str(path)), {}).begin()
+            Stage(S, path, Settings(str(path)), {}).begin()
         assert path.read_bytes() == broken
 
 
@@ -271,7 +271,7 @@ def regression(work: Path, stop=None, poison=None, steps=12):
         loss,
         work,
         lr=0.1,
-        save_every=4,
+        save_minutes=1e-9,
         name=lambda i: [f"problem {i}"],
     )
     return torch.cat([p.detach().flatten() for p in net.parameters()]), calls

@@ -7,9 +7,13 @@ import torch
 import transformers as hf
 
 from model import LM, Tree, UserError
-from sample import Prefixes, draw_key, draw_rows, draw_tokens, uniforms
+from sample import Prefixes, draw, draw_key, draw_tokens, uniforms
 
 MASK = 2**64 - 1
+
+
+def draw_rows(lm, prefixes, rows, *args, **how):
+    return draw(lm, None, rows, *args, prefixes=prefixes, **how)
 
 
 @pytest.fixture(scope="module")

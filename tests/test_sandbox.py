@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -331,13 +332,19 @@ def started(*args, **kwargs):
         sandbox.close()
 
 
+def run(sandbox, jobs):
+    """(verdict, values) of each (tests, program), as many at once as there are judges."""
+    with ThreadPoolExecutor(sandbox.workers) as pool:
+        return list(pool.map(sandbox.run, *zip(*jobs)))
+
+
 def verdicts(sandbox, jobs):
-    return [verdict for verdict, _ in sandbox.grade(jobs)]
+    return [verdict for verdict, _ in run(sandbox, jobs)]
 
 
 def answers(sandbox, jobs):
     """What each program's function returns for the inputs."""
-    found = sandbox.grade([(tests | {"outputs": None}, program) for tests, program in jobs])
+    found = run(sandbox, [(tests | {"outputs": None}, program) for tests, program in jobs])
     return [values if verdict == "right" else verdict for verdict, values in found]
 
 
@@ -532,7 +539,7 @@ def test_the_trainer_is_told_when_nothing_is_walled_off(capsys):
 def test_nothing_survives_a_trainer_that_is_killed(tmp_path):
     code = (
         "from reward import Sandbox\n"
-        f"Sandbox(1, unsafe=True).grade([({SQUARE!r} | {{'seconds': 60}}, {STRAY + 'time.sleep(99)'!r})])"
+        f"Sandbox(1, unsafe=True).run({SQUARE!r} | {{'seconds': 60}}, {STRAY + 'time.sleep(99)'!r})"
     )
     trainer = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 40

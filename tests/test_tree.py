@@ -200,7 +200,7 @@ def grow(bandit: Bandit, rng, n1=12, n=4, m=5):
     tree, log = StepTree([1, 2]), []
     for steps, reward in kept:
         tree.keep(*flat(steps), reward)
-    for level in tree.states():
+    for level in tree.levels():
         for v in level:
             for _ in range(m - tree.nodes[v]["n"]):
                 state = steps_to(tree, v)
@@ -241,7 +241,7 @@ def test_the_tree_counts_as_its_dictionary_twin(seed):
     }
     assert len(mine) == len(tree.nodes)  # a state is one node
     assert mine == twin(kept, log)
-    states = [v for level in tree.states() for v in level]
+    states = [v for level in tree.levels() for v in level]
     assert len(set(states)) == len(states)  # shared states are labelled once
     assert {steps_to(tree, v) for v in states} == {
         tuple(steps[:k]) for steps, _ in kept for k in range(len(steps))
@@ -268,7 +268,7 @@ def test_hand_worked_tree():
     tree.keep([5, 8], [1, 2], 0)  # 5 | 8
     assert [(n["draws"], n["n"], n["wins"]) for n in tree.nodes] == [(0, 0, 0)] * 4
     assert [n["reward"] for n in tree.nodes] == [None, None, 1, 0]
-    assert tree.states() == [[0], [1]]
+    assert tree.levels() == [[0], [1]]
     tree.complete(0, *draw([5, 6, 7], [1, 3]), 1)  # along a kept response to its end
     tree.complete(0, *draw([5, 9, 9], [1, 2, 3]), 1)  # leaves it after the first step; 9 is a leaf
     tree.complete(0, *draw([4, 5, 6, 7], [1, 2, 4]), 0)  # leaves at once
@@ -291,7 +291,7 @@ def test_a_response_cut_off_where_another_goes_on():
         tree.keep(*[([5], [1], 0), ([5, 6], [1, 2], 1)][order])
         tree.keep(*[([5, 6], [1, 2], 1), ([5], [1], 0)][order])
         assert [n["reward"] for n in tree.nodes] == [None, None, 1]
-        assert tree.states() == [[0], [1]]
+        assert tree.levels() == [[0], [1]]
 
 
 def test_pooled_monte_carlo_values_are_unbiased():

@@ -27,11 +27,11 @@ LABEL = (
 )
 CRITIC = (
     "--trees run/trees.jsonl --critic_model tiny --out run/critic --lr 1e-2 --passes 1 --batch 40 "
-    "--save_every 3"
+    "--save_minutes 1e-9"
 )
 ACTOR = (
     "--actor tiny --trees run/trees.jsonl --critic run/critic --out run/actor --kappa 1 --lr 1e-2 "
-    "--batch 200 --save_every 3"
+    "--batch 200 --save_minutes 1e-9"
 )
 EVALUATE = "--actor run/actor --problems test.jsonl --out run/eval.jsonl --samples 2 --max_new 10"
 PREPARE = (
