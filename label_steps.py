@@ -191,13 +191,12 @@ def label(lm: LM, problems: list[dict], trees: list[StepTree], s: Settings, prog
 def stage(s: Settings):
     needs = ("id", "prompt", "answer or tests")
     problems = {p["id"]: p for p in read_jsonl(Path(s.problems), needs)}
-    sampled = []  # ids of the problems with kept responses; the file is looked at whole, first
+    # The file is looked at whole before anything is drawn, but never held whole.
+    sampled, foreign = 0, None
     for record in each_sample(s.samples):
+        sampled += bool(record["kept"])
         if record["id"] not in problems:
-            foreign = f"{record['id']} is not in {s.problems}"
-            raise UserError(f"{s.samples}: {foreign}; pass the problems it was drawn from")
-        if record["kept"]:
-            sampled.append(record["id"])
+            foreign = record["id"]
     inputs = {"actor": s.actor, "problems": s.problems, "samples": s.samples}
     out = Stage("label_steps.py", s.out, s, inputs)
     if out.complete:
@@ -206,10 +205,13 @@ def stage(s: Settings):
     server = Server(s.server, lm) if s.server else None
     facts = {**actor_facts(lm, s.max_new), "problems": sha256(s.problems)}
     out.begin(facts | ({"draws": "server"} if server else {}), expects=facts)
+    if foreign:
+        wrong = f"{foreign} is not in {s.problems}"
+        raise UserError(f"{s.samples}: {wrong}; pass the problems it was drawn from")
     done = {record["id"] for record in out.done}
     todo = (r for r in each_sample(s.samples) if r["kept"] and r["id"] not in done)
     counts = []  # of each chunk
-    with Progress("label_steps", len(sampled) - len(done)) as progress:
+    with Progress("label_steps", sampled - len(done)) as progress:
 
         def process(chunk: list[dict]) -> list[dict]:
             trees = [plant(record) for record in chunk]

@@ -39,6 +39,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
 BLOCK = 64  # queries that share one gathered key set
 
 
@@ -57,6 +60,7 @@ class Progress(tqdm):
     def __init__(self, what: str, total: int, unit: str = "problems", initial: int = 0):
         self.tokens = 0
         form = {"desc": what, "total": total, "unit": f" {unit}", "initial": initial}
+        form["disable"] = rank() > 0
         if not sys.stderr.isatty():
             line = "{desc}: {n_fmt} of {total_fmt}{unit}{postfix}, {remaining} left"
             form |= {"bar_format": line, "delay": 60, "mininterval": 60, "maxinterval": 60}
@@ -68,6 +72,10 @@ class Progress(tqdm):
         if file.isatty():
             return tqdm.status_printer(file)
         return lambda text: text.strip() and print(text.strip(), file=file, flush=True)
+
+    def close(self):
+        self.disable |= not sys.stderr.isatty()  # no last line of blanks
+        super().close()
 
     def add(self, tokens: int):
         """Tokens were drawn or trained on; shown when it is time."""
@@ -94,8 +102,6 @@ class LM:
     """
 
     def __init__(self, path, train=False, device: str | None = None, dtype="", weights=True):
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
         # Registered here and not on import: it takes seconds, and a complete stage should say so
         # at once.
         transformers.AttentionInterface.register("dapo", attend)
@@ -752,15 +758,15 @@ def linear_logprobs(hidden, weight, targets, scale: float = 1.0, softcap: float 
 
 def pack_hidden(lm: LM, pack: Pack, view: TreeView | None = None) -> torch.Tensor:
     """Last hidden states (N, d) of a pack's tokens, every path at once."""
-    return lm.with_weights(lambda: _pack_hidden(lm, pack, view))
+    return lm.with_weights(lambda: _pack_hidden(lm, pack, view))[0]
 
 
-def _pack_hidden(lm: LM, pack: Pack, view: TreeView | None = None) -> torch.Tensor:
+def _pack_hidden(lm: LM, pack: Pack, view: TreeView | None = None) -> torch.Tensor:  # (1, N, d)
     if not 0 <= int(pack.ids.min()) <= int(pack.ids.max()) < lm.config.vocab_size:
         wrong = f"token {int(pack.ids.max())} is asked for, of {lm.config.vocab_size}"
         raise UserError(f"{lm.path}: {wrong}: the records are of another tokenizer")
     ids, pos = pack.ids[None].to(lm.device), pack.pos[None].to(lm.device)
-    return lm.hidden(ids, pos, view or TreeView(pack, lm.device, flex=lm.flex))[0]
+    return lm.hidden(ids, pos, view or TreeView(pack, lm.device, flex=lm.flex))
 
 
 def step_logprobs(lm: LM, pack: Pack) -> torch.Tensor:
@@ -770,7 +776,7 @@ def step_logprobs(lm: LM, pack: Pack) -> torch.Tensor:
     source, target = pack.prev[token].to(lm.device), pack.ids[token].to(lm.device)
 
     def token_logprobs():
-        hidden = _pack_hidden(lm, pack)
+        hidden = _pack_hidden(lm, pack)[0]
         if lm.in_bfloat16:  # autocast leaves the last norm in float32
             hidden = hidden.bfloat16()
         head = lm.head.to(hidden.dtype)
@@ -913,6 +919,7 @@ def shard(lm: LM, head: torch.nn.Module | None = None, offload: bool = False):
         for part in module.modules():
             if is_sharded(part):  # the shares of a batch's mean are summed, not averaged
                 part.set_gradient_divide_factor(1.0)
+                part.set_force_sum_reduction_for_comms(True)
         module.reshards_late = offload
 
 
@@ -923,7 +930,9 @@ def whole_state(module: torch.nn.Module) -> dict:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(module, options=options)
+    state = get_model_state_dict(module, options=options)
+    own = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    return {name: state[name] for name in own if name in state}  # a tied head is no second one
 
 
 # ------------------------------------------------------------ training

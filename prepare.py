@@ -51,7 +51,21 @@ from typing import NamedTuple, get_args
 import torch
 from transformers import HfArgumentParser
 
-from model import LM, Tree, UserError, fit, flag, pack_trees, replace, step_logprobs, whole_batches
+from model import (
+    LM,
+    Tree,
+    UserError,
+    fit,
+    flag,
+    join,
+    pack_trees,
+    rank,
+    replace,
+    shard,
+    step_logprobs,
+    wait_for_all,
+    whole_batches,
+)
 from reward import TESTS, Sandbox, encode, exact_number, extract_answer, sandbox
 
 # ------------------------------------------------------------ records
@@ -200,8 +214,10 @@ def broken_tree(record: dict) -> str | None:
     for v, node in enumerate(record["nodes"]):
         grows = node["parent"] in range(v) and node["ids"] if v else node["parent"] == -1
         counts = 0 <= node["wins"] <= node["n"] and node["draws"] >= 0
-        if not (grows and counts and 0 <= (node["reward"] or 0) <= 1):
+        if not (grows and counts):
             return f"nodes[{v}]"
+        if not 0 <= (node["reward"] or 0) <= 1:
+            return f"nodes[{v}] reward"
     return None
 
 
@@ -346,6 +362,17 @@ class Stage:
                     wrong = f"made with {fact} {was[:16]}, this run has {now[:16]}"
                     raise UserError(f"{path}: {wrong}; pass that {fact}, or make it anew")
         self.manifest["facts"] = facts or {}
+        if rank() == 0:
+            self._own_folder()
+        wait_for_all()
+        if self.out.is_file():
+            self.done = read_jsonl(self.out, may_be_empty=True)
+            if self.done:
+                print(f"{self.out}: resuming after {len(self.done)} records")
+        return self
+
+    def _own_folder(self):
+        """Lock the folder and make the output fit to go on from; with --force throw it away."""
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.lock = (self.out.parent / ".lock").open("w")
         try:
@@ -353,33 +380,29 @@ class Stage:
         except BlockingIOError:
             raise UserError(f"{self.out.parent}: another stage is writing here; wait") from None
         self._earlier()
-        if self.force:
-            self._clear()
+        # The manifest goes last: a kill in between leaves the rest owned.
+        for path in (self.out, self.work, self.path) if self.force else ():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
         if self.out.is_file():
             raw = self.out.read_bytes()
             whole = raw.rfind(b"\n") + 1
             if whole < len(raw):
                 print(f"{self.out}: dropped a torn last line of {len(raw) - whole} bytes")
                 os.truncate(self.out, whole)
-            self.done = read_jsonl(self.out, may_be_empty=True)
-            if self.done:
-                print(f"{self.out}: resuming after {len(self.done)} records")
-        return self
-
-    def _clear(self):
-        """Throw an earlier output away, its manifest last: a kill in between leaves it owned."""
-        for path in (self.out, self.work, self.path):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
 
     def start(self):
         """Write the manifest; a run that was refused before this leaves nothing behind."""
+        if rank() > 0:
+            return
         replace(self.path, lambda p: p.write_text(json.dumps(self.manifest, indent=1)))
 
     def append(self, records: list[dict]):
         """Write whole lines, flushed and fsynced before the next ones are made."""
+        if rank() > 0:
+            return
         if not self.out.exists():
             self.start()
             replace(self.out, Path.touch)
@@ -389,7 +412,15 @@ class Stage:
             os.fsync(f.fileno())
 
     def finish(self, folder=None):
-        """State that the output is whole; `folder(path)`, if given, writes it as a folder first."""
+        """State that the output is whole; `folder(path)`, if given, writes it as a folder first.
+
+        Of several processes all call `folder`, since each has a part of the weights; one writes.
+        """
+        if rank() > 0:
+            if folder is not None:
+                folder(self.out)
+            wait_for_all()
+            return
         if folder is not None:
             replace(self.out, folder)
         elif not self.out.exists():
@@ -397,6 +428,7 @@ class Stage:
         self.manifest["output"] = sha256(self.out)
         self.start()
         self.lock.close()
+        wait_for_all()
         print(f"{self.out}: written, {time.perf_counter() - self.began:.0f} s")
 
 
@@ -459,6 +491,8 @@ def main(stage, settings_class, doc: str):
         raise KeyboardInterrupt
 
     parser.error = refuse
+    if rank() > 0:  # the first process speaks for all
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  until the process ends
     signal.signal(signal.SIGINT, stop)
     try:
         settings = settings_class(**vars(parser.parse_args()))
@@ -1150,6 +1184,7 @@ class Settings:
     demos: str = flag("NAME:PATH of demonstrations (gsm8k, asdiv or jsonl)", "")
     lr: float = flag("peak learning rate on --demos", 2e-5)
     passes: int = flag("passes over --demos", 2)
+    offload: bool = flag("hold weights, gradients and moments in the host's memory", False)
     task: str = flag("which embedded problems: math or code", "math")
     train_size: int = flag("embedded training problems", 2000)
     valid_size: int = flag("embedded validation problems", 300)
@@ -1163,6 +1198,7 @@ class Settings:
 def stage(s: Settings):
     if bool(s.train) != bool(s.test) or bool(s.base) != bool(s.demos):
         raise UserError("--train and --test go together, and so do --base and --demos")
+    join(s.offload)
     if s.task not in TASKS:
         raise UserError(f"--task {s.task}: wanted {' or '.join(TASKS)}")
     folder, task, demos = Path(s.out), TASKS[s.task], load(s.demos, s, DEMOS)
@@ -1261,6 +1297,7 @@ def tune_base(out: Stage, demos: list[dict], folder: Path, s: Settings):
         raise UserError(f"{s.demos}: no demonstration is left beside held-out questions; add some")
     print(f"{len(chosen)} demonstrations; {len(demos) - len(chosen)} are of held-out questions")
     lm = LM(s.base, train=True, dtype=s.dtype)
+    shard(lm, offload=s.offload)
     trees = [demo_tree(lm, d) for d in chosen]
     fine_tune(lm, trees, out.work, s.lr, batch=32, passes=s.passes, seed=s.seed, prompt_weight=0.0)
     out.finish(lm.save)

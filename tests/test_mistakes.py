@@ -119,7 +119,8 @@ def foreign(folder: Path):
         ("wins", {"wins": 99}),
         ("huge", {"ids": [10**30]}),
         ("empty", {"ids": []}),
-        ("reward", {"reward": 0.5}),
+        ("reward", {"reward": 1.5}),
+        ("flag", {"reward": True}),
     ):
         nodes = [*tree["nodes"]]
         nodes[1] = nodes[1] | change
@@ -253,6 +254,7 @@ TABLE = [
     (C, CRITIC, "--trees tree_huge.jsonl", "nodes[1] ids[0]"),
     (C, CRITIC, "--trees tree_empty.jsonl", "nodes[1]"),
     (C, CRITIC, "--trees tree_reward.jsonl", "nodes[1] reward"),
+    (C, CRITIC, "--trees tree_flag.jsonl", "nodes[1] reward"),
     (A, ACTOR, "--trees tree_parent.jsonl", "nodes[1]"),
     (L, LABEL, "--samples sample_ends.jsonl", "ends: no samples"),
     (L, LABEL, "--samples sample_kept.jsonl", "kept: no samples"),

@@ -12,8 +12,9 @@ import pytest
 import torch
 import toy
 
+import model
 from model import LM, UserError, fit, load_critic, replace
-from prepare import Stage, dump, read_jsonl
+from prepare import Stage, differences, dump, read_jsonl
 from train_actor import advantage_states
 
 S, L, C = "sample.py", "label_steps.py", "train_critic.py"
@@ -132,7 +133,6 @@ def test_replace_leaves_the_old_file_when_writing_fails(tmp_path):
 
 FIELDS = [
     ("stage",),
-    ("code",),
     ("grader",),
     ("settings", "seed"),
     ("settings", "n1"),
@@ -169,6 +169,42 @@ def test_same_command_under_other_conditions(field, work):
     for part in (" ".join(field), "else", str(was), "--force", "--out"):
         assert part in err, err
     assert toy.hashes(work) == there
+
+
+@pytest.mark.parametrize("half_done", [False, True])
+@pytest.mark.parametrize("name", [S, "model.py", "prepare.py", "reward.py"])
+def test_changed_code_is_a_warning_unless_its_own_stage_is_half_done(name, half_done, work):
+    path = work / "run" / "samples.jsonl.manifest.json"
+    alter(path, ("code", name))
+    manifest = json.loads(path.read_text())
+    if half_done:
+        del manifest["output"]
+    path.write_text(json.dumps(manifest))
+    there = toy.hashes(work)
+    code, out, err = toy.stage(S, toy.SAMPLE)
+    if half_done and name == S:
+        assert code == 2 and err.count("\n") == 1 and S in err and "--force" in err
+        assert toy.hashes(work) == there
+    else:
+        assert code == 0 and f"made with another {name}" in out and not err
+
+
+def test_a_manifest_of_before_has_one_hash_of_code(work):
+    alter(work / "run" / "samples.jsonl.manifest.json", ("code",), "0123456789abcdef")
+    code, out, _ = toy.stage(S, toy.SAMPLE)
+    assert code == 0 and f"made with another {S}" in out
+
+
+def test_differences():
+    old = {"stage": "sample", "settings": {"n": 1, "gone": 2}, "inputs": {}, "facts": {"a": "x"}}
+    new = {"stage": "sample", "settings": {"n": 3}, "inputs": {"p": "h"}, "facts": {"a": "x"}}
+    assert differences(old, old) == []
+    assert differences(old, new) == [
+        "settings gone was 2, is None now",
+        "settings n was 1, is 3 now",
+        "inputs p was None, is h now",
+    ]
+    assert differences(old, old | {"stage": "other"}) == ["stage was sample, is other now"]
 
 
 @pytest.mark.parametrize(
@@ -249,8 +285,17 @@ class Stop(Exception):
     pass
 
 
-def regression(work: Path, stop=None, poison=None, steps=12):
-    """fit a linear model with noise from torch's generator; die in pack 1 of step `stop`. -> its parameters"""
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds, as `fit` sees them pass: none but where a test adds some."""
+    now = [0.0]
+    monkeypatch.setattr(model, "perf_counter", lambda: now[0])
+    return now
+
+
+def regression(work: Path, clock, stop=None, poison=None, steps=12):
+    """fit a linear model with noise from torch's generator; die in pack 1 of step `stop`. A minute
+    passes every four steps, after which a checkpoint is due. -> its parameters"""
     torch.manual_seed(0)
     net = torch.nn.Linear(3, 1)
     data = torch.randn(4, 3)
@@ -260,6 +305,7 @@ def regression(work: Path, stop=None, poison=None, steps=12):
         if (i, part) == (stop, 1):
             raise Stop
         calls.append(i)
+        clock[0] += 61 if part == 1 and i % 4 == 3 else 0
         noise = torch.randn(2, 3)
         value = net(data[2 * part : 2 * part + 2] + noise).square().mean() / 2
         return value * (poison[1] if poison and i == poison[0] else 1.0), {}
@@ -271,52 +317,52 @@ def regression(work: Path, stop=None, poison=None, steps=12):
         loss,
         work,
         lr=0.1,
-        save_minutes=1e-9,
+        save_minutes=1.0,
         name=lambda i: [f"problem {i}"],
     )
     return torch.cat([p.detach().flatten() for p in net.parameters()]), calls
 
 
 @pytest.mark.parametrize("stop", [0, 3, 4, 5, 8, 11])
-def test_training_resumes_exactly(stop, tmp_path):
+def test_training_resumes_exactly(stop, tmp_path, clock):
     """Killed within step `stop` (4, 8: the first of an epoch; 11: the last), then gone on: n steps, to the bit."""
-    whole, _ = regression(tmp_path / "whole")
+    whole, _ = regression(tmp_path / "whole", clock)
     with pytest.raises(Stop):
-        regression(tmp_path / "parts", stop)
-    resumed, calls = regression(tmp_path / "parts")
+        regression(tmp_path / "parts", clock, stop)
+    resumed, calls = regression(tmp_path / "parts", clock)
     assert torch.equal(whole, resumed)
     assert calls[0] == stop // 4 * 4
     lines = [(tmp_path / f / "metrics.jsonl").read_text() for f in ("whole", "parts")]
     assert lines[0] == lines[1] and lines[0].count("\n") == 12
     assert len(list((tmp_path / "parts").glob("step-*.pt"))) == 2
-    again, calls = regression(tmp_path / "parts")
+    again, calls = regression(tmp_path / "parts", clock)
     assert torch.equal(whole, again) and not calls
 
 
-def test_broken_checkpoint(tmp_path):
-    regression(tmp_path)
+def test_broken_checkpoint(tmp_path, clock):
+    regression(tmp_path, clock)
     os.truncate(tmp_path / "step-00000012.pt", 500)
     with pytest.raises(UserError, match="step-00000012.pt: broken"):
-        regression(tmp_path)
+        regression(tmp_path, clock)
     (tmp_path / "step-00000012.pt").unlink()
-    resumed, calls = regression(tmp_path)
-    assert calls[0] == 8 and torch.equal(resumed, regression(tmp_path / "whole")[0])
+    resumed, calls = regression(tmp_path, clock)
+    assert calls[0] == 8 and torch.equal(resumed, regression(tmp_path / "whole", clock)[0])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_go_wrong(value, tmp_path):
+def test_numbers_that_go_wrong(value, tmp_path, clock):
     with pytest.raises(UserError, match="step 5: .*not finite"):
-        regression(tmp_path, poison=(5, value))
+        regression(tmp_path, clock, poison=(5, value))
     report = json.loads((tmp_path / "non_finite.json").read_text())
     assert report["step"] == 5 and report["batch"] == ["problem 5"]
     assert [p.name for p in tmp_path.glob("step-*.pt")] == ["step-00000004.pt"]
 
 
-def test_no_room_for_checkpoints(tmp_path, monkeypatch):
+def test_no_room_for_checkpoints(tmp_path, monkeypatch, clock):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda p: usage._replace(free=100))
     with pytest.raises(UserError, match="checkpoints need"):
-        regression(tmp_path)
+        regression(tmp_path, clock)
     assert not list(tmp_path.glob("step-*.pt"))
 
 

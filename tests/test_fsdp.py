@@ -1,0 +1,128 @@
+"""Training in two processes (gloo, on the CPU) is training in one: losses, weights, resume, folders.
+
+Each run here is the user's own: torchrun and a stage's script.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import toy
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+C, A = "train_critic.py", "train_actor.py"
+# Runs a stage, and kills process `rank` when it has written its second checkpoint.
+KILLED = """
+import os, runpy, signal, sys
+import model
+victim, script = int(sys.argv[1]), sys.argv[2]
+save, count = model.Checkpoints.save, [0]
+def saved(self, step):
+    save(self, step)
+    count[0] += 1
+    if count[0] == 2 and model.rank() == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+model.Checkpoints.save = saved
+sys.argv = sys.argv[2:]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def torchrun(folder, script, processes=2, victim=None):
+    """Run a stage of the toy in several processes; -> what subprocess.run says of it."""
+    start = [str(toy.ROOT / script)]
+    if victim is not None:
+        (folder / "killed.py").write_text(KILLED)
+        start = [str(folder / "killed.py"), str(victim), *start]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), *start, *toy.FLAGS[script].split()]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def both(request, tmp_path_factory):
+    """The toy's critic and actor made in one process, and in two from the same trees."""
+    one = tmp_path_factory.mktemp("fsdp") / "one"
+    one.mkdir()
+    with toy.contextlib.chdir(one):
+        toy.build(one)
+        if not request.param:
+            config = AutoModelForCausalLM.from_pretrained("tiny").config
+            config.tie_word_embeddings = False
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(config).save_pretrained("tiny")
+        toy.pipeline("sample.py", "label_steps.py")
+        two = one.with_name("two")
+        shutil.copytree(one, two)
+        toy.pipeline(C, A)
+    for script in (C, A):
+        run = torchrun(two, script)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.count("written") == 1  # the first process speaks for all
+    return one, two
+
+
+def metrics(folder, name):
+    return [json.loads(line) for line in (folder / "run" / f"{name}.work/metrics.jsonl").open()]
+
+
+def same_weights(mine, wanted):
+    assert mine.keys() == wanted.keys()
+    for name, want in wanted.items():
+        torch.testing.assert_close(mine[name], want, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("name", ["critic", "actor"])
+def test_two_processes_learn_what_one_learns(both, name):
+    one, two = (metrics(folder, name) for folder in both)
+    assert len(one) == len(two) > 1
+    for mine, wanted in zip(two, one):
+        assert mine == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+    one, two = both
+    files = ["model.safetensors"] + (["value_head.safetensors"] if name == "critic" else [])
+    for file in files:
+        same_weights(load_file(two / "run" / name / file), load_file(one / "run" / name / file))
+    config = json.loads((two / "run" / name / "config.json").read_text())
+    assert config == json.loads((one / "run" / name / "config.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(two / "run" / name)
+    moved = model.state_dict()["model.embed_tokens.weight"]
+    start = load_file(two / "tiny" / "model.safetensors")["model.embed_tokens.weight"]
+    assert not torch.equal(moved, start)
+
+
+def test_advantages_of_two_processes_are_those_of_one(both):
+    one, two = (folder / "run" / "actor.advantages.jsonl" for folder in both)
+    for mine, wanted in zip(two.open(), one.open(), strict=True):
+        mine, wanted = json.loads(mine), json.loads(wanted)
+        assert mine["id"] == wanted["id"] and len(mine["states"]) == len(wanted["states"])
+        for state, other in zip(mine["states"], wanted["states"]):
+            for action, its_twin in zip(state["actions"], other["actions"]):
+                assert action == pytest.approx(its_twin, abs=2e-5)
+
+
+@pytest.mark.parametrize("victim, processes", [(0, 2), (1, 3)])
+def test_a_killed_process_ends_all_and_the_run_goes_on(both, victim, processes, tmp_path):
+    """Also with another number of processes: the same weights as without the kill."""
+    one, two = both
+    if not (one / "run" / "critic").exists() or victim and "untied" in str(one):
+        pytest.skip("one kind of model is enough")
+    folder = tmp_path / "work"
+    shutil.copytree(two, folder)
+    for path in (folder / "run").glob("critic*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    killed = torchrun(folder, C, victim=victim)
+    assert killed.returncode != 0
+    assert not (folder / "run" / "critic").exists()
+    with toy.contextlib.chdir(folder):  # one process cannot go on with what several began
+        code, _, err = toy.stage(C, toy.CRITIC)
+    assert code == 2 and err.count("\n") == 1 and "torchrun" in err
+    again = torchrun(folder, C, processes)
+    assert again.returncode == 0 and "resuming" in again.stdout, again.stderr
+    for file in ("model.safetensors", "value_head.safetensors"):
+        path = f"run/critic/{file}"
+        same_weights(load_file(folder / path), load_file(two / path))
+    assert len(metrics(folder, "critic")) == len(metrics(two, "critic"))
