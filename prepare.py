@@ -502,6 +502,8 @@ def main(stage, settings_class, doc: str):
         code, line = 2, f"error: {e}"
     except (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError) as e:
         code, line = 2, f"error: {e.filename}: {e.strerror}"
+    except ConnectionError as e:  # of a server
+        code, line = 1, f"error: {e}; nothing is lost, the same command goes on"
     except OSError as e:
         where = e.filename or settings.out
         code, line = 1, f"error: {where}: {e.strerror}; make room, the same command goes on"

@@ -1,0 +1,272 @@
+"""Drawing by a server: a stub on loopback that draws from the tiny model, well and badly."""
+
+import contextlib
+import json
+import shutil
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import toy
+
+import evaluate
+import label_steps
+import prepare
+import sample
+from model import LM, Tree, UserError
+
+FAULTS = ["500", "half a body", "dies", "hangs", "short", "other prompt", "no JSON", "too many"]
+
+
+class Stub(ThreadingHTTPServer):
+    """An OpenAI-compatible server of `lm`; faults: what goes wrong with the next completions."""
+
+    daemon_threads = True
+
+    def __init__(self, lm, name, faults=(), always=None):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.lm, self.name, self.faults, self.always = lm, name, list(faults), always
+        self.lock, self.asked, self.released = threading.Lock(), [], threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def answer(self, body: bytes, code=200, size=None):
+        self.send_response(code)
+        self.send_header("Content-Length", str(size or len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        self.answer(json.dumps({"data": [{"id": "it", "root": self.server.name}]}).encode())
+
+    def do_POST(self):
+        stub = self.server
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with stub.lock:
+            stub.asked.append(asked)
+            check = len(stub.asked) == 1  # the stage's own question, whether this server will do
+            fault = stub.always or (stub.faults.pop(0) if stub.faults and not check else None)
+            n = len(stub.asked)
+            rows = [
+                (0, 0, sample.draw_key("stub", n, k), asked["max_tokens"])
+                for k in range(asked["n"])
+            ]
+            tree = Tree([asked["prompt"]], [-1], [True])
+            drawn = sample.draw(stub.lm, [tree], rows, asked["temperature"])
+        choices = []
+        for ids in drawn:
+            ended = ids[-1] in stub.lm.eos
+            # like one kind of server, it leaves the end out
+            choice = {"token_ids": ids[:-1] if ended else ids, "prompt_token_ids": asked["prompt"]}
+            choice |= {"stop_reason": ids[-1]} if ended else {}
+            choices.append(choice | {"finish_reason": "stop" if ended else "length"})
+        if fault == "short":
+            choices[0] |= {"token_ids": [5, 5], "finish_reason": "length"}
+        if fault == "other prompt":
+            choices[0]["prompt_token_ids"] = [1, 2, 3]
+        if fault == "too many":
+            choices *= 2
+        if fault == "no ids":
+            choices = [{"text": "hello", "finish_reason": "stop"}]
+        if fault == "padding row":  # a token beyond the tokenizer
+            choices[0]["token_ids"] = [len(stub.lm.tokenizer)] + choices[0]["token_ids"][1:]
+        body = json.dumps({"choices": choices}).encode()
+        if fault == "dies":
+            self.connection.close()
+        elif fault == "hangs":
+            stub.released.wait(60)
+        elif fault == "no JSON":
+            self.answer(b"<html>")
+        elif fault == "half a body":
+            self.answer(body[: len(body) // 2], size=len(body))
+        elif fault == "500":
+            self.answer(b"out of memory", 500)
+        else:
+            self.answer(body)
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server") / "ready"
+    folder.mkdir()
+    toy.build(folder)
+    return folder
+
+
+@pytest.fixture
+def work(ready, tmp_path, monkeypatch):
+    """A folder with the tiny model, and a client that does not wait long."""
+    shutil.copytree(ready, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(sample.Server, "pause", 0.0)
+    monkeypatch.setattr(sample.Server, "timeout", 0.5)
+    monkeypatch.setattr(sample.Server, "requests", 4)
+    return tmp_path / "work"
+
+
+@contextlib.contextmanager
+def serving(*stubs):
+    for stub in stubs:
+        threading.Thread(target=stub.serve_forever, daemon=True).start()
+    try:
+        yield ",".join(stub.url for stub in stubs)
+    finally:
+        for stub in stubs:
+            stub.released.set()
+            stub.shutdown()
+            stub.server_close()
+
+
+def run(module, flags, capsys):
+    """-> exit code, stderr"""
+    argv, sys.argv = sys.argv, [f"{module.__name__}.py", *flags.split()]
+    try:
+        prepare.main(module.stage, module.Settings, module.__doc__)
+        return 0, capsys.readouterr().err
+    except SystemExit as e:
+        return e.code, capsys.readouterr().err
+    finally:
+        sys.argv = argv
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_all_stages_by_a_server_and_no_weights_are_loaded(work, capsys, monkeypatch):
+    own = LM("tiny")
+    stub = Stub(own, "tiny")
+    with serving(stub) as url, monkeypatch.context() as patch:
+        patch.setattr(LM, "_load", lambda *_: pytest.fail("weights are loaded"))
+        for module, script in ((sample, "sample.py"), (label_steps, "label_steps.py")):
+            assert run(module, f"{toy.FLAGS[script]} --server {url}", capsys)[0] == 0
+        flags = toy.EVALUATE.replace("run/actor", "tiny")
+        assert run(evaluate, f"{flags} --server {url}", capsys)[0] == 0
+    samples, trees = lines("run/samples.jsonl"), lines("run/trees.jsonl")
+    problems = lines("problems.jsonl")
+    assert {x["id"] for x in samples} == {p["id"] for p in problems}
+    for record in samples:
+        assert len(record["responses"]) == 5
+        for response in record["responses"]:
+            ids = response["ids"]
+            assert response["finished"] == (ids[-1] in own.eos)
+            assert len(ids) == 10 or response["finished"]
+            assert not set(ids[:-1]) & set(own.eos)
+    for record in trees:
+        for v, node in enumerate(record["nodes"]):
+            below = [n for n in record["nodes"] if n["parent"] == v]
+            if node["labelled"]:
+                assert node["n"] >= 3 and sum(n["draws"] for n in below) == node["n"]
+    assert len(lines("run/eval.jsonl")) == 66
+    for name in ("samples.jsonl", "trees.jsonl", "eval.jsonl"):
+        manifest = json.loads(Path(f"run/{name}.manifest.json").read_text())
+        assert manifest["facts"]["draws"] == "server"
+    for asked in stub.asked:
+        assert asked["top_p"] == 1 and asked["top_k"] == -1 and "seed" not in asked
+        assert asked["return_token_ids"] and asked["stop_token_ids"] == own.eos
+    assert {asked["temperature"] for asked in stub.asked} == {0.0, 1.0}
+    # and the next stage takes them
+    assert toy.stage("train_critic.py", toy.CRITIC)[0] == 0
+
+
+def test_draws_come_from_the_model_s_distribution(work):
+    """The stub draws as `draw` does; what comes back must be counted to the right rows."""
+    lm = LM("tiny")
+    prompts = [lm.prompt_ids(p["prompt"]) for p in lines("problems.jsonl")[:3]]
+    trees = [Tree([ids], [-1], [True]) for ids in prompts]
+    rows = [(t, 0, 0, 1 + t) for t in (2, 0, 1) for _ in range(200)]
+    with serving(Stub(lm, "tiny")) as url:
+        drawn = sample.Server(url, lm).draw(trees, rows, 1.0, None)
+    own = [(t, 0, sample.draw_key(i), room) for i, (t, _, _, room) in enumerate(rows)]
+    for t in range(3):
+        first = Counter(ids[0] for ids, row in zip(drawn, rows) if row[0] == t)
+        twin = Counter(ids[0] for ids, row in zip(sample.draw(lm, trees, own), rows) if row[0] == t)
+        assert sum(first.values()) == 200
+        assert sum(abs(first[i] - twin[i]) for i in first | twin) < 120  # of 400; others: 300
+        assert all(len(ids) <= 1 + t for ids, row in zip(drawn, rows) if row[0] == t)
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, "padding row"])
+def test_a_fault_that_passes_leaves_no_trace(fault, work, capsys):
+    with serving(Stub(LM("tiny"), "tiny", [fault] * 3)) as url:
+        code, err = run(sample, f"{toy.SAMPLE} --limit 12 --server {url}", capsys)
+    assert code == 0 and not err
+    records = lines("run/samples.jsonl")
+    assert len({x["id"] for x in records}) == len(records) == 12
+    size = len(LM("tiny").tokenizer)
+    for record in records:
+        assert len(record["responses"]) == 5
+        assert all(0 <= i < size for r in record["responses"] for i in r["ids"])
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_that_stays_is_one_line_and_the_same_command_goes_on(
+    fault, work, capsys, monkeypatch
+):
+    monkeypatch.setattr(sample.Server, "timeout", 0.1)
+    monkeypatch.setattr(sample.Server, "tries", 2)
+    lm = LM("tiny")
+    flags = f"{toy.SAMPLE} --limit 12"
+    with serving(Stub(lm, "tiny", [None] * 5 + [fault] * 99)) as url:
+        code, err = run(sample, f"{flags} --server {url}", capsys)
+    assert code == 1 and err.count("\n") == 1 and url in err and "same command" in err
+    before = lines("run/samples.jsonl") if Path("run/samples.jsonl").exists() else []
+    assert len(before) < 12
+    with serving(Stub(lm, "tiny")) as url:  # at another address
+        assert run(sample, f"{flags} --server {url}", capsys)[0] == 0
+    after = lines("run/samples.jsonl")
+    assert after[: len(before)] == before and len({x["id"] for x in after}) == len(after) == 12
+
+
+def test_work_goes_to_whoever_is_free_and_a_server_that_fails_is_left_out(work, capsys):
+    lm = LM("tiny")
+    good, slow, bad = Stub(lm, "tiny"), Stub(lm, "tiny"), Stub(lm, "tiny", ["500"] * 9)
+    with serving(good, slow, bad) as urls:
+        code, err = run(sample, f"{toy.SAMPLE} --limit 40 --server {urls}", capsys)
+    assert code == 0 and not err
+    assert len(good.asked) > 5 and len(slow.asked) > 5 and len(bad.asked) >= 2
+    assert len(lines("run/samples.jsonl")) == 40
+
+
+def test_own_draws_and_a_server_s_do_not_mix(work, capsys):
+    with serving(Stub(LM("tiny"), "tiny", [None] * 4 + ["500"] * 99)) as url:
+        assert run(sample, f"{toy.SAMPLE} --server {url}", capsys)[0] == 1
+    code, err = run(sample, toy.SAMPLE, capsys)
+    assert code == 2 and "draws was server" in err
+
+
+@pytest.mark.parametrize(
+    "name, always, said",
+    [("other/model", None, "serves it, other/model, not tiny"), ("tiny", "no ids", "no token ids")],
+)
+def test_a_server_that_will_not_do_is_refused(name, always, said, work, capsys):
+    with serving(Stub(LM("tiny"), name, always=always)) as url:
+        code, err = run(sample, f"{toy.SAMPLE} --server {url}", capsys)
+    assert code == 2 and said in err and err.count("\n") == 1
+    assert not Path("run/samples.jsonl").exists()
+
+
+def test_a_server_that_is_not_there(work, capsys):
+    code, err = run(sample, f"{toy.SAMPLE} --server http://127.0.0.1:9", capsys)
+    assert code == 1 and "is the server up" in err and err.count("\n") == 1
+
+
+def test_a_prompt_that_a_server_refuses_is_said_at_once(work):
+    class Refuses(Handler):
+        def do_POST(self):
+            self.answer(b"prompt is too long", 400)
+
+    stub = Stub(LM("tiny"), "tiny")
+    stub.RequestHandlerClass = Refuses
+    began = time.monotonic()
+    with serving(stub) as url, pytest.raises(UserError, match="too long"):
+        sample.Server(url, LM("tiny", weights=False))
+    assert time.monotonic() - began < 30
