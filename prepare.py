@@ -415,10 +415,14 @@ class Task(NamedTuple):
     check: Callable  # skeleton -> {"answer"} or {"tests"}, and whether luck would solve it
 
 
-def read(rng: random.Random, phrase: tuple, misread: bool) -> str:
-    """A phrase's right reading, or its misreading as often as a careless reader's."""
+def read(rng: random.Random, phrase: tuple, misread: float) -> str:
+    """A phrase's right reading, or its misreading as often as a careless reader's.
+
+    misread 1: in the phrase's share of the readings, 2: as if read twice and wrong at least once,
+    0: never
+    """
     _, right, wrong, share = phrase
-    return wrong if misread and rng.random() < share else right
+    return wrong if misread and rng.random() < 1 - (1 - share) ** misread else right
 
 
 def outcomes(phrases: dict, steps: list, values: tuple[int, ...]) -> tuple[tuple, set[tuple]]:
@@ -464,7 +468,7 @@ def tell_chain(skeleton: tuple[int, list]) -> str:
     return "\n".join([*lines, f"How many coins does {NAMES[len(steps)]} have?"])
 
 
-def solve_chain(rng: random.Random, skeleton: tuple[int, list], misread=False, slip=0.0) -> str:
+def solve_chain(rng: random.Random, skeleton: tuple[int, list], misread=0.0, slip=0.0) -> str:
     """A solution, a line a relation: "Ben: 6 * 2 = 12"."""
     x, steps = skeleton
     lines = []
@@ -501,7 +505,7 @@ def tell_function(steps: list) -> str:
     return "\n".join([*lines, f"Return {VARIABLES[len(steps)]}."])
 
 
-def solve_function(rng: random.Random, steps: list, misread=False, slip=0.0) -> str:
+def solve_function(rng: random.Random, steps: list, misread=0.0, slip=0.0) -> str:
     """The function, a line an operation: "    a = x * 2"."""
     lines = ["def f(x):"]
     for (kind, k), x, y in zip(steps, VARIABLES, VARIABLES[1:]):
@@ -560,10 +564,10 @@ def demo_problems(
 
 
 def demonstrations(
-    task: Task, seed: int, count: int, misread: bool, steps: tuple[int, int] = (2, 4), wordings=1
+    task: Task, seed: int, count: int, misread: float, steps: tuple[int, int] = (2, 4), wordings=1
 ) -> list[dict]:
     """{"prompt", "response"} of training skeletons; clean ones include drills of one step."""
-    rng, demos = random.Random(f"demonstrations {seed} {misread}"), []
+    rng, demos = random.Random(f"demonstrations {seed} {misread > 0}"), []
     fewest, most = steps
     while len(demos) < count:
         skeleton = task.draw(rng, fewest if misread else 1, most)
@@ -1025,6 +1029,7 @@ class Settings:
     passes: int = flag("passes over --demos", 2)
     task: str = flag("which embedded problems: math or code", "math")
     steps: str = flag("fewest and most steps of the embedded problems", "2-4")
+    careless: float = flag("how careless the base reads: as if so many times, once wrong", 1.0)
     wordings: int = flag("ways to word each line of an embedded solution, up to 64", 1)
     clean_size: int = flag("right solutions that the embedded base learns from first", 16000)
     clean_seed: int = flag("of that first training; default: --seed", -1)
@@ -1155,7 +1160,7 @@ def tune_base(out: Stage, demos: list[dict], folder: Path, s: Settings):
 def make_base(out: Stage, task: Task, s: Settings):
     """The embedded base: clean solutions first, then a short while misread ones."""
     lm = clean_model(out.work, task, s)
-    misread = demonstrations(task, s.seed, 3000, True, steps_of(s), s.wordings)
+    misread = demonstrations(task, s.seed, 3000, s.careless, steps_of(s), s.wordings)
     trees = [demo_tree(lm, d) for d in misread]
     fine_tune(lm, trees, out.work / "misread", 6e-4, 16, passes=1, seed=s.seed, prompt_weight=0.2)
     out.finish(lm.save)

@@ -61,6 +61,18 @@ def test_wordings_change_how_a_solution_is_said_and_nothing_else():
     assert len(said) == 20
 
 
+def test_a_more_careless_reader_misreads_more():
+    def wrong(careless):
+        demos = prepare.demonstrations(MATH, 0, 1000, careless)
+        lines = [line for demo in demos for line in demo["prompt"].splitlines() if "twice" in line]
+        right = [line for demo in demos for line in demo["response"].splitlines() if "* 2 " in line]
+        return 1 - len(right) / len(lines)
+
+    assert wrong(0.0) == 0.0
+    assert abs(wrong(1.0) - 0.72) < 0.05
+    assert abs(wrong(3.0) - (1 - 0.28**3)) < 0.02
+
+
 def test_splits_share_no_skeleton_and_texts_come_back_from_their_tokens():
     problems = prepare.demo_problems(CODE, 0, SIZES)
     prompts = [p["prompt"] for split in problems.values() for p in split]
