@@ -544,34 +544,45 @@ OPERATIONS = {
     "half": ("half of {x}, rounded down", "{x} // 2", "{x} - 2", 0.30),
     "over": ("{k} if {x} is over 9, else {x}", "{k} if {x} > 9 else {x}", "{k} if {x} < 9 else {x}", 0.10),
 }  # fmt: skip
-NAMES = ["Ann", "Ben", "Cai", "Dia", "Eli"]
-VARIABLES = "xabcd"
+NAMES = "Ann Ben Cai Dia Eli Fay Gus Hal Ida Jon Kim Leo Mia".split()  # noqa: SIM905
+VARIABLES = "xabcdeghijkmn"
+MOST_STEPS = len(NAMES) - 1
+# harmless words before and after a line of a chain's solution: 64 ways to say the same
+BEGINNINGS = ["", "So ", "Then ", "Now ", "Next ", "Thus ", "Here ", "Hence "]
+ENDINGS = ["", " coins", " now", " exactly", " then", " here", " clearly", " indeed"]
 INPUTS = [-8, -1, 2, 5, 11, 32]
 
 
 class Task(NamedTuple):
-    draw: Callable  # (rng, fewest steps) -> skeleton, what a problem says; steps are [(kind, k)]
+    draw: Callable  # (rng, fewest, most steps) -> what a problem says, its skeleton
     tell: Callable  # skeleton -> prompt
     solve: Callable  # (rng, skeleton, misread, slip) -> response, a line a step
-    check: Callable  # skeleton -> {"answer"} or {"tests"}; None: luck would solve it
+    check: Callable  # skeleton -> {"answer"} or {"tests"}, and whether luck would solve it
 
 
-def read(rng: random.Random, phrase: tuple, misread: bool) -> str:
-    """A phrase's right reading, or its misreading as often as a careless reader's."""
+def read(rng: random.Random, phrase: tuple, misread: float) -> str:
+    """A phrase's right reading, or its misreading as often as a careless reader's.
+
+    misread 1: in the phrase's share of the readings, 2: as if read twice and wrong at least once,
+    0: never
+    """
     _, right, wrong, share = phrase
-    return wrong if misread and rng.random() < share else right
+    return wrong if misread and rng.random() < 1 - (1 - share) ** misread else right
 
 
-def readings(phrases: dict, steps: list) -> Iterator[tuple[str, ...]]:
-    """Every reading of all steps, as expressions of x; the first is right throughout."""
-    return product(*([text.format(x="x", k=k) for text in phrases[kind][1:3]] for kind, k in steps))
+def outcomes(phrases: dict, steps: list, values: tuple[int, ...]) -> tuple[tuple, set[tuple]]:
+    """What steps [(kind, k)] make of some values: read right throughout; misread at least once."""
+    right, wrong = values, set()
+    for kind, k in steps:
+        good, bad = (text.format(x="x", k=k) for text in phrases[kind][1:3])
+        wrong = {after(v, text) for v in wrong for text in (good, bad)} | {after(right, bad)}
+        right = after(right, good)
+    return right, wrong
 
 
-def value(x: int, reading: tuple[str, ...]) -> int:
-    """x after these expressions, one after the other."""
-    for text in reading:
-        x = math.floor(expression(text)(x))
-    return x
+def after(values: tuple[int, ...], text: str) -> tuple[int, ...]:
+    """Each x after an expression of x: (5, 8) and "x / 2" -> (2, 4)"""
+    return tuple(math.floor(expression(text)(x)) for x in values)
 
 
 @cache
@@ -579,11 +590,11 @@ def expression(text: str) -> Callable[[int], float]:
     return eval(f"lambda x: {text}")  # ours, of RELATIONS or OPERATIONS
 
 
-def draw_chain(rng: random.Random, fewest: int = 2) -> tuple[int, list]:
-    """A first value and up to 4 relations; all values are whole, from 1 to 20."""
+def draw_chain(rng: random.Random, fewest: int, most: int) -> tuple[int, list]:
+    """A first value and some relations; all values are whole, from 1 to 20."""
     x = first = rng.randint(1, 20)
     steps = []
-    for _ in range(rng.randint(fewest, 4)):
+    for _ in range(rng.randint(fewest, most)):
         new = 0
         while new not in range(1, 21):
             kind, k = rng.choice(list(RELATIONS)), rng.randint(1, 9)
@@ -602,13 +613,13 @@ def tell_chain(skeleton: tuple[int, list]) -> str:
     return "\n".join([*lines, f"How many coins does {NAMES[len(steps)]} have?"])
 
 
-def solve_chain(rng: random.Random, skeleton: tuple[int, list], misread=False, slip=0.0) -> str:
+def solve_chain(rng: random.Random, skeleton: tuple[int, list], misread=0.0, slip=0.0) -> str:
     """A solution, a line a relation: "Ben: 6 * 2 = 12"."""
     x, steps = skeleton
     lines = []
     for (kind, k), name in zip(steps, NAMES[1:]):
         text = read(rng, RELATIONS[kind], misread)
-        new = value(x, [text.format(x="x", k=k)])
+        (new,) = after((x,), text.format(x="x", k=k))
         if rng.random() < slip:
             new += rng.choice([-1, 1])
         lines.append(f"{name}: {text.format(x=x, k=k)} = {new}")
@@ -616,17 +627,17 @@ def solve_chain(rng: random.Random, skeleton: tuple[int, list], misread=False, s
     return "\n".join([*lines, f"The answer is {x}."])
 
 
-def check_chain(skeleton: tuple[int, list]) -> dict | None:
-    """Its answer; None if some of its misreadings would end in the same."""
+def check_chain(skeleton: tuple[int, list]) -> tuple[dict, bool]:
+    """Its answer, and whether some of its misreadings would end in the same."""
     first, steps = skeleton
-    right, *wrong = (value(first, reading) for reading in readings(RELATIONS, steps))
-    return None if right in wrong else {"answer": str(right)}
+    right, wrong = outcomes(RELATIONS, steps, (first,))
+    return {"answer": str(right[0])}, right in wrong
 
 
-def draw_function(rng: random.Random, fewest: int = 2) -> list:
-    """Up to 4 operations; a k that the phrase does not name is 0."""
+def draw_function(rng: random.Random, fewest: int, most: int) -> list:
+    """Some operations; a k that the phrase does not name is 0."""
     steps = []
-    for _ in range(rng.randint(fewest, 4)):
+    for _ in range(rng.randint(fewest, most)):
         kind, k = rng.choice(list(OPERATIONS)), rng.randint(1, 9)
         steps.append((kind, k if "{k}" in OPERATIONS[kind][0] else 0))
     return steps
@@ -639,7 +650,7 @@ def tell_function(steps: list) -> str:
     return "\n".join([*lines, f"Return {VARIABLES[len(steps)]}."])
 
 
-def solve_function(rng: random.Random, steps: list, misread=False, slip=0.0) -> str:
+def solve_function(rng: random.Random, steps: list, misread=0.0, slip=0.0) -> str:
     """The function, a line an operation: "    a = x * 2"."""
     lines = ["def f(x):"]
     for (kind, k), x, y in zip(steps, VARIABLES, VARIABLES[1:]):
@@ -649,11 +660,11 @@ def solve_function(rng: random.Random, steps: list, misread=False, slip=0.0) -> 
     return "\n    ".join([*lines, f"return {VARIABLES[len(steps)]}"])
 
 
-def check_function(steps: list) -> dict | None:
-    """Its tests; None if some of its misreadings would pass them."""
-    right, *wrong = ([value(x, reading) for x in INPUTS] for reading in readings(OPERATIONS, steps))
-    tests = {"kind": "call", "entry": "f", "inputs": [[x] for x in INPUTS], "outputs": right}
-    return None if right in wrong else {"domain": "code", "tests": tests}
+def check_function(steps: list) -> tuple[dict, bool]:
+    """Its tests, and whether some of its misreadings would pass them."""
+    right, wrong = outcomes(OPERATIONS, steps, tuple(INPUTS))
+    tests = {"kind": "call", "entry": "f", "inputs": [[x] for x in INPUTS], "outputs": list(right)}
+    return {"domain": "code", "tests": tests}, right in wrong
 
 
 TASKS = {
@@ -667,31 +678,60 @@ def split_of(skeleton) -> str:
     return "test" if bucket < 2 else "valid" if bucket < 4 else "train"
 
 
-def demo_problems(task: Task, seed: int, sizes: dict[str, int]) -> dict[str, list[dict]]:
-    """Problems of each split; the hash of a skeleton says which split."""
+def demo_problems(
+    task: Task, seed: int, sizes: dict[str, int], steps: tuple[int, int] = (2, 4)
+) -> dict[str, list[dict]]:
+    """Problems of each split; the hash of a skeleton says which split.
+
+    A problem that some misreading would solve by luck is left out, but the longer problems are, the
+    fewer are without one: where hardly any is, they stay, and their number is printed.
+    """
+    rng = random.Random("luck")
+    unlucky = sum(not task.check(task.draw(rng, *steps))[1] for _ in range(1000))
     rng, problems, seen = random.Random(f"problems {seed}"), {s: [] for s in sizes}, set()
+    total = 0
     while any(len(problems[s]) < n for s, n in sizes.items()):
-        skeleton = task.draw(rng)
+        skeleton = task.draw(rng, *steps)
         key, split = json.dumps(skeleton), split_of(skeleton)
         if key in seen or len(problems[split]) >= sizes[split]:
             continue
         seen.add(key)
-        if goal := task.check(skeleton):
-            problem = {"id": f"demo/{split}/{len(problems[split])}", "source": "demo"}
-            problem |= {"domain": "math", "prompt": task.tell(skeleton)}
-            problems[split].append(problem | {"answer": None, "tests": None} | goal)
+        goal, lucky = task.check(skeleton)
+        if lucky and unlucky >= 20:
+            continue
+        total += lucky
+        problem = {"id": f"demo/{split}/{len(problems[split])}", "source": "demo"}
+        problem |= {"domain": "math", "prompt": task.tell(skeleton)}
+        problems[split].append(problem | {"answer": None, "tests": None} | goal)
+    if total:
+        print(f"{total} of {sum(sizes.values())} problems can be solved by luck, misread somewhere")
     return problems
 
 
-def demonstrations(task: Task, seed: int, count: int, misread: bool) -> list[dict]:
+def demonstrations(
+    task: Task, seed: int, count: int, misread: float, steps: tuple[int, int] = (2, 4), wordings=1
+) -> list[dict]:
     """{"prompt", "response"} of training skeletons; clean ones include drills of one step."""
-    rng, demos = random.Random(f"demonstrations {seed} {misread}"), []
+    rng, demos = random.Random(f"demonstrations {seed} {misread > 0}"), []
+    fewest, most = steps
     while len(demos) < count:
-        skeleton = task.draw(rng, 2 if misread else 1)
+        skeleton = task.draw(rng, fewest if misread else 1, most)
         if split_of(skeleton) == "train":
             response = task.solve(rng, skeleton, misread, 0.02 if misread else 0.0)
+            if wordings > 1:
+                response = reword(rng, response, wordings)
             demos.append({"prompt": task.tell(skeleton), "response": response})
     return demos
+
+
+def reword(rng: random.Random, response: str, wordings: int) -> str:
+    """Each line but the answer's in one of some ways: "Then Ben: 6 * 2 = 12 coins"."""
+    *lines, answer = response.split("\n")
+    said = []
+    for line in lines:
+        ending, beginning = divmod(rng.randrange(wordings), len(BEGINNINGS))
+        said.append(BEGINNINGS[beginning] + line + ENDINGS[ending])
+    return "\n".join([*said, answer])
 
 
 def build_tokenizer(texts: list[str]):
@@ -1188,6 +1228,12 @@ class Settings:
     passes: int = flag("passes over --demos", 2)
     offload: bool = flag("hold weights, gradients and moments in the host's memory", False)
     task: str = flag("which embedded problems: math or code", "math")
+    steps: str = flag("fewest and most steps of the embedded problems", "2-4")
+    careless: float = flag("how careless the base reads: as if so many times, once wrong", 1.0)
+    wordings: int = flag("ways to word each line of an embedded solution, up to 64", 1)
+    clean_size: int = flag("right solutions that the embedded base learns from first", 16000)
+    clean_seed: int = flag("of that first training; default: --seed", -1)
+    clean: str = flag("folder that keeps models so trained, for runs with the same flags", "")
     train_size: int = flag("embedded training problems", 2000)
     valid_size: int = flag("embedded validation problems", 300)
     test_size: int = flag("embedded test problems", 500)
@@ -1203,6 +1249,10 @@ def stage(s: Settings):
     join(s.offload)
     if s.task not in TASKS:
         raise UserError(f"--task {s.task}: wanted {' or '.join(TASKS)}")
+    ways = len(BEGINNINGS) * len(ENDINGS) if s.task == "math" else 1
+    if s.wordings > ways:
+        raise UserError(f"--wordings {s.wordings}: --task {s.task} has up to {ways}")
+    steps = steps_of(s)
     folder, task, demos = Path(s.out), TASKS[s.task], load(s.demos, s, DEMOS)
     sizes = {"train": s.train_size, "valid": s.valid_size, "test": s.test_size}
     inputs = {path: path for spec in (s.train, s.test, s.demos) for _, path in parse(spec)}
@@ -1210,7 +1260,7 @@ def stage(s: Settings):
     for split in sizes:
         outs[split] = Stage("prepare.py", folder / f"{split}.jsonl", s, inputs)
     if not all(out.complete for out in outs.values()):
-        problems = real_problems(s) if s.train else demo_problems(task, s.seed, sizes)
+        problems = real_problems(s) if s.train else demo_problems(task, s.seed, sizes, steps)
     for split, out in outs.items():
         if not out.complete:
             out.begin()
@@ -1224,7 +1274,17 @@ def stage(s: Settings):
             if s.demos:
                 tune_base(base, demos, folder, s)
             else:
-                make_base(base, task, s.seed)
+                make_base(base, task, s)
+
+
+def steps_of(s: Settings) -> tuple[int, int]:
+    """ "2-4" -> (2, 4)"""
+    if not (found := re.fullmatch(r"(\d+)-(\d+)", s.steps)):
+        raise UserError(f"--steps {s.steps}: two numbers are wanted, such as 2-4")
+    fewest, most = int(found[1]), int(found[2])
+    if not 1 <= fewest <= most <= MOST_STEPS:
+        raise UserError(f"--steps {s.steps}: wanted 1 to {MOST_STEPS}, the fewest first")
+    return fewest, most
 
 
 def parse(spec: str) -> list[tuple[str, str]]:
@@ -1305,18 +1365,32 @@ def tune_base(out: Stage, demos: list[dict], folder: Path, s: Settings):
     out.finish(lm.save)
 
 
-def make_base(out: Stage, task: Task, seed: int):
+def make_base(out: Stage, task: Task, s: Settings):
     """The embedded base: clean solutions first, then a short while misread ones."""
-    clean = demonstrations(task, seed, 16000, misread=False)
-    misread = demonstrations(task, seed, 3000, misread=True)
+    lm = clean_model(out.work, task, s)
+    misread = demonstrations(task, s.seed, 3000, s.careless, steps_of(s), s.wordings)
+    trees = [demo_tree(lm, d) for d in misread]
+    fine_tune(lm, trees, out.work / "misread", 6e-4, 16, passes=1, seed=s.seed, prompt_weight=0.2)
+    out.finish(lm.save)
+
+
+def clean_model(work: Path, task: Task, s: Settings) -> LM:
+    """A model that solves the embedded problems; --clean keeps it, since it takes the most time."""
+    seed = s.seed if s.clean_seed == -1 else s.clean_seed
+    kept = Path(s.clean) / f"{s.task}-{s.steps}-{s.wordings}-{s.clean_size}-{seed}"
+    if s.clean and kept.exists():
+        return LM(kept, train=True)
+    clean = demonstrations(task, seed, s.clean_size, False, steps_of(s), s.wordings)
+    misread = demonstrations(task, seed, 3000, True, steps_of(s), s.wordings)
     tokenizer = build_tokenizer([d[k] for d in clean + misread for k in ("prompt", "response")])
-    model, start = new_model(tokenizer, seed), out.work / "random"
+    model, start = new_model(tokenizer, seed), work / "random"
     replace(start, lambda p: (model.save_pretrained(p), tokenizer.save_pretrained(p)))
     lm = LM(start, train=True)
-    for name, demos, lr in (("clean", clean, 3e-3), ("misread", misread, 6e-4)):
-        trees = [demo_tree(lm, d) for d in demos]
-        fine_tune(lm, trees, out.work / name, lr, batch=16, passes=1, seed=seed, prompt_weight=0.2)
-    out.finish(lm.save)
+    trees = [demo_tree(lm, d) for d in clean]
+    fine_tune(lm, trees, work / "clean", 3e-3, 16, passes=1, seed=seed, prompt_weight=0.2)
+    if s.clean:
+        replace(kept, lm.save)
+    return lm
 
 
 if __name__ == "__main__":

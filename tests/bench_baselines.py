@@ -37,15 +37,20 @@ def accuracy(lm, problems, k=8):
     return shares
 
 
-def grpo(lm, problems, tokens, group=16, prompts=8, lr=3e-4):
-    """Policy gradient on group-normalised rewards until `tokens` have been sampled."""
+def grpo(lm, problems, tokens, group=16, prompts=8, lr=3e-4, max_new=60, seed=None):
+    """Policy gradient on group-normalised rewards until `tokens` have been sampled.
+
+    Yields the tokens sampled and trained on so far after each step, for a curve. seed: of the draws.
+    """
     optimiser = torch.optim.AdamW(lm.model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-    used = step = 0
+    used = trained = step = 0
     while used < tokens:
         chunk = [problems[(step * prompts + i) % len(problems)] for i in range(prompts)]
         trees = [Tree([lm.prompt_ids(p["prompt"])], [-1], [True]) for p in chunk]
         rows = [
-            (j, 0, draw_key("grpo", step, j, i), 60) for j in range(prompts) for i in range(group)
+            (j, 0, draw_key("grpo", step, j, i, *([] if seed is None else [seed])), max_new)
+            for j in range(prompts)
+            for i in range(group)
         ]
         drawn = draw(lm, trees, rows, 1.0, 512)
         used += sum(map(len, drawn))
@@ -63,11 +68,12 @@ def grpo(lm, problems, tokens, group=16, prompts=8, lr=3e-4):
         for pack in pack_trees(trees, 8192):
             weight = torch.stack([adv[t, v - 1] for t, v in pack.owner])
             (-(weight * step_logprobs(lm, pack)).sum() / sum(map(len, drawn))).backward()
+            trained += len(pack.ids)
         torch.nn.utils.clip_grad_norm_(lm.model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
         step += 1
-    return used
+        yield used, trained
 
 
 def sampled_tokens(run):
@@ -94,7 +100,9 @@ def main(run):
     for actor in sorted(run.glob("iter*/actor")):
         show(f"DAPO {actor.parent.name}", LM(str(actor)))
     lm = LM(base, train=True)
-    show(f"GRPO, {grpo(lm, train, sampled_tokens(run))} tokens", lm)
+    for used, _ in grpo(lm, train, sampled_tokens(run)):
+        pass
+    show(f"GRPO, {used} tokens", lm)
     lm = LM(base, train=True)
     shutil.rmtree(run / "rft.work", ignore_errors=True)
     right = [

@@ -15,6 +15,7 @@ import prepare
 import reward
 from reward import grade
 
+MATH = prepare.TASKS["math"]
 CODE = prepare.TASKS["code"]
 SIZES = {"train": 60, "valid": 20, "test": 20}
 
@@ -22,7 +23,7 @@ SIZES = {"train": 60, "valid": 20, "test": 20}
 @pytest.mark.parametrize("kind", prepare.OPERATIONS)
 def test_the_right_reading_passes_and_the_misreading_does_not(kind):
     skeleton = [("more", 1), (kind, 3)]
-    problem = {"id": kind, **CODE.check(skeleton)}
+    problem = {"id": kind, **CODE.check(skeleton)[0]}
     right = CODE.solve(random.Random(0), skeleton)
     reading, misreading = (text.format(x="a", k=3) for text in prepare.OPERATIONS[kind][1:3])
     assert reading in right
@@ -31,12 +32,46 @@ def test_the_right_reading_passes_and_the_misreading_does_not(kind):
     assert verdicts == ["right", "wrong", "wrong"]
 
 
-def test_a_problem_that_a_misreading_would_solve_is_none():
-    assert CODE.check([("least", 5), ("thrice", 0), ("over", 6)]) is None
+def test_a_problem_that_a_misreading_would_solve_is_lucky():
+    assert CODE.check([("least", 5), ("thrice", 0), ("over", 6)])[1]
     # 1 twice is 2, half of that 1; read as 1 + 2 = 3, 3 - 2 = 1
-    assert prepare.TASKS["math"].check((1, [("twice", 2), ("half", 2)])) is None
-    assert prepare.TASKS["math"].check((3, [("twice", 2), ("half", 2)])) is None
-    assert prepare.TASKS["math"].check((3, [("twice", 2), ("more", 4)])) == {"answer": "10"}
+    assert MATH.check((1, [("twice", 2), ("half", 2)])) == ({"answer": "1"}, True)
+    assert MATH.check((3, [("twice", 2), ("half", 2)])) == ({"answer": "3"}, True)
+    assert MATH.check((3, [("twice", 2), ("more", 4)])) == ({"answer": "10"}, False)
+
+
+def test_the_rule_against_luck_gives_way_where_it_would_leave_nothing(capsys):
+    for steps, lucky in (((3, 3), False), ((12, 12), True)):
+        problems = prepare.demo_problems(MATH, 0, SIZES, steps)["train"]
+        assert {p["prompt"].count(" has ") for p in problems} == {steps[0] + 1}
+        assert ("100 of 100 problems can be solved by luck" in capsys.readouterr().out) == lucky
+
+
+def test_wordings_change_how_a_solution_is_said_and_nothing_else():
+    plain = prepare.demonstrations(MATH, 0, 200, misread=False, steps=(6, 6))
+    worded = prepare.demonstrations(MATH, 0, 2000, misread=False, steps=(6, 6), wordings=20)
+    assert plain == prepare.demonstrations(MATH, 0, 200, misread=False, steps=(6, 6), wordings=1)
+    said = set()
+    for demo in worded:
+        *lines, answer = demo["response"].splitlines()
+        assert answer.split()[:3] == ["The", "answer", "is"]
+        for line in lines:
+            before, core, after = re.fullmatch(r"(\w+ )?(\w+: .* = \d+)( \w+)?", line).groups()
+            assert eval(core.split(":")[1].replace("=", "==").replace("/", "//"))
+            said.add((before, after))
+    assert len(said) == 20
+
+
+def test_a_more_careless_reader_misreads_more():
+    def wrong(careless):
+        demos = prepare.demonstrations(MATH, 0, 1000, careless)
+        lines = [line for demo in demos for line in demo["prompt"].splitlines() if "twice" in line]
+        right = [line for demo in demos for line in demo["response"].splitlines() if "* 2 " in line]
+        return 1 - len(right) / len(lines)
+
+    assert wrong(0.0) == 0.0
+    assert abs(wrong(1.0) - 0.72) < 0.05
+    assert abs(wrong(3.0) - (1 - 0.28**3)) < 0.02
 
 
 def test_splits_share_no_skeleton_and_texts_come_back_from_their_tokens():

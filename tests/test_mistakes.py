@@ -288,6 +288,11 @@ TABLE = [
     (P, "--out new --train jsonl:rows.jsonl", "", "--test"),
     (P, REAL, "--base tiny", "--demos"),
     (P, REAL, "--demos jsonl:demos.jsonl", "--base"),
+    (P, "--out new", "--steps 6", "--steps 6"),
+    (P, "--out new", "--steps 4-2", "--steps 4-2"),
+    (P, "--out new", "--steps 2-13", "1 to 12"),
+    (P, "--out new", "--wordings 65", "--wordings 65"),
+    (P, "--out new", "--task code --wordings 2", "--wordings 2"),
     (P, "--out new", "--base tiny --demos math:rows.jsonl", "demonstrations"),
     (P, "--out new", "--base tiny --demos jsonl:rows.jsonl", "response"),
 ]
