@@ -1,30 +1,47 @@
-r"""Evaluate an actor: accuracy, paired comparison, figures.
+r"""Evaluate an actor: accuracy, paired comparison; the report of a run.
 
     python evaluate.py --actor runs/demo/iter1/actor --problems runs/demo/test.jsonl \
         --out runs/demo/iter1/eval.jsonl --against runs/demo/iter0/eval.jsonl --samples 8
-    python evaluate.py --report runs/demo        # the table and figures of a whole run
+    python evaluate.py --report runs/demo        # table, pictures and a page of a whole run
 
 Reads:  problems (several sets: comma separated), an actor, and another actor's eval.jsonl.
 Writes: eval.jsonl, a line a problem (the greedy response), and summary.json beside it
     {"id": "demo/test/17", "text": "..", "prediction": "18", "correct": true,
      "verdict": "right", "finished": true,
      "sampled": [{"text": "..", "prediction": "18", "correct": true}]}
+--report loads no model. It writes into the run's folder report.png (the course of training),
+solution.png (one response, its steps coloured by advantage), tree.png (one small step tree) and
+report.html (all of these and 20 problems to browse, in one file that needs no network).
 
 Accuracy is zero-shot and greedy; mean@k, pass@k (unbiased) and maj@k come from --samples at
 temperature 1. Two actors are compared on the same problems: exact McNemar test, paired bootstrap
 interval.
 """
 
+import base64
 import dataclasses
 import json
 import math
 from collections import Counter
+from html import escape
+from itertools import count, islice
 from pathlib import Path
+from typing import NamedTuple
 
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from model import LM, Tree, UserError, flag, load_critic, replace, tree_values
-from prepare import Stage, actor_facts, main, misfit, read_jsonl, tokenizer_facts
+from prepare import (
+    Stage,
+    actor_facts,
+    main,
+    misfit,
+    read_jsonl,
+    read_manifest,
+    tokenizer_facts,
+)
 from reward import exact_number, grade_ids, normalise
 from sample import Prefixes, draw_key, draw_rows
 
@@ -207,7 +224,68 @@ def respond(lm: LM, critic: tuple | None, problems: list[dict], s: Settings) -> 
     return lines
 
 
-# ------------------------------------------------------------ the report of a run
+# ------------------------------------------------------------ the report: from a run's files
+
+
+class TrainedTree(NamedTuple):
+    """What a folder of an iteration says of one problem: its step tree and what was trained on.
+
+    action    {node: {"q", "adv", ..}} of the steps that were pairs of training
+    mean      {node: mean q of the state's draws} (eq. 13) of the states that were trained on
+    """
+
+    id: str
+    nodes: list[dict]
+    action: dict[int, dict]
+    mean: dict[int, float]
+
+    def responses(self) -> list[list[int]]:
+        """The whole responses: a list of nodes each, from the first step to the one that ended."""
+        found = []
+        for v, node in enumerate(self.nodes):
+            if node["reward"] is not None:
+                path = [v]
+                while parent := self.nodes[path[0]]["parent"]:
+                    path.insert(0, parent)
+                found.append(path)
+        return found
+
+    def right(self, response: list[int]) -> bool:
+        return self.nodes[response[-1]]["reward"] >= 0.5
+
+    def outcomes(self) -> set[bool]:
+        """{True, False} where some of its whole responses are right and some wrong."""
+        return {self.right(response) for response in self.responses()}
+
+    def spread(self, path: list[int]) -> float:
+        """How far apart the advantages along a path are; 0 if fewer than two are known."""
+        known = [self.action[v]["adv"] for v in path if v in self.action]
+        return max(known) - min(known) if known else 0.0
+
+
+def advantage_lines(folder: Path) -> list[dict]:
+    """The lines of the advantages that the actor of an iteration was trained on, if any."""
+    for name in ("actor.advantages.jsonl", "advantages.jsonl"):
+        if (folder / name).exists():
+            return read_jsonl(folder / name, may_be_empty=True)
+    return []
+
+
+def trained_trees(folder: Path, most: int = 1000) -> list[TrainedTree]:
+    """An iteration's first trees of which some state was trained on; none for whole responses."""
+    made = read_manifest(folder / "actor").get("settings", {})
+    if made.get("advantage") == "outcome" or not (folder / "trees.jsonl").exists():
+        return []  # an outcome actor's advantages are of other nodes than the trees'
+    states = {line["id"]: line["states"] for line in advantage_lines(folder)}
+    found = []
+    with (folder / "trees.jsonl").open() as lines:  # they may be gigabytes: no more than is used
+        for record in map(json.loads, islice(lines, most)):
+            here = states.get(record["id"], [])
+            action = {a["node"]: a for state in here for a in state["actions"]}
+            mean = {state["node"]: state["mean"] for state in here}
+            if here:
+                found.append(TrainedTree(record["id"], record["nodes"], action, mean))
+    return found
 
 
 def percents(interval: list[float], sign: str = "") -> str:
@@ -215,97 +293,348 @@ def percents(interval: list[float], sign: str = "") -> str:
     return "[" + ", ".join(f"{x:{sign}.1%}" for x in interval) + "]"
 
 
+HEAD = ("", "greedy", "95 % interval", "T=1", "p vs base", "T=1 gain", "95 % interval ")
+
+
+def table_row(name: str, row: dict) -> list[str]:
+    """The cells of one iteration under HEAD; row: `summarise`'s figures of it."""
+    against = row.get("against", {})
+    gain = against.get("sampled")
+    return [
+        name,
+        f"{row['accuracy']:.1%}",
+        percents(row["interval"]),
+        f"{row['sampled']:.1%}" if "sampled" in row else "",
+        f"{against['greedy']['p']:.2g}" if "greedy" in against else "",
+        f"{gain['difference']:+.1%}" if gain else "",
+        percents(gain["interval"], "+") if gain else "",
+    ]
+
+
 def report(run: Path):
-    """Print the table over iterations and draw report.png and solution.png from the run's files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Print the table over iterations, then draw the pictures and write the page."""
     files = [f for f in run.glob("iter*/summary.json") if f.parent.name[4:].isdigit()]
     files.sort(key=lambda path: int(path.parent.name[4:]))
     if not files:
         raise UserError(f"{run}: no iter*/summary.json; run the stages first (bash run.sh)")
     rows = {f.parent.name: [*json.loads(f.read_text())["sets"].values()][-1] for f in files}
-    table = "{:8}{:>8}{:>17}{:>9}{:>11}{:>10}{:>20}"
-    head = ("greedy", "95 % interval", "T=1", "p vs base", "T=1 gain", "95 % interval ")
-    print(table.format("", *head))
-    for name, row in rows.items():
-        greedy, gain = (row.get("against", {}).get(key) for key in ("greedy", "sampled"))
-        cells = (
-            f"{row['accuracy']:.1%}",
-            percents(row["interval"]),
-            f"{row['sampled']:.1%}" if "sampled" in row else "",
-            f"{greedy['p']:.2g}" if greedy else "",
-            f"{gain['difference']:+.1%}" if gain else "",
-            percents(gain["interval"], "+") if gain else "",
-        )
-        print(table.format(name, *cells))
+    table = [table_row(name, row) for name, row in rows.items()]
+    for cells in [HEAD, *table]:
+        print("{:8}{:>8}{:>17}{:>9}{:>11}{:>10}{:>20}".format(*cells))
+    trees = trained_trees(run / "iter1")
+    with matplotlib.rc_context({"font.size": 14}):  # legible at half its size
+        pictures = {
+            "report.png": draw_report(run, rows),
+            "tree.png": draw_tree(trees),
+            "solution.png": draw_solution(trees),
+        }
+        pictures = {name: figure for name, figure in pictures.items() if figure}
+        for name, figure in pictures.items():
+            figure.savefig(run / name, dpi=110, bbox_inches="tight", facecolor="white")
+            print(run / name)
+    text = page(run, table, [run / name for name in pictures], [*rows], trees)
+    # lone surrogates, which a model's bytes may leave, have no UTF-8
+    replace(run / "report.html", lambda path: path.write_text(text, "utf-8", "replace"))
+    print(run / "report.html")
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="tight")
-    (accuracy, critic), (pairs, ratios) = axes
-    greedy, sampled = ([row.get(k) for row in rows.values()] for k in ("accuracy", "sampled"))
-    bars = np.abs(np.transpose([row["interval"] for row in rows.values()]) - greedy)
-    accuracy.errorbar([*rows], greedy, bars, marker="o", capsize=4, label="greedy")
-    accuracy.plot([*rows], np.array(sampled, float), marker="s", label="temperature 1")
-    accuracy.set(title="accuracy on the test problems", ylim=(0, 1))
+
+# ------------------------------------------------------------ the report: pictures
+
+
+def colour(adv: float | None) -> str:
+    """Of an advantage: white at 0 to green at 1 and orange at -1, told apart by all eyes; None: grey.
+
+    0.5 -> "#7fceb9", half way from (255, 255, 255) to (0, 158, 115)
+    """
+    if adv is None:
+        return "#eeeeee"
+    end = (0, 158, 115) if adv > 0 else (213, 94, 0)
+    share = min(1.0, abs(adv))
+    return "#" + "".join(f"{int(255 + share * (x - 255)):02x}" for x in end)
+
+
+def draw_report(run: Path, rows: dict[str, dict]) -> Figure:
+    """Accuracy of all iterations; of the first, middle and last: critic, advantages, log-ratios."""
+    figure = Figure(figsize=(12, 10), layout="constrained")
+    (accuracy, critic), (pairs, ratios) = figure.subplots(2, 2)
+    names = [name.removeprefix("iter") for name in rows]  # strings: categories, not numbers
+    greedy = [row["accuracy"] for row in rows.values()]
+    ends = np.transpose([row["interval"] for row in rows.values()])  # (2, iterations)
+    accuracy.plot(names, greedy, marker="o", label="greedy, 95 % interval")
+    accuracy.errorbar(names, greedy, np.abs(ends - greedy), fmt="none", ecolor="C0", capsize=5)
+    if any("sampled" in row for row in rows.values()):
+        sampled = [row.get("sampled", math.nan) for row in rows.values()]
+        accuracy.plot(names, sampled, marker="s", label="temperature 1")
+    accuracy.set(title="accuracy on the test problems", xlabel="iteration", ylim=(0, 1.03))
     critic.plot([0, 1], [0, 1], "k:", lw=1)
     critic.set(title="critic on held-out states", xlabel="V(s)", ylabel="MC(s), the success rate")
     pairs.set(title="advantages of the pairs", xlabel="A(s, a)", ylabel="pairs", yscale="log")
-    ratios.set(title="mean log-ratio in training", xlabel="step", ylabel="log pi / pi_ref")
-    for i, name in enumerate([*rows][1:]):
-        folder, style = run / name, {"color": f"C{i}", "label": name}
+    ratios.set(title="mean log-ratio in training", xlabel="step", ylabel="log π / π_ref")
+    trained = [*rows][1:]
+    shown = sorted({0, len(trained) // 2, len(trained) - 1}) if trained else []
+    for k, i in enumerate(shown):
+        folder, style = run / trained[i], {"color": f"C{k}", "label": f"iteration {trained[i][4:]}"}
         if (file := folder / "critic.metrics.json").exists():
             bins = [b for b in json.loads(file.read_text())["bins"] if b["states"]]
             critic.plot([b["value"] for b in bins], [b["mc"] for b in bins], marker="o", **style)
-        if (file := folder / "advantages.jsonl").exists():
-            states = [state for text in file.open() for state in json.loads(text)["states"]]
+        states = [state for line in advantage_lines(folder) for state in line["states"]]
+        if states:
             adv = [action["adv"] for state in states for action in state["actions"]]
-            pairs.hist(adv, bins=41, range=(-1, 1), histtype="step", **style)
+            pairs.hist(adv, bins=41, range=(-1, 1), histtype="step", lw=1.5, **style)
         if (file := folder / "actor.work" / "metrics.jsonl").exists():
             steps = [json.loads(text) for text in file.open()]
-            for kind, dash, sign in (("up", "-", ">"), ("down", "--", "<=")):
+            for kind, dash, sign in (("up", "-", ">"), ("down", "--", "≤")):
                 ratio = [m[f"ratio_{kind}"] / max(1, m[f"pairs_{kind}"]) for m in steps]
-                ratios.plot(ratio, dash, color=f"C{i}", lw=1, label=f"{name}, A {sign} 0")
-    for axis in axes.flat:
-        axis.legend(fontsize=8)
-    figure.savefig(run / "report.png", dpi=110)
-    print(run / "report.png")
-    if (run / "iter1" / "advantages.jsonl").exists():
-        draw_solution(run, plt)
+                ratios.plot(ratio, dash, color=f"C{k}", label=f"{style['label']}, A {sign} 0")
+    for axis in (accuracy, critic, pairs, ratios):
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:  # below the axis, where no line is
+            where = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
+            axis.legend(ncols=2, frameon=False, fontsize=13, **where)
+    return figure
 
 
-def draw_solution(run: Path, plt):
-    """The path of iteration 1 whose advantages are the widest apart, a colour for each."""
-    trees = {r["id"]: r["nodes"] for r in map(json.loads, (run / "iter1" / "trees.jsonl").open())}
-    widest, best = 0.0, None
-    for line in map(json.loads, (run / "iter1" / "advantages.jsonl").open()):
-        nodes = trees[line["id"]]
-        adv = {a["node"]: a["adv"] for state in line["states"] for a in state["actions"]}
-        for leaf in adv:
-            path = [leaf]
-            while parent := nodes[path[0]]["parent"]:
-                path.insert(0, parent)
-            known = [adv[v] for v in path if v in adv]
-            if len(known) > 2 and max(known) - min(known) > widest:
-                widest, best = max(known) - min(known), (nodes, adv, path)
+def draw_solution(trees: list[TrainedTree]) -> Figure | None:
+    """Of all whole responses the one whose advantages are the widest apart, a colour for each."""
+    best, path = None, []
+    for tree in trees:
+        for response in tree.responses():
+            known = [v for v in response if v in tree.action]
+            if len(known) > 2 and (best is None or tree.spread(response) > best.spread(path)):
+                best, path = tree, response
     if best is None:
-        return
-    nodes, adv, path = best
-    lines = [(text, None) for text in [*nodes[0]["text"].strip().splitlines(), ""]]
-    lines += [(nodes[v]["text"].strip(), adv.get(v)) for v in path]
-    figure, axis = plt.subplots(figsize=(7, 0.32 * len(lines)))
+        return None
+    lines = [(text, None) for text in [*best.nodes[0]["text"].strip().splitlines(), ""]]
+    for v in path:
+        adv = best.action[v]["adv"] if v in best.action else None
+        lines.append((best.nodes[v]["text"].strip(), adv))
+    figure = Figure(figsize=(8, 0.36 * len(lines)))
+    axis = figure.add_axes((0, 0, 1, 1))
     axis.axis("off")
     axis.set(xlim=(0, 1), ylim=(len(lines) - 0.5, -0.5))
-    for y, (text, a) in enumerate(lines):
-        if a is None:  # the prompt's, or a step that no completion drew
-            axis.text(0, y, text, family="monospace", color="0.35")
+    for y, (text, adv) in enumerate(lines):
+        words = {"family": "monospace", "va": "center", "parse_math": False}
+        if adv is None:  # the prompt's, or a step that was no pair of training
+            axis.text(0, y, text, color="0.35", **words)
         else:
-            box = {"facecolor": plt.get_cmap("RdYlGn")(0.5 + a / 2), "edgecolor": "none", "pad": 2}
-            axis.text(0, y, text, family="monospace", bbox=box)
-            axis.text(1, y, f"A = {a:+.2f}", family="monospace", ha="right")
-    figure.savefig(run / "solution.png", dpi=110, bbox_inches="tight")
-    print(run / "solution.png")
+            box = {"facecolor": colour(adv), "edgecolor": "none", "pad": 3}
+            axis.text(0, y, text, bbox=box, **words)
+            axis.text(1, y, f"A = {adv:+.2f}", ha="right", **words)
+    return figure
+
+
+def draw_tree(trees: list[TrainedTree], most: int = 10) -> Figure | None:
+    """The small tree that says most: states with counts and mean, steps with text and advantage.
+
+    Of trees of at most `most` nodes with a right and a wrong end, those with the most states that
+    were trained on; of these the one where even the least of the states' best steps stands out.
+    """
+    small = []
+    for tree in trees:
+        if len(tree.nodes) <= most and tree.outcomes() == {True, False}:
+            best = dict.fromkeys(tree.mean, -1.0)
+            for v, action in tree.action.items():
+                state = tree.nodes[v]["parent"]
+                best[state] = max(best[state], action["adv"])
+            small.append((len(best), min(best.values()), tree.id, tree))
+    if not small:
+        return None
+    *_, tree = max(small)
+    place = layout(tree)
+    rows = 1 + max(row for _, row in place.values())
+    columns = 1 + max(depth for depth, _ in place.values())
+    prompt = tree.nodes[0]["text"].strip().splitlines()
+    said = [
+        "at a state: how many of its completions are right",
+        "on a step: how often it was drawn,",
+    ]
+    said += ["Q = value of the state that it leads to,", "A = Q - mean Q of the state's draws"]
+    top = -0.55 - 0.27 * max(len(prompt), len(said))  # a row of the tree is 1, a line of text 0.27
+    figure = Figure(figsize=(3.7 * columns - 1.6, 1.15 * (rows - 0.5 - top)))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.axis("off")
+    axis.set(xlim=(-0.2, columns - 0.75), ylim=(rows - 0.5, top))
+    for i, text in enumerate(prompt):
+        words = {"family": "monospace", "va": "top", "parse_math": False}
+        axis.text(-0.2, top + 0.27 * i, short(text, 100), color="0.35", **words)
+    for i, text in enumerate(said):
+        words = {"ha": "right", "va": "top", "color": "0.35"}
+        axis.text(columns - 0.8, top + 0.27 * i, text, **words)
+    for v, (x, y) in place.items():
+        node, action = tree.nodes[v], tree.action.get(v)
+        if node["reward"] is not None:
+            text, edge = ("right", colour(1)) if node["reward"] >= 0.5 else ("wrong", colour(-1))
+        else:
+            text, edge = f"{node['wins']:g} of {node['n']} right", "0.3"
+            text += f"\nmean Q {tree.mean[v]:.2f}" if v in tree.mean else ""
+        box = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": edge, "lw": 2}
+        axis.text(x, y, text, bbox=box, ha="center", va="center", linespacing=1.4)
+        if v == 0:
+            continue
+        before, above = place[node["parent"]]
+        turn = (
+            before + 0.23
+        )  # the line leaves the state, turns up or down, and runs to the step's end
+        axis.plot([before, turn, turn, x], [above, above, y, y], color="0.6", zorder=0)
+        box = {"facecolor": colour(action and action["adv"]), "edgecolor": "none", "pad": 2.5}
+        words = {"family": "monospace", "bbox": box, "parse_math": False}
+        axis.text(turn + 0.03, y - 0.1, short(node["text"].strip(), 20), va="bottom", **words)
+        numbers = f"{node['draws']}x" if node["draws"] else "kept"
+        if action:
+            numbers += f"  Q {action['q']:.2f}  A {action['adv']:+.2f}"
+        axis.text(turn + 0.02, y + 0.1, numbers, va="top")
+    return figure
+
+
+def layout(tree: TrainedTree) -> dict[int, tuple[int, float]]:
+    """{node: (steps from the prompt, row)}: a leaf has its own row, a state its steps' middle one."""
+    place, free = {}, count()
+
+    def put(v: int, depth: int) -> float:
+        below = [u for u, node in enumerate(tree.nodes) if node["parent"] == v]
+        rows = [put(u, depth + 1) for u in below]
+        place[v] = depth, (rows[0] + rows[-1]) / 2 if rows else next(free)
+        return place[v][1]
+
+    put(0, 0)
+    return place
+
+
+def short(text: str, most: int) -> str:
+    """The text, or its beginning and three dots where it is longer than `most` characters."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+# ------------------------------------------------------------ the report: the page
+
+# No script runs and nothing is fetched, whatever a model wrote: all text is escaped, and the policy
+# forbids both should some escape have been forgotten.
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
+ style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 0 1rem 4rem;
+  color: #222; background: #fff }
+pre, table { font: 14px/1.5 ui-monospace, monospace; margin: 0 }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate }
+th, td { text-align: right; padding: 0 .6rem; white-space: nowrap }
+img { max-width: 100%; display: block; margin: 1rem 0 }
+details { border-top: 1px solid #ccc; padding: .4rem 0 }
+summary { cursor: pointer; overflow-wrap: anywhere }
+h3 { font-size: 1rem; margin: .8rem 0 .2rem }
+.wide { overflow-x: auto }
+.pair { display: grid; gap: 0 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)) }
+.step { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem;
+  padding: .1rem .4rem; margin-bottom: 2px }
+.right { border-left: 5px solid #009e73; padding-left: .5rem }
+.wrong { border-left: 5px solid #d55e00; padding-left: .5rem }
+.step span, .note { color: #444; font-size: 14px }
+</style>
+"""
+EXPLAINED = """Each step is coloured by its advantage A: green is better than the state's average step,
+orange is worse, grey was not trained on. "3 of 4 right": of the completions from the state after the
+step. Q is the value that training gave that state: the critic's V, the counts, or both (--kappa).
+A = Q - the mean Q of what was drawn at the state before (eq. 13)."""
+
+
+def page(run: Path, table, pictures: list[Path], iterations: list[str], trees) -> str:
+    """report.html: the table, the pictures inside it, ten test and ten training problems."""
+    problems = {}
+    for name in ("train.jsonl", "test.jsonl"):
+        if (run / name).exists():
+            problems |= {p["id"]: p for p in read_jsonl(run / name, ("id", "prompt"))}
+    title = f"Direct Advantage Policy Optimization: {escape(run.resolve().name)}"
+    parts = [PAGE, f"<title>{title}</title><h1>{title}</h1><div class='wide'><table>"]
+    for cells in [HEAD, *table]:
+        parts.append("<tr>" + "".join(f"<td>{escape(cell)}" for cell in cells))
+    parts.append("</table></div>")
+    for picture in pictures:
+        data = base64.b64encode(picture.read_bytes()).decode()
+        parts.append(f"<img alt='{picture.stem}' src='data:image/png;base64,{data}'>")
+    parts += test_part(run, iterations, problems)
+    both = [tree for tree in trees if tree.outcomes() == {True, False}][:10]
+    if both:
+        parts.append(f"<h2>Training problems</h2><p class='note'>{escape(EXPLAINED)} ")
+        parts.append("The first problems of iteration 1 that have a right and a wrong response.")
+    for tree in both:
+        parts.append(f"<details><summary>{escape(tree.id)}</summary>")
+        parts.append(question(problems.get(tree.id, {"prompt": tree.nodes[0]["text"]})))
+        parts.append("<div class='pair'>")
+        for wanted in (True, False):
+            responses = [r for r in tree.responses() if tree.right(r) == wanted]
+            parts.append(f"<div><h3>{'a right' if wanted else 'a wrong'} response</h3>")
+            parts += [step(tree, v) for v in max(responses, key=tree.spread)]
+            parts.append("</div>")
+        parts.append("</div></details>")
+    return "\n".join(parts)
+
+
+def test_part(run: Path, iterations: list[str], problems: dict[str, dict]) -> list[str]:
+    """Ten test problems with the greedy responses of the first actor and of the last, side by side."""
+    lines = {}
+    for name in {iterations[0]: None, iterations[-1]: None}:  # one, if there is no other
+        file = run / name / "eval.jsonl"
+        if not file.exists():
+            return []
+        lines[name] = {line["id"]: line for line in read_jsonl(file)}
+    before, after = lines[iterations[0]], lines[iterations[-1]]
+    groups = {(True, False): [], (False, True): [], (False, False): [], (True, True): []}
+    for problem, line in after.items():
+        if problem in before:
+            groups[before[problem]["correct"], line["correct"]].append(problem)
+    chosen = []
+    for turn in range(10):
+        for group in groups.values():
+            chosen += group[turn : turn + 1]
+    parts = [
+        "<h2>Test problems</h2><p class='note'>Greedy responses before training and after it. "
+    ]
+    parts.append("In turns: problems lost, gained, wrong both times and right both times, ")
+    parts.append("so this is no fair sample; the table above is.")
+    for problem in chosen[:10]:
+        verdicts = " → ".join(of[problem]["verdict"] for of in lines.values())
+        parts.append(f"<details><summary>{escape(problem)}: {escape(verdicts)}</summary>")
+        parts.append(question(problems.get(problem, {})) + "<div class='pair'>")
+        for name, of in lines.items():
+            line, sampled = of[problem], of[problem]["sampled"]
+            facts = [line["verdict"]] + ([] if line["finished"] else ["cut off"])
+            if sampled:
+                right = sum(response["correct"] for response in sampled)
+                facts.append(f"{right} of {len(sampled)} right at temperature 1")
+            parts.append(f"<div><h3>{escape(name)}: {escape(', '.join(facts))}</h3>")
+            parts.append(f"<div class='{'right' if line['correct'] else 'wrong'}'>")
+            parts.append(pre(line["text"]) + "</div></div>")
+        parts.append("</div></details>")
+    return parts
+
+
+def question(problem: dict) -> str:
+    """Prompt and gold answer of a problem, or its tests."""
+    gold = problem.get("answer")
+    if gold is None and problem.get("tests"):
+        gold = json.dumps(problem["tests"])
+    parts = ["<h3>prompt</h3>", pre(problem["prompt"])] if "prompt" in problem else []
+    if gold is not None:
+        parts += ["<h3>gold answer</h3>", pre(short(str(gold), 1000))]
+    return "".join(parts)
+
+
+def pre(text: str) -> str:
+    return f"<pre>{escape(text)}</pre>"
+
+
+def step(tree: TrainedTree, v: int) -> str:
+    """One step of a training problem's response: its text, what is known of it, and its colour."""
+    node, action = tree.nodes[v], tree.action.get(v)
+    known = [f"{node['wins']:g} of {node['n']} right"] if node["n"] else []
+    known += [f"Q {action['q']:.2f}", f"A {action['adv']:+.2f}"] if action else []
+    shade = colour(action and action["adv"])
+    numbers = f"<span>{' · '.join(known)}</span>"
+    return (
+        f"<div class='step' style='background:{shade}'>{pre(node['text'].rstrip())}{numbers}</div>"
+    )
 
 
 if __name__ == "__main__":
