@@ -22,6 +22,8 @@ import base64
 import dataclasses
 import json
 import math
+import textwrap
+import warnings
 from collections import Counter
 from html import escape
 from itertools import count, islice
@@ -293,6 +295,11 @@ def percents(interval: list[float], sign: str = "") -> str:
     return "[" + ", ".join(f"{x:{sign}.1%}" for x in interval) + "]"
 
 
+PICTURES = {  # their names, and what the page says above them
+    "report.png": "The course of training",
+    "tree.png": "A step tree of iteration 1",
+    "solution.png": "The response of iteration 1 whose advantages are the widest apart",
+}
 HEAD = ("", "greedy", "95 % interval", "T=1", "p vs base", "T=1 gain", "95 % interval ")
 
 
@@ -322,19 +329,17 @@ def report(run: Path):
     for cells in [HEAD, *table]:
         print("{:8}{:>8}{:>17}{:>9}{:>11}{:>10}{:>20}".format(*cells))
     trees = trained_trees(run / "iter1")
+    pictures = []
+    warnings.filterwarnings("ignore", "Glyph")  # a letter that the font lacks is drawn as a box
     with matplotlib.rc_context({"font.size": 14}):  # legible at half its size
-        pictures = {
-            "report.png": draw_report(run, rows),
-            "tree.png": draw_tree(trees),
-            "solution.png": draw_solution(trees),
-        }
-        pictures = {name: figure for name, figure in pictures.items() if figure}
-        for name, figure in pictures.items():
-            figure.savefig(run / name, dpi=110, bbox_inches="tight", facecolor="white")
-            print(run / name)
-    text = page(run, table, [run / name for name in pictures], [*rows], trees)
-    # lone surrogates, which a model's bytes may leave, have no UTF-8
-    replace(run / "report.html", lambda path: path.write_text(text, "utf-8", "replace"))
+        figures = (draw_report(run, rows), draw_tree(trees), draw_solution(trees))
+        for name, figure in zip(PICTURES, figures):
+            if figure is not None:
+                figure.savefig(run / name, dpi=110, bbox_inches="tight", facecolor="white")
+                pictures.append(run / name)
+                print(run / name)
+    text = page(run, table, pictures, [*rows], trees)
+    replace(run / "report.html", lambda path: path.write_text(text, "utf-8"))
     print(run / "report.html")
 
 
@@ -404,11 +409,12 @@ def draw_solution(trees: list[TrainedTree]) -> Figure | None:
                 best, path = tree, response
     if best is None:
         return None
-    lines = [(text, None) for text in [*best.nodes[0]["text"].strip().splitlines(), ""]]
+    lines = [(text, None) for text in [*wrapped(best.nodes[0]["text"], 72, 20), ""]]
     for v in path:
         adv = best.action[v]["adv"] if v in best.action else None
-        lines.append((best.nodes[v]["text"].strip(), adv))
-    figure = Figure(figsize=(8, 0.36 * len(lines)))
+        lines.append((short(best.nodes[v]["text"].strip("\n"), 72), adv))
+    width = max(len(text) for text, _ in lines)
+    figure = Figure(figsize=(0.125 * width + 2, 0.36 * len(lines)))
     axis = figure.add_axes((0, 0, 1, 1))
     axis.axis("off")
     axis.set(xlim=(0, 1), ylim=(len(lines) - 0.5, -0.5))
@@ -421,6 +427,12 @@ def draw_solution(trees: list[TrainedTree]) -> Figure | None:
             axis.text(0, y, text, bbox=box, **words)
             axis.text(1, y, f"A = {adv:+.2f}", ha="right", **words)
     return figure
+
+
+TREE_KEY = """at a state: how many of its completions are right
+on a step: how often it was drawn (kept: in a sample only),
+Q = value of the state that it leads to,
+A = Q - mean Q of the state's draws""".splitlines()
 
 
 def draw_tree(trees: list[TrainedTree], most: int = 10) -> Figure | None:
@@ -443,21 +455,18 @@ def draw_tree(trees: list[TrainedTree], most: int = 10) -> Figure | None:
     place = layout(tree)
     rows = 1 + max(row for _, row in place.values())
     columns = 1 + max(depth for depth, _ in place.values())
-    prompt = tree.nodes[0]["text"].strip().splitlines()
-    said = [
-        "at a state: how many of its completions are right",
-        "on a step: how often it was drawn,",
-    ]
-    said += ["Q = value of the state that it leads to,", "A = Q - mean Q of the state's draws"]
-    top = -0.55 - 0.27 * max(len(prompt), len(said))  # a row of the tree is 1, a line of text 0.27
+    prompt = wrapped(tree.nodes[0]["text"], 60, 8)
+    top = -0.55 - 0.27 * max(
+        len(prompt), len(TREE_KEY)
+    )  # a row of the tree is 1, a line of text 0.27
     figure = Figure(figsize=(3.7 * columns - 1.6, 1.15 * (rows - 0.5 - top)))
     axis = figure.add_axes((0, 0, 1, 1))
     axis.axis("off")
     axis.set(xlim=(-0.2, columns - 0.75), ylim=(rows - 0.5, top))
     for i, text in enumerate(prompt):
         words = {"family": "monospace", "va": "top", "parse_math": False}
-        axis.text(-0.2, top + 0.27 * i, short(text, 100), color="0.35", **words)
-    for i, text in enumerate(said):
+        axis.text(-0.2, top + 0.27 * i, text, color="0.35", **words)
+    for i, text in enumerate(TREE_KEY):
         words = {"ha": "right", "va": "top", "color": "0.35"}
         axis.text(columns - 0.8, top + 0.27 * i, text, **words)
     for v, (x, y) in place.items():
@@ -472,9 +481,7 @@ def draw_tree(trees: list[TrainedTree], most: int = 10) -> Figure | None:
         if v == 0:
             continue
         before, above = place[node["parent"]]
-        turn = (
-            before + 0.23
-        )  # the line leaves the state, turns up or down, and runs to the step's end
+        turn = before + 0.23  # where the line from the state turns up or down
         axis.plot([before, turn, turn, x], [above, above, y, y], color="0.6", zorder=0)
         box = {"facecolor": colour(action and action["adv"]), "edgecolor": "none", "pad": 2.5}
         words = {"family": "monospace", "bbox": box, "parse_math": False}
@@ -500,9 +507,23 @@ def layout(tree: TrainedTree) -> dict[int, tuple[int, float]]:
     return place
 
 
+def wrapped(text: str, width: int, most: int) -> list[str]:
+    """The lines of a text, long ones cut into several; of more than `most` the first ones."""
+    lines = []
+    for line in visible(text).strip().splitlines():
+        lines += textwrap.wrap(line, width) or [""]
+    return lines if len(lines) <= most else [*lines[: most - 1], "..."]
+
+
 def short(text: str, most: int) -> str:
     """The text, or its beginning and three dots where it is longer than `most` characters."""
+    text = visible(text)
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def visible(text: str) -> str:
+    """The text with control characters, lone surrogates and the like as a question mark."""
+    return "".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text)
 
 
 # ------------------------------------------------------------ the report: the page
@@ -520,7 +541,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; p
 pre, table { font: 14px/1.5 ui-monospace, monospace; margin: 0 }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate }
 th, td { text-align: right; padding: 0 .6rem; white-space: nowrap }
-img { max-width: 100%; display: block; margin: 1rem 0 }
+img { width: max(100%, 44rem); max-width: 88rem }
 details { border-top: 1px solid #ccc; padding: .4rem 0 }
 summary { cursor: pointer; overflow-wrap: anywhere }
 h3 { font-size: 1rem; margin: .8rem 0 .2rem }
@@ -530,7 +551,7 @@ h3 { font-size: 1rem; margin: .8rem 0 .2rem }
   padding: .1rem .4rem; margin-bottom: 2px }
 .right { border-left: 5px solid #009e73; padding-left: .5rem }
 .wrong { border-left: 5px solid #d55e00; padding-left: .5rem }
-.step span, .note { color: #444; font-size: 14px }
+.step span, .note { font-size: 14px }
 </style>
 """
 EXPLAINED = """Each step is coloured by its advantage A: green is better than the state's average step,
@@ -545,21 +566,23 @@ def page(run: Path, table, pictures: list[Path], iterations: list[str], trees) -
     for name in ("train.jsonl", "test.jsonl"):
         if (run / name).exists():
             problems |= {p["id"]: p for p in read_jsonl(run / name, ("id", "prompt"))}
-    title = f"Direct Advantage Policy Optimization: {escape(run.resolve().name)}"
+    title = f"Direct Advantage Policy Optimization: {safe(run.resolve().name)}"
     parts = [PAGE, f"<title>{title}</title><h1>{title}</h1><div class='wide'><table>"]
     for cells in [HEAD, *table]:
-        parts.append("<tr>" + "".join(f"<td>{escape(cell)}" for cell in cells))
+        parts.append("<tr>" + "".join(f"<td>{safe(cell)}" for cell in cells))
     parts.append("</table></div>")
     for picture in pictures:
         data = base64.b64encode(picture.read_bytes()).decode()
-        parts.append(f"<img alt='{picture.stem}' src='data:image/png;base64,{data}'>")
+        image = f"<img alt='{picture.name}' src='data:image/png;base64,{data}'>"
+        parts.append(f"<h2>{PICTURES[picture.name]}</h2><div class='wide'>{image}</div>")
     parts += test_part(run, iterations, problems)
     both = [tree for tree in trees if tree.outcomes() == {True, False}][:10]
     if both:
-        parts.append(f"<h2>Training problems</h2><p class='note'>{escape(EXPLAINED)} ")
+        parts.append(f"<h2>Training problems</h2><p class='note'>{safe(EXPLAINED)} ")
         parts.append("The first problems of iteration 1 that have a right and a wrong response.")
     for tree in both:
-        parts.append(f"<details><summary>{escape(tree.id)}</summary>")
+        shown = "open" if tree is both[0] else ""
+        parts.append(f"<details {shown}><summary>{safe(tree.id)}</summary>")
         parts.append(question(problems.get(tree.id, {"prompt": tree.nodes[0]["text"]})))
         parts.append("<div class='pair'>")
         for wanted in (True, False):
@@ -573,13 +596,13 @@ def page(run: Path, table, pictures: list[Path], iterations: list[str], trees) -
 
 def test_part(run: Path, iterations: list[str], problems: dict[str, dict]) -> list[str]:
     """Ten test problems with the greedy responses of the first actor and of the last, side by side."""
-    lines = {}
+    evaluated = {}
     for name in {iterations[0]: None, iterations[-1]: None}:  # one, if there is no other
         file = run / name / "eval.jsonl"
         if not file.exists():
             return []
-        lines[name] = {line["id"]: line for line in read_jsonl(file)}
-    before, after = lines[iterations[0]], lines[iterations[-1]]
+        evaluated[name] = {line["id"]: line for line in read_jsonl(file)}
+    before, after = evaluated[iterations[0]], evaluated[iterations[-1]]
     groups = {(True, False): [], (False, True): [], (False, False): [], (True, True): []}
     for problem, line in after.items():
         if problem in before:
@@ -589,21 +612,22 @@ def test_part(run: Path, iterations: list[str], problems: dict[str, dict]) -> li
         for group in groups.values():
             chosen += group[turn : turn + 1]
     parts = [
-        "<h2>Test problems</h2><p class='note'>Greedy responses before training and after it. "
+        f"<h2>Test problems</h2><p class='note'>Greedy responses of {' and '.join(evaluated)}, "
     ]
-    parts.append("In turns: problems lost, gained, wrong both times and right both times, ")
-    parts.append("so this is no fair sample; the table above is.")
+    parts.append("in turns of problems lost, gained, wrong both times and right both times: ")
+    parts.append("no fair sample, the table above is.")
     for problem in chosen[:10]:
-        verdicts = " → ".join(of[problem]["verdict"] for of in lines.values())
-        parts.append(f"<details><summary>{escape(problem)}: {escape(verdicts)}</summary>")
+        verdicts = " → ".join(lines[problem]["verdict"] for lines in evaluated.values())
+        shown = "open" if problem == chosen[0] else ""
+        parts.append(f"<details {shown}><summary>{safe(f'{problem}: {verdicts}')}</summary>")
         parts.append(question(problems.get(problem, {})) + "<div class='pair'>")
-        for name, of in lines.items():
-            line, sampled = of[problem], of[problem]["sampled"]
+        for name, lines in evaluated.items():
+            line, sampled = lines[problem], lines[problem]["sampled"]
             facts = [line["verdict"]] + ([] if line["finished"] else ["cut off"])
             if sampled:
                 right = sum(response["correct"] for response in sampled)
                 facts.append(f"{right} of {len(sampled)} right at temperature 1")
-            parts.append(f"<div><h3>{escape(name)}: {escape(', '.join(facts))}</h3>")
+            parts.append(f"<div><h3>{safe(name)}: {safe(', '.join(facts))}</h3>")
             parts.append(f"<div class='{'right' if line['correct'] else 'wrong'}'>")
             parts.append(pre(line["text"]) + "</div></div>")
         parts.append("</div></details>")
@@ -621,8 +645,13 @@ def question(problem: dict) -> str:
     return "".join(parts)
 
 
+def safe(text: str) -> str:
+    """Text for the page: nothing of it is read as HTML."""
+    return escape(visible(text))
+
+
 def pre(text: str) -> str:
-    return f"<pre>{escape(text)}</pre>"
+    return f"<pre>{safe(text)}</pre>"
 
 
 def step(tree: TrainedTree, v: int) -> str:
