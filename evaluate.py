@@ -459,7 +459,9 @@ def draw_tree(trees: list[TrainedTree], most: int = 10) -> Figure | None:
     top = -0.55 - 0.27 * max(
         len(prompt), len(TREE_KEY)
     )  # a row of the tree is 1, a line of text 0.27
-    figure = Figure(figsize=(3.7 * columns - 1.6, 1.15 * (rows - 0.5 - top)))
+    label = {v: short(tree.nodes[v]["text"].strip(), 22) for v in place if v}
+    inches = 1.2 + 0.16 * max(15, *map(len, label.values()))  # from one state to the next
+    figure = Figure(figsize=(inches * (columns - 0.55), 1.15 * (rows - 0.5 - top)))
     axis = figure.add_axes((0, 0, 1, 1))
     axis.axis("off")
     axis.set(xlim=(-0.2, columns - 0.75), ylim=(rows - 0.5, top))
@@ -485,7 +487,7 @@ def draw_tree(trees: list[TrainedTree], most: int = 10) -> Figure | None:
         axis.plot([before, turn, turn, x], [above, above, y, y], color="0.6", zorder=0)
         box = {"facecolor": colour(action and action["adv"]), "edgecolor": "none", "pad": 2.5}
         words = {"family": "monospace", "bbox": box, "parse_math": False}
-        axis.text(turn + 0.03, y - 0.1, short(node["text"].strip(), 20), va="bottom", **words)
+        axis.text(turn + 0.03, y - 0.1, label[v], va="bottom", **words)
         numbers = f"{node['draws']}x" if node["draws"] else "kept"
         if action:
             numbers += f"  Q {action['q']:.2f}  A {action['adv']:+.2f}"
@@ -537,13 +539,13 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 0 1rem 4rem;
-  color: #222; background: #fff }
+  color: #222; background: #fff; overflow-wrap: anywhere }
 pre, table { font: 14px/1.5 ui-monospace, monospace; margin: 0 }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate }
+pre { white-space: pre-wrap; unicode-bidi: isolate }
 th, td { text-align: right; padding: 0 .6rem; white-space: nowrap }
 img { width: max(100%, 44rem); max-width: 88rem }
 details { border-top: 1px solid #ccc; padding: .4rem 0 }
-summary { cursor: pointer; overflow-wrap: anywhere }
+summary { cursor: pointer }
 h3 { font-size: 1rem; margin: .8rem 0 .2rem }
 .wide { overflow-x: auto }
 .pair { display: grid; gap: 0 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)) }
@@ -636,13 +638,14 @@ def test_part(run: Path, iterations: list[str], problems: dict[str, dict]) -> li
 
 def question(problem: dict) -> str:
     """Prompt and gold answer of a problem, or its tests."""
-    gold = problem.get("answer")
-    if gold is None and problem.get("tests"):
-        gold = json.dumps(problem["tests"])
-    parts = ["<h3>prompt</h3>", pre(problem["prompt"])] if "prompt" in problem else []
-    if gold is not None:
-        parts += ["<h3>gold answer</h3>", pre(short(str(gold), 1000))]
-    return "".join(parts)
+    text = ""
+    if "prompt" in problem:
+        text += f"<h3>prompt</h3>{pre(problem['prompt'])}"
+    if problem.get("answer") is not None:
+        text += f"<h3>gold answer</h3>{pre(str(problem['answer']))}"
+    if problem.get("tests"):
+        text += f"<h3>tests</h3>{pre(short(json.dumps(problem['tests']), 1000))}"
+    return text
 
 
 def safe(text: str) -> str:
