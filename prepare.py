@@ -43,7 +43,6 @@ from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from functools import cache
 from importlib.metadata import version
-from itertools import product
 from pathlib import Path
 from types import EllipsisType
 from typing import NamedTuple, get_args
