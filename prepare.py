@@ -279,6 +279,20 @@ def differences(old: dict, new: dict) -> list[str]:
     return found
 
 
+def code_of(script: str) -> dict[str, str]:
+    """{file: hash} of a stage's script and of all that it imports from this folder."""
+    found, waiting = {}, [script]
+    while waiting:
+        name = waiting.pop()
+        path = Path(__file__).with_name(name)
+        if name not in found and path.exists():
+            text = path.read_text("utf-8")
+            found[name] = digest(text)[:16]
+            for module in re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE):
+                waiting.append(f"{module}.py")
+    return dict(sorted(found.items()))
+
+
 def changed_files(old: dict, new: dict) -> list[str]:
     """Names of the files of code that are not as they were; of an old manifest: the stage's own."""
     was, now = old["code"], new["code"]
@@ -302,6 +316,8 @@ class Stage:
     inputs    {name: path}; an input made by a stage must be complete and as that stage left it
     """
 
+    lock = None  # of the stage that this process runs
+
     def __init__(self, script: str, out, settings, inputs: dict):
         self.out, self.inputs, self.force = Path(out), inputs, settings.force
         self.path, self.work = Path(f"{out}.manifest.json"), Path(f"{out}.work")
@@ -310,18 +326,16 @@ class Stage:
             raise UserError(f"{out}: there already, and not by this pipeline; choose another --out")
         if self.out.resolve() in [Path(path).resolve() for path in inputs.values()]:
             raise UserError(f"{out}: is an input too; choose another --out")
-        code = {}
-        for name in sorted({script, "model.py", "prepare.py", "reward.py"}):
-            code[name] = digest(Path(__file__).with_name(name).read_text("utf-8"))[:16]
         flags = {
             k: v
             for k, v in asdict(settings).items()
             if k not in ("out", "force", "server", *inputs)
         }
+        self.defaults = {f.name: f.default for f in fields(settings) if f.name in flags}
         self.manifest = {
             "stage": script.removesuffix(".py"),
             "settings": flags,
-            "code": code,
+            "code": code_of(script),
             "grader": version("math-verify"),
             "inputs": {key: _checked_input(key, str(path)) for key, path in inputs.items()},
         }
@@ -335,6 +349,7 @@ class Stage:
         old = {} if self.force else read_manifest(self.out)
         if not old:
             return {}
+        old["settings"] = self.defaults | old["settings"]  # a flag younger than it had its default
         facts = self.manifest.get("facts", old["facts"])  # they come with `begin`
         if found := differences(old, self.manifest | {"facts": facts}):
             raise UserError(f"{self.out}: {found[0]}; --force starts over, or change --out")
@@ -373,7 +388,9 @@ class Stage:
     def _own_folder(self):
         """Lock the folder and make the output fit to go on from; with --force throw it away."""
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = (self.out.parent / ".lock").open("w")
+        if Stage.lock:  # a notebook's last stage may have ended in an error
+            Stage.lock.close()
+        self.lock = Stage.lock = (self.out.parent / ".lock").open("w")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -1309,8 +1326,9 @@ def load(spec: str, s: Settings, loaders: dict[str, Loader] = LOADERS) -> list[d
         for r in used:
             instruction = s.instruction
             if instruction is None:
-                instruction = INSTRUCTIONS[loaders[name].kind] if loaders[name].kind else ""
-            r["prompt"] = f"{r['prompt']}\n{instruction}".strip()
+                instruction = INSTRUCTIONS.get(loaders[name].kind)
+            if instruction:
+                r["prompt"] = f"{r['prompt']}\n{instruction}".strip()
         records += used
     return records
 

@@ -235,6 +235,8 @@ def stage(s: Settings):
         return
     join(s.offload)
     lm, head = load_critic(s.critic_model, train=True, dtype=s.dtype, new=True)
+    if lm.head is not lm.model.get_input_embeddings().weight:
+        lm.head.requires_grad_(False)  # V does not use it
     out.begin({"trees": sha256(Path(paths[-1]))})
     made = {read_manifest(path).get("facts", {}).get("tokenizer") for path in paths}
     if None in made or len(made) > 1:

@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+import toy
 
 from model import UserError
 from prepare import (
@@ -15,6 +16,7 @@ from prepare import (
     Settings,
     asdiv_demos,
     gsm8k_demos,
+    load,
     load_set,
     normalised_question,
     read_rows,
@@ -240,3 +242,37 @@ def test_asdiv_demos(formula, answer, response):
     else:
         prompt = ASDIV["body"] + " " + ASDIV["question"]
         assert asdiv_demos(row) == {"prompt": prompt, "response": response}
+
+
+MINE = {"prompt": " What is 2 + 2?\n\n", "answer": 4}
+CODE = {"prompt": "Write f.\n", "tests": {"kind": "stdin", "inputs": ["1"], "outputs": ["1"]}}
+PROMPTS = [  # set, row, --instruction, prompt
+    ("gsm8k", GSM8K, None, f"{GSM8K['question']}\n{INSTRUCTIONS['####']}"),
+    ("gsm8k", GSM8K, "", GSM8K["question"]),
+    ("gsm8k", GSM8K, "Think.", f"{GSM8K['question']}\nThink."),
+    ("math", MATH, None, f"{MATH['problem']}\n{INSTRUCTIONS['boxed']}"),
+    ("jsonl", MINE, None, MINE["prompt"]),  # a user's own prompts are left as they are
+    ("jsonl", MINE, "", MINE["prompt"]),
+    ("jsonl", MINE, "Think.", "What is 2 + 2?\n\n\nThink."),
+    ("jsonl", CODE, None, CODE["prompt"]),
+]
+
+
+@pytest.mark.parametrize("name, row, instruction, prompt", PROMPTS)
+def test_the_instruction_after_a_question(name, row, instruction, prompt, tmp_path):
+    path = write(tmp_path / "train.jsonl", [row])
+    settings = Settings(out="", instruction=instruction)
+    assert [p["prompt"] for p in load(f"{name}:{path}", settings)] == [prompt]
+
+
+def test_the_flag_tells_an_empty_instruction_from_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "train.jsonl", [GSM8K])
+    write(tmp_path / "test.jsonl", [GSM8K | {"question": "2 + 2?"}])
+    flags = "--train gsm8k:train.jsonl --test gsm8k:test.jsonl --valid_share 0"
+    for folder, more in (("default", []), ("empty", ["--instruction", ""])):
+        assert toy.stage("prepare.py", [*flags.split(), "--out", folder, *more])[0] == 0
+    line = json.loads((tmp_path / "default" / "test.jsonl").read_text())
+    assert line["prompt"] == f"2 + 2?\n{INSTRUCTIONS['####']}"
+    line = json.loads((tmp_path / "empty" / "test.jsonl").read_text())
+    assert line["prompt"] == "2 + 2?"

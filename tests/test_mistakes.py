@@ -1,5 +1,7 @@
 """What users do wrong: exit code 2, one line on stderr that names it, no traceback, nothing changed on disk."""
 
+import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -353,3 +355,18 @@ def test_as_a_user_would(flags, ready):
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("script", [S, L, C, A, E, P])
+def test_help_is_the_docstring_as_written_and_every_default(script, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    code, out, err = toy.stage(script, "--help")
+    assert code == 0 and not err
+    module = importlib.import_module(script[:-3])
+    assert f"\n\n{module.__doc__}" in out
+    assert "None" not in out and "(default: )" not in out
+    words = " ".join(out[out.index("options:") :].split())
+    for f in dataclasses.fields(module.Settings):
+        assert f"--{f.name} " in words and " ".join(f.metadata["help"].split()) in words
+        if f.default not in (dataclasses.MISSING, "", None):
+            assert f"{f.metadata['help']} (default: {f.default})" in words

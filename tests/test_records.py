@@ -195,6 +195,31 @@ def test_a_manifest_of_before_has_one_hash_of_code(work):
     assert code == 0 and f"made with another {S}" in out
 
 
+def test_a_flag_younger_than_the_manifest_had_its_default(work):
+    path = work / "run" / "samples.jsonl.manifest.json"
+    made = json.loads(path.read_text())
+    del made["settings"]["mixed"]
+    path.write_text(json.dumps(made))
+    assert toy.stage(S, toy.SAMPLE)[0] == 0
+    code, _, err = toy.stage(S, f"{toy.SAMPLE} --mixed")
+    assert code == 2 and "settings mixed was False, is True now" in err
+
+
+def test_a_stage_from_a_notebook(work, monkeypatch, capsys):
+    """No command line: stage(Settings(...)); an error leaves no lock that the corrected call meets."""
+    import sample
+
+    monkeypatch.setattr("sys.argv", ["notebook"])
+    flags = {"actor": "tiny", "problems": "problems.jsonl", "n1": 5, "n": 4}
+    with pytest.raises(UserError, match="max_new"):
+        sample.stage(sample.Settings(**flags, out="new/samples.jsonl", max_new=5000))
+    sample.stage(sample.Settings(**flags, out="new/samples.jsonl", max_new=10))
+    new, old = work / "new" / "samples.jsonl", work / "run" / "samples.jsonl"
+    assert new.read_bytes() == old.read_bytes()
+    with pytest.raises(UserError, match="stage was sample, is label_steps now"):
+        Stage(L, "new/samples.jsonl", Settings("new/samples.jsonl"), {})
+
+
 def test_differences():
     old = {"stage": "sample", "settings": {"n": 1, "gone": 2}, "inputs": {}, "facts": {"a": "x"}}
     new = {"stage": "sample", "settings": {"n": 3}, "inputs": {"p": "h"}, "facts": {"a": "x"}}
