@@ -577,9 +577,10 @@ def flex_agrees(lm: LM) -> bool:
                 out = TreeView(pack, lm.device, flex=flex)(0, *inputs, size**-0.5)
                 found.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
             for gathered, fused in zip(*found):
-                difference = (gathered.float() - fused.float()).abs().max()
-                if not difference <= tolerance * max(1.0, float(gathered.float().abs().max())):
-                    raise ValueError(f"{tokens} tokens differ by {float(difference):.1g}")
+                gathered, fused = gathered.detach().float(), fused.detach().float()
+                difference = float((gathered - fused).abs().max())
+                if not difference <= tolerance * max(1.0, float(gathered.abs().max())):
+                    raise ValueError(f"{tokens} tokens differ by {difference:.1g}")
     except Exception as e:  # noqa: BLE001  whatever a GPU's software does, numbers are right
         reason = str(e).strip().split("\n")[0]
         warnings.warn(f"flex_attention is not used, a slower form is ({reason})", stacklevel=1)
@@ -1209,7 +1210,7 @@ def memory(config, columns: int, tokens: int, rows: int, cards: int, offload: bo
     training = {
         "weights, gradients, moments": state,
         "gathered weights": 6 * count if offload else 4 * layer + 2 * (count - layers * layer),
-        "layers' inputs": wide * layers * tokens * width,
+        "layers' inputs": wide * (layers + 2) * tokens * width,  # the last norm keeps two more
         "one layer's activations": 4 * tokens * (4 * width + 3 * sizes + 4 * inner),
         "vocabulary blocks": 12 * 4096 * 8192 + 2 * vocabulary * width + 8 * tokens * width,
     }
