@@ -207,30 +207,44 @@ NAME = r"(?:[A-Za-z](?:\([a-z]\))?|\([a-z](?:,[a-z])+\))(?:=|\\in(?![a-z]) ?)(?!
 # Of rule 5; a hyphen within a word is no minus, and math-verify would read on after "answer" only.
 LITERAL = r"-?\d[\dA-Z.]*_\w+|(?:[A-Za-z' .]|(?<=[a-z]{2})-(?=[a-z]{2}))+|.*(?:\d:\d|(?<!_)\d \d|(?i:answer)).*"
 TEXT = r"\\(?:text\w*|mbox|mathrm|mathbf)\s*\{"
+# What `normalise` rewrites, in this order: (pattern, replacement). tests/test_math_grader.py has a
+# before and an after for each row.
 REWRITES = [
+    # Delimiters of mathematics, sizes of brackets, a leading equals sign.
     (r"(?<!\\)\\[()\[\]]|\\(?:displaystyle|left|right)(?![a-zA-Z])|^\s*(?:=|\\approx)", ""),
-    (r"^(-?)\$(?=[\d.,]+$)", r"\1\\$"),  # "$18" is money, "$18$" is math
+    # Dollars: "$18" is money and is marked so, "$18$" is mathematics.
+    (r"^(-?)\$(?=[\d.,]+$)", r"\1\\$"),
     (r"(?<!\\)\$", ""),
-    (r"(?:\{,\}|,\s*\\!\s*|(?<=\d)\\,)(?=\d{3})|\\!", ""),  # 10{,}000, 10,\!000 and 10\,000
+    # Thin spaces and braces between thousands: 10{,}000, 10,\!000 and 10\,000.
+    (r"(?:\{,\}|,\s*\\!\s*|(?<=\d)\\,)(?=\d{3})|\\!", ""),
+    # Spacing commands.
     (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-z])", " "),
+    # Lists: "and", "or" and semicolons are commas.
     (rf",?\s*(?:{TEXT}[\s,]*(?:and|or)\s*\}}|\b(?:and|or)\b)\s*,?|;", ","),
-    (r"(?<=\d) +\( *([A-Za-z][A-Za-z' /.-]*)\)$", r"\\text{\1}"),  # ASDiv's "9 (apples)"
+    # Text and units: ASDiv's "9 (apples)", \text{cm}; money, percent and degrees are units too.
+    (r"(?<=\d) +\( *([A-Za-z][A-Za-z' /.-]*)\)$", r"\\text{\1}"),
     (rf"{TEXT}([^{{}}]*)\}}", lambda m: f" {UNITS.get(m[1].strip(), m[1])} "),
     (r"^(-?)\s*\\\$\s*(.*)", r"\1\2 dollar"),
     (r"\\?%", " percent "),
     (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°", " degree "),
     (r"(?i)\s*\b([ap])\.?m\b\.?", r" \1m"),
+    # Fractions and roots get their braces.
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\frac\s*(\\[a-zA-Z]+|[^\s{\\])", r"\\frac{\1}"),
     (r"(\\frac\{[^{}]*\})\s*(\\[a-zA-Z]+|[^\s{\\])", r"\1{\2}"),
     (r"\\sqrt\s*([^\s{\[\\])", r"\\sqrt{\1}"),
+    # Products and powers of ten.
     (r"\\times|\*", r"\\cdot "),
     (r"(\d)[eE]([+-]?\d+)(?!\w)", r"\1\\cdot 10^{\2}"),
-    (r"\bnp\.", r"\\"),  # Minerva's np.arcsin(10/13)
+    # Minerva's np.arcsin(10/13); the base of a number.
+    (r"\bnp\.", r"\\"),
     (r"_\{(\w+)\}", r"_\1"),
+    # Commas between thousands.
     (r"^-?\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", "")),
+    # White space where nothing needs it, and what ends a sentence.
     (r"\s+", " "),
     (r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])|[.,]+$", ""),
+    # The letter of a choice; words in any case.
     (r"^\(([A-Z])\)$", r"\1"),
     (r"^[A-Za-z' .-]{2,}$", lambda m: m[0].casefold()),
 ]

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import resource
 import select
 import signal
@@ -318,3 +319,70 @@ def watch(pid):
     """-> a function that waits for the process to end, at most 30 s, and says whether it did."""
     fd = os.pidfd_open(int(pid))
     return lambda *_: bool(select.select([fd], [], [], 30)[0])
+
+
+BEFORE_AND_AFTER = [  # a row each of REWRITES, in its order: what that row alone makes of a text
+    (r"\left( x \right)", "( x )"),
+    ("$18", r"\$18"),
+    ("$18$", "18"),
+    (r"10{,}000", "10000"),
+    (r"a\; b", "a  b"),
+    ("1 and 2", "1,2"),
+    ("9 (apples)", r"9\text{apples}"),
+    (r"5\text{cm}", "5 centimeter "),
+    (r"\$5", "5 dollar"),
+    (r"50\%", "50 percent "),
+    (r"90^\circ", "90 degree "),
+    ("3 p.m.", "3 pm"),
+    (r"\dfrac12", r"\frac12"),
+    (r"\frac12", r"\frac{1}2"),
+    (r"\frac{1}2", r"\frac{1}{2}"),
+    (r"\sqrt2", r"\sqrt{2}"),
+    (r"2 \times 3", r"2 \cdot  3"),
+    ("4.5e33", r"4.5\cdot 10^{33}"),
+    ("np.arcsin(x)", r"\arcsin(x)"),
+    ("25_{16}", "25_16"),
+    ("1,234", "1234"),
+    ("a  b", "a b"),
+    ("x + 1.", "x+1"),
+    ("(C)", "C"),
+    ("Tuesday", "tuesday"),
+]
+
+
+@pytest.mark.parametrize("row", range(len(reward.REWRITES)))
+def test_each_rewrite_does_what_it_is_for(row):
+    before, after = BEFORE_AND_AFTER[row]
+    pattern, replacement = reward.REWRITES[row]
+    assert re.sub(pattern, replacement, before, flags=re.DOTALL) == after
+    others = [r for i, r in enumerate(reward.REWRITES) if i != row]
+    text = before
+    for pattern, replacement in others:  # and no other row does it
+        text = re.sub(pattern, replacement, text.strip(), flags=re.DOTALL)
+    assert text != normalise(before)
+
+
+def test_each_rewrite_has_a_before_and_an_after():
+    assert len(BEFORE_AND_AFTER) == len(reward.REWRITES)
+
+
+def test_one_function_is_the_reward_of_every_stage(monkeypatch):
+    """A fork that replaces the body of `reward` gets its numbers in records and in evaluation."""
+
+    class Words:
+        eos = (0,)
+
+        def text(self, ids):
+            return "#### " + " ".join(str(i) for i in ids[:-1])
+
+    problems = [{"id": 1, "answer": "5"}] * 3
+    responses = [[5, 0], [6, 0], [5, 7]]
+    graded = reward.grade_ids(Words(), problems, responses, False)
+    assert [g["reward"] for g in graded] == [1, 0, 0]
+    assert [type(g["reward"]) for g in graded] == [int, int, int]  # files of 0 and 1 look as before
+    assert [g["correct"] for g in graded] == [True, False, False]
+    assert [g["finished"] for g in graded] == [True, True, False]
+    monkeypatch.setattr(reward, "reward", lambda problem, text, unsafe: len(text) / 10)
+    graded = reward.grade_ids(Words(), problems, responses, False)
+    assert [g["reward"] for g in graded] == [0.6, 0.6, 0]
+    assert [g["verdict"] for g in graded] == ["right", "wrong", "right"]
