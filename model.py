@@ -33,6 +33,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+# A stage's lines are the only ones on the screen, whoever loads or saves a model in it.
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
 BLOCK = 64  # queries that share one gathered key set (tree attention on the CPU)
 
 
@@ -58,8 +62,6 @@ class LM:
     """
 
     def __init__(self, path: str, train: bool = False, device: str | None = None, dtype: str = ""):
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
         # here, not on import: it takes seconds, and a stage that is complete should say so at once
         transformers.AttentionInterface.register("dapo", attend)
         self.path = str(path)
