@@ -225,23 +225,39 @@ def respond(lm: LM, critic: tuple | None, problems: list[dict], s: Settings) -> 
     responses = draw_rows(lm, prefixes, greedy, 0.0, s.batch) + drawn
     owners = [problems[j] for j, *_ in greedy + rows]
     graded = grade_ids(lm, owners, responses, s.unsafe)
-    lines = [{"id": p["id"], **g, "sampled": []} for p, g in zip(problems, graded)]
+    told = ("text", "prediction", "correct", "verdict", "finished")
+    lines = []
+    for p, g in zip(problems, graded):
+        lines.append({"id": p["id"]} | {k: g[k] for k in told} | {"sampled": []})
     for (j, *_), g in zip(rows, graded[len(problems) :]):
         lines[j]["sampled"].append({k: g[k] for k in ("text", "prediction", "correct")})
-    if critic:  # of the sampled responses the one with the highest V before its last step
-        trees = [
-            {"id": p["id"], "prompt_ids": ids, "nodes": [{"parent": -1, "reward": None}]}
-            for p, ids in zip(problems, prompts)
-        ]
-        state = [[] for _ in problems]  # of each sampled response: its node, 0 if it has one step
-        for (j, *_), ids in zip(rows, drawn):
-            before, nodes = ids[: [0, *lm.step_ends(ids)][-2]], trees[j]["nodes"]
-            nodes += [{"parent": 0, "ids": before, "reward": None}] if before else []
-            state[j].append(len(nodes) - 1 if before else 0)
-        for line, at, value in zip(lines, state, tree_values(*critic, trees, False, 8192)):
-            best = max(range(len(at)), key=lambda k: value[at[k]])
-            line["by_critic"] = line["sampled"][best]["correct"]
+    if critic:
+        chosen = best_by_critic(lm, critic, problems, prompts, drawn)
+        for line, k in zip(lines, chosen):
+            line["by_critic"] = line["sampled"][k]["correct"]
     return lines
+
+
+def best_by_critic(lm: LM, critic: tuple, problems, prompts, drawn: list[list[int]]) -> list[int]:
+    """Of each problem's responses the number of the one with the highest V before its last step.
+
+    drawn: token ids, as many responses of each problem in turn. One of one step: V of the prompt.
+    """
+    trees, states, samples = [], [], len(drawn) // len(problems)
+    for j, problem in enumerate(problems):
+        nodes, state = [{"parent": -1, "reward": None}], []  # state: a response's node
+        for ids in drawn[j * samples : (j + 1) * samples]:
+            ends = lm.step_ends(ids)
+            if len(ends) > 1:
+                nodes.append({"parent": 0, "ids": ids[: ends[-2]], "reward": None})
+            state.append(len(nodes) - 1 if len(ends) > 1 else 0)
+        trees.append({"id": problem["id"], "prompt_ids": prompts[j], "nodes": nodes})
+        states.append(state)
+    chosen = []
+    for state, value in zip(states, tree_values(*critic, trees, False, 8192)):
+        values = [value[v] for v in state]
+        chosen.append(values.index(max(values)))
+    return chosen
 
 
 # ------------------------------------------------------------ the report: from a run's files
