@@ -57,8 +57,10 @@ from sample import Server, respond, work_through
 def wilson(right: int, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share. 8 of 10 -> (0.490, 0.943)"""
     z, p = 1.959964, right / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (middle - half) / (1 + z * z / n)), (middle + half) / (1 + z * z / n)
+    middle = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (middle - half) / scale), (middle + half) / scale
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -75,7 +77,11 @@ def bootstrap(difference: np.ndarray) -> tuple[float, float]:
 
 
 def paired(new: list[float], old: list[float]) -> dict:
-    """How far `new` is above `old`, two scores of the same problems."""
+    """How far `new` is above `old`, two scores of the same problems in the same order.
+
+    difference, interval    mean of new - old and its bootstrap interval
+    gained, lost, p         problems whose score rose, or fell, and McNemar's test of these two
+    """
     difference = np.array(new, float) - np.array(old, float)
     gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
     figures = {"difference": float(difference.mean()), "interval": bootstrap(difference)}
@@ -83,43 +89,55 @@ def paired(new: list[float], old: list[float]) -> dict:
 
 
 def pass_at(k: int, n: int, right: int) -> float:
-    """Unbiased chance that one of k draws is right, from n draws with `right` right ones."""
+    """Unbiased chance that one of k draws is right, from n draws with `right` right ones.
+
+    k 2, n 4, right 1 -> 1 - 3 / 6 = 0.5: of the six pairs, three miss the right one
+    """
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def majority(sampled: list[dict]) -> bool:
     """Is the most frequent answer right? Equal numbers are one answer, however they are written."""
 
-    def vote(x):
-        value = exact_number(x["prediction"])
-        return normalise(x["prediction"]) if value is None else value
+    def vote(response):
+        value = exact_number(response["prediction"])
+        return normalise(response["prediction"]) if value is None else value
 
-    votes = Counter(vote(x) for x in sampled if x["prediction"])
+    answered = [response for response in sampled if response["prediction"]]
+    votes = Counter(vote(response) for response in answered)
     winner = max(votes, key=votes.get, default=None)
-    return any(x["correct"] and vote(x) == winner for x in sampled if x["prediction"])
+    return any(response["correct"] and vote(response) == winner for response in answered)
 
 
 def summarise(lines: list[dict], other: dict[str, dict]) -> dict:
-    """The figures of one test set; `other`: another actor's lines by id, to compare with."""
-    n, k, right = len(lines), len(lines[0]["sampled"]), sum(x["correct"] for x in lines)
-    verdicts = Counter(x["verdict"] for x in lines)
+    """The figures of one test set from its lines of eval.jsonl.
+
+    cut_off, unparsed    shares of the greedy responses without an end, and without an answer
+    sampled, k           share of right ones among the k responses a problem at temperature 1
+    against              the difference to `other`, another actor's lines by id (`paired`)
+    """
+    n, k = len(lines), len(lines[0]["sampled"])
+    right = sum(line["correct"] for line in lines)
+    verdicts = Counter(line["verdict"] for line in lines)
     row = {"n": n, "accuracy": right / n, "interval": wilson(right, n)}
-    row["cut_off"] = sum(not x["finished"] for x in lines) / n
+    row["cut_off"] = sum(not line["finished"] for line in lines) / n
     row |= {"unparsed": verdicts["no answer"] / n, "verdicts": dict(verdicts)}
-    wins = [sum(s["correct"] for s in x["sampled"]) for x in lines]
+    wins = [sum(response["correct"] for response in line["sampled"]) for line in lines]
     if k:
         row |= {"k": k, "sampled": sum(wins) / (n * k)}
-        row["maj"] = sum(majority(x["sampled"]) for x in lines) / n
-        for j in (2**i for i in range(1, k.bit_length())):
-            row[f"pass@{j}"] = sum(pass_at(j, k, w) for w in wins) / n
+        row["maj"] = sum(majority(line["sampled"]) for line in lines) / n
+        draws = 2
+        while draws <= k:
+            row[f"pass@{draws}"] = sum(pass_at(draws, k, w) for w in wins) / n
+            draws *= 2
         if "by_critic" in lines[0]:
-            row["best_of_k_by_critic"] = sum(x["by_critic"] for x in lines) / n
+            row["best_of_k_by_critic"] = sum(line["by_critic"] for line in lines) / n
     if other:
-        old = [other[x["id"]] for x in lines]
-        greedy = paired([x["correct"] for x in lines], [x["correct"] for x in old])
+        old = [other[line["id"]] for line in lines]
+        greedy = paired([line["correct"] for line in lines], [line["correct"] for line in old])
         row["against"] = {"greedy": greedy}
         if k and len(old[0]["sampled"]) == k:
-            before = [sum(s["correct"] for s in x["sampled"]) / k for x in old]
+            before = [sum(r["correct"] for r in line["sampled"]) / k for line in old]
             rates = paired([w / k for w in wins], before)
             row["against"]["sampled"] = {key: rates[key] for key in ("difference", "interval")}
     return row
