@@ -39,6 +39,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+# A stage's lines are the only ones on the screen, whoever loads or saves a model in it.
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 

@@ -9,6 +9,8 @@
 #
 # Each stage has a variable for its flags (SAMPLE, LABEL, CRITIC, ACTOR, EVALUATE, and LENGTH for all that draw); a stage
 # without one keeps its own defaults, the paper's. Started again, the run goes on where it stopped.
+# A GPU box:  LAUNCH="torchrun --nproc-per-node 8" trains on eight cards; ENGINE="vllm serve" starts a server with each
+# actor for sampling, labelling and evaluation, and ends it before training; SERVER=http://... uses one that is there.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -29,6 +31,32 @@ RUN=${RUN-runs/own}
 ITERATIONS=${ITERATIONS-1}
 PROBLEMS=${PROBLEMS-0} # 0: all of them in each iteration
 LENGTH=${LENGTH-}
+LAUNCH=${LAUNCH-python}
+PORT=${PORT-8000} # of the server that ENGINE starts
+
+# Start a server of model $1 and wait until it answers, if ENGINE is set.
+start_engine() {
+  if [ -z "${ENGINE-}" ]; then return; fi
+  SERVER=http://127.0.0.1:$PORT
+  mkdir -p "$RUN"
+  $ENGINE "$1" --port "$PORT" > "$RUN/engine.log" 2>&1 &
+  engine=$!
+  trap 'kill $engine 2> /dev/null || true' EXIT
+  until python -c "import urllib.request as r; r.urlopen('$SERVER/v1/models')" 2> /dev/null; do
+    if ! kill -0 $engine 2> /dev/null; then
+      echo "error: run.sh: the engine ended, see $RUN/engine.log" >&2
+      exit 1
+    fi
+    sleep 2
+  done
+}
+
+# End it, so that training has the memory: only a process that has ended frees all of it.
+end_engine() {
+  if [ -z "${ENGINE-}" ]; then return; fi
+  kill $engine
+  wait $engine || true
+}
 
 headline() { printf '\n== %s\n' "$*"; }
 
@@ -42,25 +70,30 @@ if [ -z "${BASE-}" ] && [ ! -d "$actor" ]; then
 fi
 critic=${CRITIC_MODEL:-$actor}
 headline "Iteration 0: evaluate the base model"
-python evaluate.py --actor "$actor" --problems "$RUN/test.jsonl" --out "$RUN/iter0/eval.jsonl" $LENGTH ${EVALUATE-}
+start_engine "$actor"
+python evaluate.py --actor "$actor" --problems "$RUN/test.jsonl" --out "$RUN/iter0/eval.jsonl" ${SERVER:+--server "$SERVER"} \
+  $LENGTH ${EVALUATE-}
 for i in $(seq "$ITERATIONS"); do
   it=$RUN/iter$i
   headline "Iteration $i, A.1: sample responses"
   python sample.py --actor "$actor" --problems "$RUN/train.jsonl" --out "$it/samples.jsonl" --seed "$SEED$i" \
-    --first $(((i - 1) * PROBLEMS)) --limit "$PROBLEMS" $LENGTH ${SAMPLE-}
+    --first $(((i - 1) * PROBLEMS)) --limit "$PROBLEMS" ${SERVER:+--server "$SERVER"} $LENGTH ${SAMPLE-}
   headline "Iteration $i, A.2: label their steps"
   python label_steps.py --actor "$actor" --problems "$RUN/train.jsonl" --samples "$it/samples.jsonl" \
-    --out "$it/trees.jsonl" --seed "$SEED$i" $LENGTH ${LABEL-}
+    --out "$it/trees.jsonl" --seed "$SEED$i" ${SERVER:+--server "$SERVER"} $LENGTH ${LABEL-}
+  end_engine
   headline "Iteration $i, A.3: train the critic"
-  python train_critic.py --trees "$it/trees.jsonl" --critic_model "$critic" --out "$it/critic" --seed "$SEED" ${CRITIC-}
+  $LAUNCH train_critic.py --trees "$it/trees.jsonl" --critic_model "$critic" --out "$it/critic" --seed "$SEED" ${CRITIC-}
   headline "Iteration $i, B: advantages, train the actor"
-  python train_actor.py --actor "$actor" --trees "$it/trees.jsonl" --critic "$it/critic" --out "$it/actor" \
+  $LAUNCH train_actor.py --actor "$actor" --trees "$it/trees.jsonl" --critic "$it/critic" --out "$it/actor" \
     --seed "$SEED" ${ACTOR-}
   actor=$it/actor critic=$it/critic
   headline "Iteration $i: evaluate"
+  start_engine "$actor"
   python evaluate.py --actor "$actor" --problems "$RUN/test.jsonl" --out "$it/eval.jsonl" \
-    --against "$RUN/iter0/eval.jsonl" $LENGTH ${EVALUATE-}
+    --against "$RUN/iter0/eval.jsonl" ${SERVER:+--server "$SERVER"} $LENGTH ${EVALUATE-}
 done
+end_engine
 headline "Report"
 python evaluate.py --report "$RUN"
 headline "Next, on the same trees: the counts alone, without the critic (README.md has more to change)"
