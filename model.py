@@ -8,7 +8,7 @@ Read from top to bottom:
   step_logprobs, step_values, step_advantages   the three quantities of the paper, a number a step
   fit               the training loop: accumulation, NaN check, metrics, exact resume
   join, shard       the same on several cards (torchrun, FSDP2), or on one with the host's memory
-  memory            what a model needs in every stage: python model.py MODEL --cards 8 --gigabytes 80
+  memory            what a model needs in every stage: python model.py MODEL --cards 8 --memory 80
 
 Sizes: N tokens of a pack, M scored nodes, S states, B rows of a batch, T columns, V vocabulary,
 d width, L layers, G key/value heads, R query heads a key/value head, D head size.
@@ -909,7 +909,8 @@ def shard(lm: LM, head: torch.nn.Module | None = None, offload: bool = False):
 
     mesh = init_device_mesh(lm.device, (world(),), mesh_dim_names=("shard",))
     narrow = torch.bfloat16 if lm.in_bfloat16 else None
-    flags = {"mesh": mesh, "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
+    place = CPUOffloadPolicy(torch.cuda.is_available()) if offload else OffloadPolicy()
+    flags = {"mesh": mesh, "offload_policy": place}
     precise = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32)
     flags["reshard_after_forward"] = not offload  # offloaded weights go up once a step, not a pack
     for layer in lm.decoder.layers:
@@ -1222,20 +1223,40 @@ def memory(config, columns: int, tokens: int, rows: int, cards: int, offload: bo
     return {"sampling": sampling, "training": training, "host": host, "disk": disk}
 
 
+def require_memory(path: str, tokens: int, offload: bool, card: float | None = None):
+    """Refuse training that cannot fit, before anything is loaded. card: bytes of one, by default
+    this machine's; without one nothing is refused."""
+    if card is None and torch.cuda.is_available():
+        card = torch.cuda.mem_get_info()[1]
+    if card is None:
+        return
+    config = transformers.AutoConfig.from_pretrained(path)
+    found = memory(config, 0, tokens, 0, world(), offload)
+    need, host = sum(found["training"].values()), sum(found["host"].values())
+    if need > 0.92 * card:
+        other = "a smaller --budget" if offload else "torchrun with more cards, --offload"
+        each = f"{need / 1e9:.0f} GB of each card, which has {card / 1e9:.0f}"
+        raise UserError(f"{path}: training needs {each}; mend it by {other}")
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if host > have:
+        wrong = f"--offload needs {host / 1e9:.0f} GB of the host's memory, which has"
+        raise UserError(f"{path}: {wrong} {have / 1e9:.0f}; mend it by torchrun with more cards")
+
+
 def print_memory(arguments: list[str]):
-    """python model.py MODEL [--cards N] [--gigabytes G] [--columns C] [--tokens T] [--rows R]"""
+    """python model.py MODEL [--cards N] [--memory GB] [--columns C] [--tokens T] [--rows R]"""
     import argparse
 
     parser = argparse.ArgumentParser(description="What a model needs of memory in every stage.")
     parser.add_argument("model", help="a folder or hub id; only its config is read")
     parser.add_argument("--cards", type=int, default=1, help="that training is sharded over")
-    parser.add_argument("--gigabytes", type=float, default=80.0, help="of one card")
+    parser.add_argument("--memory", type=float, default=80.0, help="of one card")
     parser.add_argument("--columns", type=int, default=2448, help="tokens of prompt and response")
     parser.add_argument("--tokens", type=int, default=8192, help="of a pack, --budget")
     parser.add_argument("--rows", type=int, default=256, help="decoded at once, --batch")
     s = parser.parse_args(arguments)
     config = transformers.AutoConfig.from_pretrained(s.model)
-    print(f"{s.model}, GB on each of {s.cards} card(s) of {s.gigabytes:.0f} GB")
+    print(f"{s.model}, GB on each of {s.cards} card(s) of {s.memory:.0f} GB")
     for offload in (False, True):
         found = memory(config, s.columns, s.tokens, s.rows, s.cards, offload)
         for stage, parts in found.items():
@@ -1246,7 +1267,7 @@ def print_memory(arguments: list[str]):
             listed = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items())
             verdict = ""
             if stage in ("sampling", "training"):
-                fits = total < 0.92 * s.gigabytes  # the rest: kernels, fragments
+                fits = total < 0.92 * s.memory  # the rest: kernels, fragments
                 help = {"sampling": "--batch is lowered to what fits"}
                 help["training"] = "more cards, --offload, or a smaller --budget"
                 verdict = " fits" if fits else f" does not fit: {help[stage]}"

@@ -44,6 +44,7 @@ from model import (
     rank,
     record_tree,
     replace,
+    require_memory,
     shard,
     step_advantages,
     step_logprobs,
@@ -226,6 +227,7 @@ def stage(s: Settings):
     if out.complete:
         return
     join(s.offload)
+    require_memory(s.actor, s.budget, s.offload)
     lm = LM(s.actor, train=True, dtype=s.dtype)
     facts = tokenizer_facts(lm)
     out.begin(facts, {"actor": fingerprint(s.actor), "trees": sha256(Path(s.trees)), **facts})

@@ -44,6 +44,7 @@ from model import (
     rank,
     record_tree,
     replace,
+    require_memory,
     shard,
     tree_values,
     whole_batches,
@@ -234,6 +235,7 @@ def stage(s: Settings):
     if out.complete:
         return
     join(s.offload)
+    require_memory(s.critic_model, s.budget, s.offload)
     lm, head = load_critic(s.critic_model, train=True, dtype=s.dtype, new=True)
     if lm.head is not lm.model.get_input_embeddings().weight:
         lm.head.requires_grad_(False)  # V does not use it

@@ -416,11 +416,17 @@ def test_the_memory_table_is_what_a_small_model_takes(build, tied, tmp_path):
 
 def test_the_memory_command(build, capsys):
     path = build(hf.LlamaConfig, {"num_key_value_heads": 2}, BIGGER)
-    model.print_memory([str(path), "--cards", "8", "--gigabytes", "80"])
+    model.print_memory([str(path), "--cards", "8", "--memory", "80"])
     out = capsys.readouterr().out
     assert out.count(" fits (") == 3 and "does not fit" not in out
-    model.print_memory([str(path), "--gigabytes", "0.001"])
+    model.print_memory([str(path), "--memory", "0.001"])
     assert "does not fit: more cards, --offload, or a smaller --budget" in capsys.readouterr().out
+    model.require_memory(path, 8192, False)  # no card, no refusal
+    model.require_memory(path, 8192, False, 80e9)
+    with pytest.raises(UserError, match=r"needs \d+ GB of each card, which has 0; .*--offload"):
+        model.require_memory(path, 8192, False, 1e6)
+    with pytest.raises(UserError, match="--budget"):
+        model.require_memory(path, 8192, True, 1e6)
 
 
 @pytest.mark.parametrize("name", ["llama, GQA, tied", "qwen2, MQA, biases"])
