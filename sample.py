@@ -299,7 +299,7 @@ class Server:
     pause = 1.0  # seconds that a server rests after a fault, doubled with each further one
 
     def __init__(self, urls: str, lm: LM):
-        self.lm, self.faults = lm, {}
+        self.lm, self.faults, self.names = lm, {}, {}
         self.seats = queue.PriorityQueue()  # (when it may be used, number, url): free requests
         for url in [url.strip().rstrip("/") for url in urls.split(",")]:
             self.faults[url] = 0
@@ -310,21 +310,27 @@ class Server:
     def _check(self, url: str):
         """Refuse a server that serves another model, or gives no token ids."""
         try:
-            models = self._ask(url, "/v1/models")["data"]
+            self._name_of_model(url)
         except (OSError, http.client.HTTPException, ValueError, LookupError, Fault) as e:
             raise ConnectionError(f"{url}: no list of models ({e}); is the server up?") from e
-        own = {self.lm.path, str(Path(self.lm.path).resolve()), fingerprint(self.lm.path)[:16]}
-        served = set()
-        for model in models:
-            served |= {model.get("id"), model.get("root")}
-        if not served & own:
-            names = ", ".join(sorted(str(name) for name in served if name))
-            raise UserError(f"{url}: serves {names}, not {self.lm.path}; start it with that folder")
-        self.model = next(m["id"] for m in models if {m.get("id"), m.get("root")} & own)
         try:
             self._complete(url, [self.lm.eos[0]], 1, 1, 0.0)
         except Fault as e:
             raise UserError(f"{url}: {e}; a server that returns token ids is needed") from e
+
+    def _name_of_model(self, url: str) -> str:
+        """What the server calls the actor: it is known by its path, or by its weights' fingerprint."""
+        models = self._ask(url, "/v1/models")["data"]
+        own = {self.lm.path, str(Path(self.lm.path).resolve()), fingerprint(self.lm.path)[:16]}
+        served = set()
+        for model in models:
+            names = {model.get("id"), model.get("root")}
+            if names & own:
+                self.names[url] = model["id"]
+                return model["id"]
+            served |= names
+        others = ", ".join(sorted(str(name) for name in served if name))
+        raise UserError(f"{url}: serves {others}, not {self.lm.path}; start it with that folder")
 
     def _ask(self, url: str, path: str, question: dict | None = None) -> dict:
         data = None if question is None else json.dumps(question).encode()
@@ -341,7 +347,7 @@ class Server:
     def _complete(self, url, prompt: list[int], count: int, room: int, temperature) -> list:
         """Up to `count` continuations of a prompt; Fault if the answer is not to be trusted."""
         question = {
-            "model": self.model, "prompt": prompt, "n": count, "max_tokens": room,
+            "model": self.names[url], "prompt": prompt, "n": count, "max_tokens": room,
             "temperature": temperature, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0,
             "ignore_eos": False, "stop_token_ids": self.lm.eos, "return_token_ids": True,
         }  # fmt: skip
@@ -374,9 +380,11 @@ class Server:
             time.sleep(max(0.0, usable - time.monotonic()))
             rest = 0.0
             try:
+                if self.faults[url]:  # it may have been started anew, with another model
+                    self._name_of_model(url)
                 drawn += self._complete(url, prompt, count - len(drawn), room, temperature)
                 self.faults[url] = 0
-            except (OSError, http.client.HTTPException, ValueError, Fault) as e:
+            except (OSError, http.client.HTTPException, ValueError, LookupError, Fault) as e:
                 failed, self.faults[url] = failed + 1, self.faults[url] + 1
                 rest = time.monotonic() + self.pause * 2 ** min(self.faults[url] - 1, 6)
                 if failed >= self.tries:
