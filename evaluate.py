@@ -211,10 +211,6 @@ def stage(s: Settings):
         )
 
 
-# what `grade_ids` says of a greedy response, as a line of eval.jsonl holds it
-GRADE = ("text", "prediction", "correct", "verdict", "finished")
-
-
 def respond(lm: LM, critic: tuple | None, problems: list[dict], s: Settings) -> list[dict]:
     """A line of eval.jsonl a problem. A response that was cut off is not right in any case."""
     prompts = [lm.prompt_ids(p["prompt"]) for p in problems]
@@ -229,9 +225,10 @@ def respond(lm: LM, critic: tuple | None, problems: list[dict], s: Settings) -> 
     responses = draw_rows(lm, prefixes, greedy, 0.0, s.batch) + drawn
     owners = [problems[j] for j, *_ in greedy + rows]
     graded = grade_ids(lm, owners, responses, s.unsafe)
+    told = ("text", "prediction", "correct", "verdict", "finished")
     lines = []
     for p, g in zip(problems, graded):
-        lines.append({"id": p["id"]} | {k: g[k] for k in GRADE} | {"sampled": []})
+        lines.append({"id": p["id"]} | {k: g[k] for k in told} | {"sampled": []})
     for (j, *_), g in zip(rows, graded[len(problems) :]):
         lines[j]["sampled"].append({k: g[k] for k in ("text", "prediction", "correct")})
     if critic:
