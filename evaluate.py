@@ -319,9 +319,9 @@ def advantage_lines(folder: Path) -> list[dict]:
 def trained_trees(folder: Path, most: int = 1000) -> list[TrainedTree]:
     """An iteration's first trees of which some state was trained on; none for whole responses."""
     made = read_manifest(folder / "actor").get("settings", {})
-    if made.get("advantage") == "outcome" or not (folder / "trees.jsonl").exists():
-        return []  # an outcome actor's advantages are of other nodes than the trees'
     states = {line["id"]: line["states"] for line in advantage_lines(folder)}
+    if made.get("advantage") == "outcome" or not states:
+        return []  # an outcome actor's advantages are of other nodes than the trees'
     found = []
     with (folder / "trees.jsonl").open() as lines:  # they may be gigabytes: no more than is used
         for record in map(json.loads, islice(lines, most)):
@@ -528,7 +528,11 @@ def draw_tree(trees: list[TrainedTree], most: int = 10) -> Figure | None:
         before, above = place[node["parent"]]
         turn = before + 0.23  # where the line from the state turns up or down
         axis.plot([before, turn, turn, x], [above, above, y, y], color="0.6", zorder=0)
-        box = {"facecolor": colour(action and action["adv"]), "edgecolor": "none", "pad": 2.5}
+        box = {
+            "facecolor": colour(action["adv"] if action else None),
+            "edgecolor": "none",
+            "pad": 2.5,
+        }
         words = {"family": "monospace", "bbox": box, "parse_math": False}
         axis.text(turn + 0.03, y - 0.1, label[v], va="bottom", **words)
         numbers = f"{node['draws']}x" if node["draws"] else "kept"
@@ -656,9 +660,8 @@ def test_part(run: Path, iterations: list[str], problems: dict[str, dict]) -> li
     for turn in range(10):
         for group in groups.values():
             chosen += group[turn : turn + 1]
-    parts = [
-        f"<h2>Test problems</h2><p class='note'>Greedy responses of {' and '.join(evaluated)}, "
-    ]
+    names = safe(" and ".join(evaluated))
+    parts = [f"<h2>Test problems</h2><p class='note'>Greedy responses of {names}, "]
     parts.append("in turns of problems lost, gained, wrong both times and right both times: ")
     parts.append("no fair sample, the table above is.")
     for problem in chosen[:10]:
@@ -705,11 +708,10 @@ def step(tree: TrainedTree, v: int) -> str:
     node, action = tree.nodes[v], tree.action.get(v)
     known = [f"{node['wins']:g} of {node['n']} right"] if node["n"] else []
     known += [f"Q {action['q']:.2f}", f"A {action['adv']:+.2f}"] if action else []
-    shade = colour(action and action["adv"])
+    shade = colour(action["adv"] if action else None)
     numbers = f"<span>{' · '.join(known)}</span>"
-    return (
-        f"<div class='step' style='background:{shade}'>{pre(node['text'].rstrip())}{numbers}</div>"
-    )
+    text = pre(node["text"].rstrip())
+    return f"<div class='step' style='background:{shade}'>{text}{numbers}</div>"
 
 
 if __name__ == "__main__":
