@@ -195,8 +195,7 @@ def stage(s: Settings):
         if critic and tokenizer_facts(critic[0])["tokenizer"] != tokenizer_facts(lm)["tokenizer"]:
             raise UserError(f"{s.critic}: its tokenizer is not the actor's; pass one that has it")
         out.begin(actor_facts(lm, s.max_new) | ({"draws": "server"} if server else {}))
-        done = {line["id"] for line in out.done}
-        todo = [p for p in problems if p["id"] not in done]
+        todo = [p for p in problems if p["id"] not in out.done]
         with Progress("evaluate", len(todo)) as progress:
 
             def process(chunk: list[dict]) -> list[dict]:

@@ -208,10 +208,9 @@ def stage(s: Settings):
     if foreign:
         wrong = f"{foreign} is not in {s.problems}"
         raise UserError(f"{s.samples}: {wrong}; pass the problems it was drawn from")
-    done = {record["id"] for record in out.done}
-    todo = (r for r in each_sample(s.samples) if r["kept"] and r["id"] not in done)
+    todo = (r for r in each_sample(s.samples) if r["kept"] and r["id"] not in out.done)
     counts = []  # of each chunk
-    with Progress("label_steps", sampled - len(done)) as progress:
+    with Progress("label_steps", sampled - len(out.done)) as progress:
 
         def process(chunk: list[dict]) -> list[dict]:
             trees = [plant(record) for record in chunk]

@@ -785,7 +785,7 @@ def step_logprobs(lm: LM, pack: Pack) -> torch.Tensor:
         return linear_logprobs(hidden[source], head, target, lm.scale, lm.softcap)
 
     logp = lm.with_weights(token_logprobs)
-    sums = torch.zeros(len(pack.owner), device=lm.device)
+    sums = torch.zeros(len(pack.owner), dtype=logp.dtype, device=lm.device)
     return sums.index_add(0, pack.node[token].to(lm.device), logp)
 
 

@@ -512,8 +512,7 @@ def stage(s: Settings):
     server = Server(s.server, lm) if s.server else None
     facts = {"draws": "server"} if server else {}
     out.begin({**actor_facts(lm, s.max_new), "problems": sha256(s.problems), **facts})
-    done = {record["id"] for record in out.done}
-    todo = [p for p in problems if p["id"] not in done]
+    todo = [p for p in problems if p["id"] not in out.done]
     rewards, tokens = [], []  # of all responses
     with Progress("sample", len(todo)) as progress:
 

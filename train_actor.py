@@ -260,7 +260,7 @@ def stage(s: Settings):
     table = Path(f"{s.out}.advantages.jsonl")
     if rank() == 0:
         replace(table, lambda p: p.write_bytes(b"".join(dump(line) for line in lines)))
-        out.manifest["facts"]["advantages"] = sha256(table)
+        out.manifest["advantages"] = sha256(table)
     out.start()
 
     # B.2
