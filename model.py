@@ -993,8 +993,9 @@ class Checkpoints:
     def __init__(self, work: Path, modules: dict, optimiser):
         self.work, self.modules, self.optimiser = work, modules, optimiser
         self.sharded = any(is_sharded(module) for module in modules.values())
-        self.saved = sorted(work.glob("step-*.dcp" if self.sharded else "step-*.pt"))
-        if not self.saved and any(work.glob("step-*")):
+        files, folders = sorted(work.glob("step-*.pt")), sorted(work.glob("step-*.dcp"))
+        self.saved = folders if self.sharded else files
+        if not self.saved and (files or folders):
             other = "without torchrun" if self.sharded else "under torchrun, or with --offload"
             raise UserError(f"{work}: was begun {other}; go on so, or --force starts over")
 
@@ -1127,7 +1128,8 @@ def fit(modules, batches, prepare, loss, work: Path, lr: float, save_minutes: fl
             if not np.isfinite([norm, *sums.values()]).all():
                 bad = work / "non_finite.json"
                 found = {"norm": str(norm), "sums": str(sums)}
-                bad.write_text(json.dumps({"step": i, "batch": name(batches[i]), **found}))
+                if rank() == 0:
+                    bad.write_text(json.dumps({"step": i, "batch": name(batches[i]), **found}))
                 raise UserError(f"step {i}: loss or gradient not finite, see {bad}; lower --lr")
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)

@@ -294,6 +294,7 @@ class Server:
     """
 
     requests = 64  # that each server is asked at once
+    most = 64  # continuations that a request asks for
     tries = 8  # of one request, on whichever server is free
     timeout = 900.0  # seconds for one answer
     pause = 1.0  # seconds that a server rests after a fault, doubled with each further one
@@ -382,7 +383,8 @@ class Server:
             try:
                 if self.faults[url]:  # it may have been started anew, with another model
                     self._name_of_model(url)
-                drawn += self._complete(url, prompt, count - len(drawn), room, temperature)
+                asked = min(self.most, count - len(drawn))
+                drawn += self._complete(url, prompt, asked, room, temperature)
                 self.faults[url] = 0
             except (OSError, http.client.HTTPException, ValueError, LookupError, Fault) as e:
                 failed, self.faults[url] = failed + 1, self.faults[url] + 1
