@@ -16,7 +16,7 @@ Levels (the base models share one clean model a level; the seed fixes their misr
     code     functions of 2 to 4 operations                 sparse   as worded, but the base is right in 1 % of its draws
 Methods:
     paper    stages: n1 32, n 6, m 16, Q = V, labelled states, first steps; rates and beta as a small model needs them
-    recipe   stages: run.sh's recipe
+    recipe   stages: run.sh's recipe                        right    the same, labels at the end of right responses alone
     online   DAPO small and often, see `online`             nolabels the same without completions
     grpo     tests/bench_baselines.py's
     outcome, rft    the same loop on whole responses: advantage regression, and likelihood of the right ones
@@ -91,6 +91,13 @@ METHODS = {
         "label": "--m 16",
         "critic": "--lr 1e-3 --passes 8 --batch 128 --states labelled --token_share 0",
         "actor": "--beta 0.05 --lr 1e-4 --passes 4 --batch 256",
+    },
+    "right": {
+        "problems": 100,
+        "sample": "--n1 8 --n 4",
+        "label": "--m 4 --right --last 3",
+        "critic": "--lr 1e-3 --passes 8 --batch 128",
+        "actor": "--kappa 4 --kept_steps --beta 0.1 --lr 1e-4 --passes 4 --batch 256",
     },
     "recipe": {
         "problems": 300,
@@ -432,7 +439,7 @@ def curve(args):
     base = str(run / "base")
     lm = LM(base, train=True)
     write(0, 0, lm)
-    if args.method in ("paper", "recipe"):
+    if args.method in ("paper", "recipe", "right"):
         work = folder / f"{args.method}-{args.level}-{args.seed}"
         for actor, sampled, trained in rounds(run, work, max_new, settings, args.seed):
             write(sampled, trained, LM(str(actor)))
