@@ -474,6 +474,7 @@ STYLE = {  # method: what the figure calls it, colour, line
     "outcome": ("outcome advantages, small and often", "C2", "--"),
     "rft": ("rejection sampling, small and often", "C4", "--"),
     "recipe": ("DAPO, large iterations (Q from counts and critic)", "C5", "o-"),
+    "right": ("the same, labels at the end of right responses", "C6", "o-"),
     "paper": ("DAPO, large iterations (Q = V: the paper)", "C7", "o-"),
 }
 
@@ -531,13 +532,20 @@ def plot(path: Path):
             if not seeds:
                 continue
             every = [points[1:] for points in seeds.values()]  # without the base
-            common = min(map(len, every))
-            tokens = np.mean([[p[0] for p in points[:common]] for points in every], 0)
-            t1 = 100 * np.array([[p[1] for p in points[:common]] for points in every])
-            axis.plot(tokens, t1.mean(0), line, color=color, lw=2.5, ms=7, label=name)
-            if len(every) > 1:
-                axis.fill_between(tokens, t1.min(0), t1.max(0), color=color, alpha=0.15, lw=0)
+            tokens, middle, low, high = [], [], [], []
+            for i in range(max(map(len, every))):
+                here = [points[i] for points in every if len(points) > i]
+                t1 = [100 * point[1] for point in here]
+                tokens.append(np.mean([point[0] for point in here]))
+                middle.append(np.mean(t1))
+                low.append(min(t1))
+                high.append(max(t1))
+            axis.plot(tokens, middle, line, color=color, lw=2.5, ms=7, label=name)
+            axis.fill_between(tokens, low, high, color=color, alpha=0.15, lw=0)
         axis.set_xscale("log")
+        axis.set_xticks([b for b in BUDGETS if b <= axis.get_xlim()[1]])
+        axis.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1000:g}k")
+        axis.minorticks_off()
         axis.set_title(level, fontsize=17)
         axis.set_xlabel("sampled tokens", fontsize=15)
         axis.tick_params(labelsize=13)
