@@ -18,6 +18,7 @@ Methods:
     paper    stages: n1 32, n 6, m 16, Q = V, labelled states, first steps; rates and beta as a small model needs them
     recipe   stages: run.sh's recipe                        right    the same, labels at the end of right responses alone
     online   DAPO small and often, see `online`             nolabels the same without completions
+    solved   as online, on problems with a right draw alone: where there is none, A is the critic's noise
     grpo     tests/bench_baselines.py's
     outcome, rft    the same loop on whole responses: advantage regression, and likelihood of the right ones
 """
@@ -77,10 +78,12 @@ ONLINE = {
     "lr": 3e-4,
     "critic_lr": 1e-3,
     "replay": 4,  # iterations whose trees train the critic
+    "solved": 0,  # 1: the actor learns from problems with a right draw alone
 }
 OFF = {"m": 0, "kappa": 0.0, "critic_lr": 0.0, "replay": 0, "last": 0}
 METHODS = {
     "online": ONLINE,
+    "solved": ONLINE | {"solved": 1},
     "nolabels": ONLINE | {"problems": 4, "m": 0, "kappa": 4.0, "last": 0},
     "outcome": ONLINE | OFF | {"problems": 8},
     "rft": ONLINE | OFF | {"problems": 4},
@@ -237,6 +240,8 @@ def online(lm: LM, base: str, problems: list[dict], max_new: int, method: str, s
             actions = [{v: 1.0 for v, n in enumerate(r["nodes"]) if n["reward"]} for r in records]
         else:
             actions = [advantages(r, v, settings["kappa"]) for r, v in zip(records, values)]
+        if settings["solved"]:
+            actions = [a if r["nodes"][0]["wins"] else {} for r, a in zip(records, actions)]
         trained += actor_step(lm, records, actions, optimiser, per_token=method == "rft")
         yield sampled, trained
 
@@ -469,6 +474,7 @@ def read_rows(path: Path) -> list[dict]:
 
 STYLE = {  # method: what the figure calls it, colour, line
     "online": ("DAPO, small and often, with completions", "C3", "-"),
+    "solved": ("DAPO, small and often, solved problems alone", "C8", "-"),
     "nolabels": ("DAPO, small and often, samples alone", "C1", "-"),
     "grpo": ("GRPO", "C0", "-"),
     "outcome": ("outcome advantages, small and often", "C2", "--"),
@@ -591,7 +597,12 @@ def compare(level: str, found: dict):
     for method in STYLE:
         for rival in ("grpo", "rft", "outcome"):
             ours, theirs = found.get((level, method)), found.get((level, rival))
-            if method == rival or method not in ("online", "nolabels") or not ours or not theirs:
+            if (
+                method == rival
+                or method not in ("online", "solved", "nolabels")
+                or not ours
+                or not theirs
+            ):
                 continue
             for i in (2, 3, 4):  # 25, 50, 100 thousand tokens
                 pairs = [
