@@ -13,7 +13,9 @@ The embedded problems are chains of relations ("Ben has twice as many as Ann.").
 of 0.5M parameters learns to solve them, then, shortly, from demonstrations in which some phrases
 are misread more often than not ("twice as many" as + 2). So the base model fails in a way that is
 visible in its steps, and knows the right way well enough to find it by sampling. With --task code
-they are small functions to write ("Let a be twice x."), graded by running them.
+they are small functions to write ("Let a be twice x."), graded by running them. Harder ones, that
+tell methods apart: --steps 6-6 --wordings 32 --clean_size 48000 (and --careless 4: hardly ever
+right).
 """
 
 import argparse

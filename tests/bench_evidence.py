@@ -6,9 +6,9 @@
 Every point of every curve is a line of --out, so a run that was stopped loses nothing, and one that is there is not
 made again:
     {"method": "online", "level": "worded", "seed": 0, "settings": {"problems": 3}, "sampled": 25110, "trained": 91904,
-     "seconds": 31.2, "greedy": 0.98, "t1": 0.85, "rights": [4, 4, 3]}
+     "seconds": 31.2, "greedy": 0.98, "t1": 0.85, "rights": "443"}
 sampled: tokens drawn to learn from, samples and completions; trained: tokens that went through a backward pass, those
-of the critic too; t1: accuracy at temperature 1; rights: right ones of 4 draws, a number a test problem, for paired
+of the critic too; t1: accuracy at temperature 1; rights: right ones of 4 draws, a digit a test problem, for paired
 tests. The trees of prefixes are prefilled once and are not counted, as nowhere else in this project.
 
 Levels (the base models share one clean model a level; the seed fixes their misreadings, the problems and all draws):
@@ -18,6 +18,7 @@ Methods:
     paper    stages: n1 32, n 6, m 16, Q = V, labelled states, first steps; rates and beta as a small model needs them
     recipe   stages: run.sh's recipe
     online   DAPO small and often, see `online`             nolabels the same without completions
+    solved   as online, on problems with a right draw alone: where there is none, A is the critic's noise
     grpo     tests/bench_baselines.py's
     outcome, rft    the same loop on whole responses: advantage regression, and likelihood of the right ones
 """
@@ -59,13 +60,13 @@ from model import (
 )
 from prepare import read_jsonl
 from reward import grade_ids
-from sample import Prefixes, draw_key, draw_rows
+from sample import draw_key
 
 LEVELS = {  # flags of prepare.py, and the length limit of a response
     "short": ("", 64),
     "worded": ("--steps 6-6 --wordings 32 --clean_size 48000", 96),
     "code": ("--task code", 64),
-    "sparse": ("--steps 6-6 --wordings 32 --clean_size 48000 --careless 2.5", 96),
+    "sparse": ("--steps 6-6 --wordings 32 --clean_size 48000 --careless 4", 96),
 }
 BUDGETS = [12_500 * 2**i for i in range(12)]  # where the curves are read
 ONLINE = {
@@ -77,14 +78,16 @@ ONLINE = {
     "lr": 3e-4,
     "critic_lr": 1e-3,
     "replay": 4,  # iterations whose trees train the critic
+    "solved": 0,  # 1: the actor learns from problems with a right draw alone
 }
 OFF = {"m": 0, "kappa": 0.0, "critic_lr": 0.0, "replay": 0, "last": 0}
 METHODS = {
     "online": ONLINE,
-    "nolabels": ONLINE | {"problems": 8, "m": 0, "kappa": 4.0, "last": 0},
+    "solved": ONLINE | {"solved": 1},
+    "nolabels": ONLINE | {"problems": 4, "m": 0, "kappa": 4.0, "last": 0},
     "outcome": ONLINE | OFF | {"problems": 8},
-    "rft": ONLINE | OFF | {"problems": 8},
-    "grpo": {"prompts": 4, "group": 16, "lr": 3e-4},
+    "rft": ONLINE | OFF | {"problems": 4},
+    "grpo": {"prompts": 4, "group": 8, "lr": 3e-4},
     "paper": {
         "problems": 300,
         "sample": "--n1 32 --n 6",
@@ -104,7 +107,7 @@ METHODS = {
 
 def evaluate(lm: LM, problems: list[dict], max_new: int, k: int = 4) -> tuple[float, list[int]]:
     """Greedy accuracy, and how many of k draws at temperature 1 are right, a number a problem."""
-    prefixes = Prefixes(lm, prompt_trees(lm, problems))
+    trees = prompt_trees(lm, problems)
     rights = []
     for temperature, count in ((0.0, 1), (1.0, k)):
         rows = [
@@ -112,7 +115,7 @@ def evaluate(lm: LM, problems: list[dict], max_new: int, k: int = 4) -> tuple[fl
             for j, p in enumerate(problems)
             for i in range(count)
         ]
-        drawn = draw_rows(lm, prefixes, rows, temperature, 512)
+        drawn = sample.draw(lm, trees, rows, temperature, 512)
         graded = grade_ids(lm, [problems[j] for j, *_ in rows], drawn, unsafe=False)
         right = np.array([g["correct"] for g in graded]).reshape(len(problems), count)
         rights.append(right.sum(1).tolist())
@@ -185,7 +188,7 @@ def online(lm: LM, base: str, problems: list[dict], max_new: int, method: str, s
     whole = method in ("outcome", "rft")
     critic = head = None
     if settings["kappa"]:
-        critic, head = load_critic(base, train=True)
+        critic, head = load_critic(base, train=True, new=True)
         critic_optimiser = adamw(
             [*critic.model.parameters(), *head.parameters()], settings["critic_lr"]
         )
@@ -230,6 +233,8 @@ def online(lm: LM, base: str, problems: list[dict], max_new: int, method: str, s
             actions = [{v: 1.0 for v, n in enumerate(r["nodes"]) if n["reward"]} for r in records]
         else:
             actions = [advantages(r, v, settings["kappa"]) for r, v in zip(records, values)]
+        if settings["solved"]:
+            actions = [a if r["nodes"][0]["wins"] else {} for r, a in zip(records, actions)]
         trained += actor_step(lm, records, actions, optimiser, per_token=method == "rft")
         yield sampled, trained
 
@@ -246,7 +251,7 @@ def draw(
         prefixes.append(
             record_tree(tree.record(), [(t, v) in wanted for v in range(len(tree.nodes))])
         )
-    drawn = draw_rows(lm, Prefixes(lm, prefixes), rows, 1.0, 512)
+    drawn = sample.draw(lm, prefixes, rows, 1.0, 512)
     responses = [trees[t].response(v) + ids for (t, v), ids in zip(asked, drawn)]
     graded = grade_ids(lm, [trees[t].problem for t, _ in asked], responses, unsafe=False)
     return [(t, v, ids, int(g["correct"])) for (t, v), ids, g in zip(asked, drawn, graded)]
@@ -419,7 +424,7 @@ def curve(args):
         row |= {
             "greedy": round(greedy, 4),
             "t1": round(sum(rights) / 4 / len(test), 4),
-            "rights": rights,
+            "rights": "".join(map(str, rights)),
         }
         if not any(r["sampled"] == sampled for r in done):
             with out.open("a") as f:
@@ -462,11 +467,13 @@ def read_rows(path: Path) -> list[dict]:
 
 STYLE = {  # method: what the figure calls it, colour, line
     "online": ("DAPO, small and often, with completions", "C3", "-"),
+    "solved": ("DAPO, small and often, solved problems alone", "C8", "-"),
     "nolabels": ("DAPO, small and often, samples alone", "C1", "-"),
     "grpo": ("GRPO", "C0", "-"),
     "outcome": ("outcome advantages, small and often", "C2", "--"),
     "rft": ("rejection sampling, small and often", "C4", "--"),
     "recipe": ("DAPO, large iterations (Q from counts and critic)", "C5", "o-"),
+    "right": ("the same, labels at the end of right responses", "C6", "o-"),
     "paper": ("DAPO, large iterations (Q = V: the paper)", "C7", "o-"),
 }
 
@@ -476,7 +483,8 @@ def curves(rows: list[dict]) -> dict:
     found = {}
     for row in sorted(rows, key=lambda r: r["sampled"]):
         seeds = found.setdefault((row["level"], row["method"]), {})
-        point = (max(row["sampled"], 1), row["t1"], row["greedy"], row["rights"])
+        rights = np.array([*row["rights"]], int)
+        point = (max(row["sampled"], 1), row["t1"], row["greedy"], rights)
         seeds.setdefault(row["seed"], []).append(point)
     return found
 
@@ -523,13 +531,20 @@ def plot(path: Path):
             if not seeds:
                 continue
             every = [points[1:] for points in seeds.values()]  # without the base
-            common = min(map(len, every))
-            tokens = np.mean([[p[0] for p in points[:common]] for points in every], 0)
-            t1 = 100 * np.array([[p[1] for p in points[:common]] for points in every])
-            axis.plot(tokens, t1.mean(0), line, color=color, lw=2.5, ms=7, label=name)
-            if len(every) > 1:
-                axis.fill_between(tokens, t1.min(0), t1.max(0), color=color, alpha=0.15, lw=0)
+            tokens, middle, low, high = [], [], [], []
+            for i in range(max(map(len, every))):
+                here = [points[i] for points in every if len(points) > i]
+                t1 = [100 * point[1] for point in here]
+                tokens.append(np.mean([point[0] for point in here]))
+                middle.append(np.mean(t1))
+                low.append(min(t1))
+                high.append(max(t1))
+            axis.plot(tokens, middle, line, color=color, lw=2.5, ms=7, label=name)
+            axis.fill_between(tokens, low, high, color=color, alpha=0.15, lw=0)
         axis.set_xscale("log")
+        axis.set_xticks([b for b in BUDGETS if b <= axis.get_xlim()[1]])
+        axis.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1000:g}k")
+        axis.minorticks_off()
         axis.set_title(level, fontsize=17)
         axis.set_xlabel("sampled tokens", fontsize=15)
         axis.tick_params(labelsize=13)
@@ -575,7 +590,12 @@ def compare(level: str, found: dict):
     for method in STYLE:
         for rival in ("grpo", "rft", "outcome"):
             ours, theirs = found.get((level, method)), found.get((level, rival))
-            if method == rival or method not in ("online", "nolabels") or not ours or not theirs:
+            if (
+                method == rival
+                or method not in ("online", "solved", "nolabels")
+                or not ours
+                or not theirs
+            ):
                 continue
             for i in (2, 3, 4):  # 25, 50, 100 thousand tokens
                 pairs = [
@@ -584,9 +604,7 @@ def compare(level: str, found: dict):
                     if len(ours[s]) > i and len(theirs[s]) > i
                 ]
                 if pairs:
-                    difference = np.concatenate(
-                        [(np.array(a[3]) - np.array(b[3])) / 4 for a, b in pairs]
-                    )
+                    difference = np.concatenate([(a[3] - b[3]) / 4 for a, b in pairs])
                     error = difference.std(ddof=1) / math.sqrt(len(difference))
                     z = difference.mean() / max(error, 1e-9)
                     p = math.erfc(abs(z) / math.sqrt(2))
@@ -606,7 +624,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=200_000, help="to sample at least")
     parser.add_argument("--split", default="test", choices=("test", "valid"))
-    parser.add_argument("--tests", type=int, default=300, help="problems of it")
+    parser.add_argument("--tests", type=int, default=150, help="problems of it")
     parser.add_argument("--train_size", type=int, default=2000)
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=VALUE", help="change the method's settings"
