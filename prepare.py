@@ -536,6 +536,9 @@ def main(stage, settings_class, doc: str):
     except KeyboardInterrupt:
         again = shlex.join(a for a in sys.argv if a != "--force")
         code, line = 130, f"stopped; to go on: python {again}"
+    finally:
+        if Stage.lock:
+            Stage.lock.close()
     print(*line.splitlines(), file=sys.stderr)
     sys.exit(code)
 
