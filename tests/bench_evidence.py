@@ -16,7 +16,7 @@ Levels (the base models share one clean model a level; the seed fixes their misr
     code     functions of 2 to 4 operations                 sparse   as worded, but the base is right in 1 % of its draws
 Methods:
     paper    stages: n1 32, n 6, m 16, Q = V, labelled states, first steps; rates and beta as a small model needs them
-    recipe   stages: run.sh's recipe                        right    the same, labels at the end of right responses alone
+    recipe   stages: run.sh's recipe, in smaller iterations where settings say so
     online   DAPO small and often, see `online`             nolabels the same without completions
     solved   as online, on problems with a right draw alone: where there is none, A is the critic's noise
     grpo     tests/bench_baselines.py's
@@ -94,13 +94,6 @@ METHODS = {
         "label": "--m 16",
         "critic": "--lr 1e-3 --passes 8 --batch 128 --states labelled --token_share 0",
         "actor": "--beta 0.05 --lr 1e-4 --passes 4 --batch 256",
-    },
-    "right": {
-        "problems": 100,
-        "sample": "--n1 8 --n 4",
-        "label": "--m 4 --right --last 3",
-        "critic": "--lr 1e-3 --passes 8 --batch 128",
-        "actor": "--kappa 4 --kept_steps --beta 0.1 --lr 1e-4 --passes 4 --batch 256",
     },
     "recipe": {
         "problems": 300,
@@ -444,7 +437,7 @@ def curve(args):
     base = str(run / "base")
     lm = LM(base, train=True)
     write(0, 0, lm)
-    if args.method in ("paper", "recipe", "right"):
+    if args.method in ("paper", "recipe"):
         work = folder / f"{args.method}-{args.level}-{args.seed}"
         for actor, sampled, trained in rounds(run, work, max_new, settings, args.seed):
             write(sampled, trained, LM(str(actor)))
@@ -480,7 +473,6 @@ STYLE = {  # method: what the figure calls it, colour, line
     "outcome": ("outcome advantages, small and often", "C2", "--"),
     "rft": ("rejection sampling, small and often", "C4", "--"),
     "recipe": ("DAPO, large iterations (Q from counts and critic)", "C5", "o-"),
-    "right": ("the same, labels at the end of right responses", "C6", "o-"),
     "paper": ("DAPO, large iterations (Q = V: the paper)", "C7", "o-"),
 }
 
