@@ -20,8 +20,6 @@ Departures from the paper:
  1. States that several kept responses share are labelled once.
  2. A completion counts at the deeper kept states that it passes, so those need fewer of their own:
     only m - n.
- 3. --right and --last N spend completions where they say most: after a wrong step hardly any is
-    right, and near the end of a right response they are short and about half of them are.
 """
 
 from collections import Counter
@@ -43,8 +41,6 @@ class Settings:
     samples: str = flag("samples.jsonl from sample.py")
     out: str = flag("trees.jsonl to write")
     m: int = flag("completions a state", 16)
-    right: bool = flag("label states of right responses only", False)
-    last: int = flag("label states at most so many steps before the end; 0: all", 0)
     max_new: int = flag("length limit of a whole response in tokens", 2048)
     batch: int = flag("rows decoded at once", 256)
     dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
@@ -61,7 +57,7 @@ class StepTree:
         root = {"parent": -1, "ids": [], "text": "", "draws": 0, "n": 0, "wins": 0}
         self.nodes = [root | {"reward": None, "labelled": False}]
         self.child, self.depth, self.tokens = {}, [0], 0
-        self.kept = [False]  # states to label: a kept response goes on from here
+        self.kept = [True]  # states: a kept response goes on from here
         self.open = [[]]  # a node's children that are states
 
     def step(self, parent: int, ids: list[int], reward: int | None) -> int:
@@ -77,16 +73,12 @@ class StepTree:
             self.nodes[v]["reward"] = None
         return v
 
-    def keep(self, ids: list[int], ends: list[int], reward: int, states: int | None = None):
-        """Put a kept response's steps in, uncounted; `states` of it, the last ones, get labels."""
-        left = len(ends)  # steps to the end: of n steps n states go on, the prompt's too
-        states = left if states is None else states
-        self.kept[0] |= left <= states
+    def keep(self, ids: list[int], ends: list[int], reward: int):
+        """Put a kept response's steps in, uncounted."""
         v = 0
         for a, b in zip([0, *ends], ends):
             u = self.step(v, ids[a:b], reward if b == ends[-1] else None)
-            left -= 1
-            if 0 < left <= states and not self.kept[u]:
+            if b != ends[-1] and not self.kept[u]:
                 self.kept[u] = True
                 self.open[v].append(u)
             v = u
@@ -149,12 +141,12 @@ def stage(s: Settings):
             f"{s.samples}: {foreign} is not in {s.problems}; pass the problems it was drawn from"
         )
     done = {r["id"] for r in out.done}
-    todo = [r for r in samples if has_states(r, s) and r["id"] not in done]
+    todo = [r for r in samples if r["kept"] and r["id"] not in done]
     total = Counter()
     with tqdm(desc="label_steps", unit=" tokens", disable=None) as progress:
         for i in range(0, len(todo), 64):
             chunk = todo[i : i + 64]
-            trees = [plant(r, s) for r in chunk]
+            trees = [plant(r) for r in chunk]
             label(lm, s, chunk, trees, [problems[r["id"]] for r in chunk], total, progress)
             for r in chunk:
                 total["unshared"] += sum(len(r["responses"][k]["ends"]) for k in r["kept"])
@@ -168,19 +160,13 @@ def stage(s: Settings):
         )
 
 
-def has_states(sample_record: dict, s: Settings) -> bool:
-    kept = [sample_record["responses"][k] for k in sample_record["kept"]]
-    return any(r["reward"] for r in kept) if s.right else bool(kept)
-
-
-def plant(sample_record: dict, s: Settings) -> StepTree:
+def plant(sample_record: dict) -> StepTree:
     """The tree of a problem's kept responses, all in it before the first completion."""
     tree = StepTree(sample_record["prompt_ids"])
     for k in sample_record["kept"]:
         r = sample_record["responses"][k]
-        states = 0 if s.right and not r["reward"] else s.last or len(r["ends"])
         if r["ends"]:
-            tree.keep(r["ids"], r["ends"], r["reward"], states)
+            tree.keep(r["ids"], r["ends"], r["reward"])
     return tree
 
 

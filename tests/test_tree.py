@@ -475,27 +475,3 @@ def test_mixed_labels_only_problems_that_are_sometimes_right(tmp_path, monkeypat
         mixed += [] if alike else [r["id"]]
     assert 0 < len(mixed) < len(samples)
     assert [r["id"] for r in trees] == mixed
-
-
-@pytest.mark.parametrize(
-    ("right", "last", "labelled"),
-    [
-        (False, 0, [(), (1,), (1, 2), (1, 2, 3), (1, 8)]),
-        (True, 0, [(), (1,), (1, 2), (1, 2, 3)]),
-        (True, 2, [(1, 2), (1, 2, 3)]),
-        (False, 2, [(1,), (1, 2), (1, 2, 3), (1, 8)]),
-        (True, 9, [(), (1,), (1, 2), (1, 2, 3)]),
-    ],
-)
-def test_right_and_last_choose_the_states_and_keep_every_step(right, last, labelled):
-    """A right response of steps 1 2 3 4 and a wrong one of 1 8 9: states by the steps before them."""
-    settings = label_steps.Settings("", "", "", "", right=right, last=last)
-    responses = [
-        {"ids": [1, 2, 3, 4], "ends": [1, 2, 3, 4], "reward": 1},
-        {"ids": [1, 8, 9], "ends": [1, 2, 3], "reward": 0},
-    ]
-    tree = label_steps.plant({"prompt_ids": [5], "kept": [0, 1], "responses": responses}, settings)
-    assert [tuple(tree.response(v)) for v, kept in enumerate(tree.kept) if kept] == labelled
-    assert len(tree.nodes) == 7
-    wrong = {"prompt_ids": [5], "kept": [1], "responses": responses}
-    assert label_steps.has_states(wrong, settings) == (not right)
