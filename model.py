@@ -22,7 +22,6 @@ import random
 import shutil
 import sys
 import types
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, field
 from pathlib import Path
@@ -35,8 +34,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+import transformers.modeling_layers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # A stage's lines are the only ones on the screen, whoever loads or saves a model in it.
@@ -44,6 +45,7 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 BLOCK = 64  # queries that share one gathered key set
+FLEX = 128  # flex_attention takes queries and keys in multiples of this
 
 
 class UserError(Exception):
@@ -98,11 +100,19 @@ class LM:
     dtype: what it computes in, by default bfloat16 on CUDA and float32 on the CPU. train=True holds
     the weights in float32 all the same (bfloat16 cannot hold AdamW's updates at the paper's
     learning rates) and computes by autocast. weights=False loads tokenizer and config alone, for
-    stages whose draws come from a server. Raises UserError for what cannot work: no tokenizer, no
+    stages whose draws come from a server; checkpointed: of a trained model on CUDA. Raises UserError for what cannot work: no tokenizer, no
     EOS, no line break, attention that a tree mask would break.
     """
 
-    def __init__(self, path, train=False, device: str | None = None, dtype="", weights=True):
+    def __init__(
+        self,
+        path,
+        train=False,
+        device: str | None = None,
+        dtype="",
+        weights=True,
+        checkpointed=True,
+    ):
         # Registered here and not on import: it takes seconds, and a complete stage should say so
         # at once.
         transformers.AttentionInterface.register("dapo", attend)
@@ -127,11 +137,13 @@ class LM:
             reason = str(e).strip().split("\n")[0]
             raise UserError(f"{path}: not a model folder with a tokenizer ({reason})") from e
         self._read_tokenizer()
-        self.flex = False  # whether flex_attention may do what the gathered form does
+        # Whether flex_attention may do what the gathered form does; None: not tried yet. Stages
+        # that only draw never ask, and so need not wait until it is compiled.
+        self.flex = False
         if weights:
             self._refuse_other_attention()
-            self.flex = self.device == "cuda" and flex_agrees(self)
-        if weights and train and self.device == "cuda":
+            self.flex = None if self.device == "cuda" else False
+        if weights and train and checkpointed and self.device == "cuda":
             self.checkpoint_layers()
 
     def _load(self, dtype: torch.dtype):
@@ -202,16 +214,18 @@ class LM:
         """Keep of each layer its input alone and compute the rest again in the backward pass: of
         8,192 tokens of an 8B model 4 GB in place of 65. The gradients are the same to the last bit.
 
-        Hugging Face does so in train mode only, where dropout would act; so a model with any is
-        refused.
+        Hugging Face's own switch acts in train mode only, where dropout would act too; so layers
+        are wrapped here and the model stays in eval mode. A config with dropout is refused rather
+        than trained without it unasked.
         """
         for name, value in self.config.to_dict().items():
-            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float) and value:
-                raise UserError(
-                    f"{self.path}: {name} is {value} in its config; set it to 0.0 there"
-                )
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.model.train()
+            if ("drop" in name) and isinstance(value, float) and value:
+                wrong = f"{name} is {value} in its config"
+                raise UserError(f"{self.path}: {wrong}; set it to 0.0 there")
+        again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        for layer in self.model.modules():
+            if isinstance(layer, transformers.modeling_layers.GradientCheckpointingLayer):
+                layer.forward = functools.partial(again, layer.forward)
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of a user message: by chat template if there is one, else plain; one BOS."""
@@ -454,13 +468,23 @@ def attend(module, query, key, value, attention_mask=None, scaling=None, view=No
     return view(module.layer_idx, query, key, value, scaling).transpose(1, 2).contiguous(), None
 
 
+def on_cuda(x: torch.Tensor) -> bool:
+    """Which form of a kernel is for this tensor: tests replace this and run CUDA's on the CPU."""
+    return x.is_cuda
+
+
 def _attention(query, key, value, bias, scaling):
     """softmax(q k' * scaling + bias) v; q (b, G, Q, D), k and v (b, G, K, D), bias (b, 1, Q, K).
 
     Written out on purpose: on the CPU as fast as the fused kernel and, unlike it, the same bits for
-    a row whatever the batch and however many masked columns follow.
+    a row whatever the batch and however many masked columns follow. On CUDA scores are float32, as
+    inside the fused kernels.
     """
-    scores = (query * scaling) @ key.transpose(-1, -2) + bias
+    if on_cuda(query):
+        with torch.autocast(query.device.type, enabled=False):
+            scores = (query.float() * scaling) @ key.float().transpose(-1, -2) + bias
+    else:
+        scores = (query * scaling) @ key.transpose(-1, -2) + bias
     high = torch.promote_types(scores.dtype, torch.float32)
     return scores.softmax(-1, dtype=high).to(value.dtype) @ value
 
@@ -508,12 +532,15 @@ class TreeView:
         return out.permute(1, 2, 0, 3, 4).reshape(query.shape)
 
 
-FLEX = 128  # flex_attention takes queries and keys in multiples of this
+def _padding(size: int) -> int:
+    """How many tokens fill a pack up to a multiple of FLEX, and to two: of one block torch would
+    compile another kernel than of many."""
+    return max(-size % FLEX, 2 * FLEX - size)
 
 
 def _padded_ends(end: torch.Tensor) -> torch.Tensor:
-    """`end` of a pack filled up to a multiple of FLEX by tokens that see themselves alone."""
-    more = torch.arange(len(end), len(end) + -len(end) % FLEX)
+    """`end` of a pack filled up by tokens that see themselves alone."""
+    more = torch.arange(len(end), len(end) + _padding(len(end)))
     return torch.cat([end, more + 1])
 
 
@@ -528,16 +555,18 @@ def flex_tree_attention(query, key, value, block_mask, scaling):
 
     A query under 128 tokens would go to another kernel (flex_decoding), which finds no block for
     some head counts; so tokens are filled up and the kernel is named. Under autocast rotary
-    positions leave query and key in float32, and torch 2.11 does not cast them here.
+    positions leave query and key in float32, and torch 2.11 does not cast them here; nothing is
+    left for autocast to do then, and torch would compile once more for each of its states.
     """
-    size, short = query.shape[2], -query.shape[2] % FLEX
+    size, more = query.shape[2], _padding(query.shape[2])
     query, key = query.to(value.dtype), key.to(value.dtype)
-    if short:
-        query, key, value = (F.pad(x, (0, 0, 0, short)) for x in (query, key, value))
-    out = _flex()[0](
-        query, key, value, block_mask=block_mask, scale=scaling, enable_gqa=True,
-        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
-    )  # fmt: skip
+    if more:
+        query, key, value = [F.pad(x, (0, 0, 0, more)) for x in (query, key, value)]
+    with torch.autocast(query.device.type, enabled=False):
+        out = _flex()[0](
+            query, key, value, block_mask=block_mask, scale=scaling, enable_gqa=True,
+            kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
+        )  # fmt: skip
     return out[:, :, :size]
 
 
@@ -553,13 +582,17 @@ def _flex():
     return compiled(flex_attention), compiled(create_block_mask)
 
 
+def head_sizes(config) -> tuple[int, int, int]:
+    """(query heads, key/value heads, size of a head) by a model's config."""
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    return heads, groups, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
 def flex_agrees(lm: LM) -> bool:
     """Does flex_attention give what the gathered form gives, forward and backward, for this model's
     heads? If not, or where it cannot run, the gathered form goes on, with one line of warning."""
-    config = lm.config
-    heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, groups, size = head_sizes(lm.config)
     dtype = torch.bfloat16 if lm.in_bfloat16 else torch.float32
     tolerance = 3e-2 if lm.in_bfloat16 else 1e-4
     rng = torch.Generator().manual_seed(0)
@@ -575,8 +608,10 @@ def flex_agrees(lm: LM) -> bool:
                 inputs.append(x.requires_grad_())
             found = []
             for flex in (False, True):
-                out = TreeView(pack, lm.device, flex=flex)(0, *inputs, size**-0.5)
-                found.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
+                view = TreeView(pack, lm.device, flex=flex)
+                with torch.enable_grad():  # whoever asks first may not need gradients
+                    out = view(0, *inputs, size**-0.5)
+                    found.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
             for gathered, fused in zip(*found):
                 gathered, fused = gathered.detach().float(), fused.detach().float()
                 difference = float((gathered - fused).abs().max())
@@ -584,7 +619,9 @@ def flex_agrees(lm: LM) -> bool:
                     raise ValueError(f"{tokens} tokens differ by {difference:.1g}")
     except Exception as e:  # noqa: BLE001  whatever a GPU's software does, numbers are right
         reason = str(e).strip().split("\n")[0]
-        warnings.warn(f"flex_attention is not used, a slower form is ({reason})", stacklevel=1)
+        if rank() == 0:
+            wrong = f"{lm.path}: flex_attention is not used, a slower form is ({reason})"
+            print(f"warning: {wrong}", file=sys.stderr)
         return False
     return True
 
@@ -602,7 +639,7 @@ class CacheView:
 
     def at(self, length: torch.Tensor, width: int):
         """The next token of a row goes to column `length` and sees columns 0 .. length < width."""
-        if length.is_cuda:
+        if on_cuda(length):
             width += -width % 8
         self.rows = torch.arange(len(length), device=length.device)
         self.length, self.width = length, width
@@ -616,19 +653,20 @@ class CacheView:
         k[self.rows, :, self.length] = key[:, :, 0].to(k.dtype)
         v[self.rows, :, self.length] = value[:, :, 0].to(v.dtype)
         k, v = k[: len(query), :, : self.width], v[: len(query), :, : self.width]
-        if query.is_cuda:  # scores and softmax are float32 inside
-            flags = {"attn_mask": self.bias, "scale": scaling, "enable_gqa": True}
-            return F.scaled_dot_product_attention(query.to(k.dtype), k, v, **flags)
-        # (B, G, R, D): the heads of a group share keys
+        # (B, G, R, D): the heads of a group share keys, as if they were R queries of one head.
         q = query.view(len(query), k.shape[1], -1, query.shape[-1])
-        return _attention(q, k, v, self.bias, scaling).view(query.shape)
+        if not on_cuda(query):
+            return _attention(q, k, v, self.bias, scaling).view(query.shape)
+        # So no kernel need know of groups (the one that takes a mask on most cards does not, and
+        # would give way to one that copies the cache). Scores and softmax are float32 inside.
+        bias = self.bias.expand(-1, -1, q.shape[2], -1)
+        out = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=bias, scale=scaling)
+        return out.reshape(query.shape)
 
 
 def row_bytes(config, columns: int, itemsize: int) -> int:
     """Bytes of the keys and values of one row of `columns` tokens, all layers."""
-    heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    _, groups, size = head_sizes(config)
     return 2 * config.num_hidden_layers * groups * size * columns * itemsize
 
 
@@ -639,7 +677,7 @@ def rows_that_fit(lm: LM, columns: int, wanted: int) -> int:
     free, _ = torch.cuda.mem_get_info()
     free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     each = row_bytes(lm.config, columns, lm.head.element_size())
-    logits = 16 * lm.config.vocab_size  # probabilities of a row, and their sums in float64
+    logits = 20 * lm.config.vocab_size  # of a row in float32; probabilities and sums in float64
     fit = int(0.8 * free / (each + logits)) // 16 * 16
     if fit == 0:
         needed = f"16 rows of {columns} tokens need {16 * each / 1e9:.1f} GB"
@@ -652,7 +690,7 @@ def rows_that_fit(lm: LM, columns: int, wanted: int) -> int:
 
 def _wide(x):
     """What `_matmul32` takes: on the CPU bfloat16 numbers are written in float32, without loss."""
-    return x if x.is_cuda else x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if on_cuda(x) else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _matmul32(a, b, in_bfloat16: bool):
@@ -663,7 +701,7 @@ def _matmul32(a, b, in_bfloat16: bool):
     """
     if not in_bfloat16:
         return a @ b
-    if a.is_cuda:
+    if on_cuda(a):
         return torch.mm(a, b, out_dtype=torch.float32)
     matmul = torch.backends.mkldnn.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
@@ -675,7 +713,7 @@ def _matmul32(a, b, in_bfloat16: bool):
 
 def _largest_block(x) -> tuple[int, int]:
     """(tokens, vocabulary) of the logits that exist at once; the CPU's is measured, CUDA's is not."""
-    return (4096, 8192) if x.is_cuda else (2048, 2048)
+    return (4096, 8192) if on_cuda(x) else (2048, 2048)
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -767,8 +805,12 @@ def _pack_hidden(lm: LM, pack: Pack, view: TreeView | None = None) -> torch.Tens
     if not 0 <= int(pack.ids.min()) <= int(pack.ids.max()) < lm.config.vocab_size:
         wrong = f"token {int(pack.ids.max())} is asked for, of {lm.config.vocab_size}"
         raise UserError(f"{lm.path}: {wrong}: the records are of another tokenizer")
+    if view is None:
+        if lm.flex is None:
+            lm.flex = flex_agrees(lm)
+        view = TreeView(pack, lm.device, flex=lm.flex)
     ids, pos = pack.ids[None].to(lm.device), pack.pos[None].to(lm.device)
-    return lm.hidden(ids, pos, view or TreeView(pack, lm.device, flex=lm.flex))
+    return lm.hidden(ids, pos, view)
 
 
 def step_logprobs(lm: LM, pack: Pack) -> torch.Tensor:
@@ -1201,12 +1243,12 @@ def memory(config, columns: int, tokens: int, rows: int, cards: int, offload: bo
     layers, width, vocabulary = config.num_hidden_layers, config.hidden_size, config.vocab_size
     layer = sum(p.numel() for p in model.base_model.layers[0].parameters())
     inner = getattr(config, "intermediate_size", None) or 4 * width
-    heads = config.num_attention_heads
-    sizes = heads * (getattr(config, "head_dim", None) or width // heads)
+    heads, _, size = head_sizes(config)
+    sizes = heads * size
     sampling = {
         "weights": 2 * count,
         "key/value cache": rows * row_bytes(config, columns, 2),
-        "logits and their sums": rows * vocabulary * 16,
+        "logits and their sums": rows * vocabulary * 20,
     }
     # With one card and no sharding autocast holds the residual stream in float32.
     wide = 4 if cards == 1 and not offload else 2

@@ -135,8 +135,7 @@ def checkpointing(sizes, tokens):
         (pack,) = bench.pack_trees([tree], tokens)
         gradients = []
         for checkpointed in (False, True):
-            lm = bench.LM(folder, train=True)
-            lm.model.eval()  # on CUDA it begins checkpointed
+            lm = bench.LM(folder, train=True, checkpointed=False)
             if checkpointed:
                 lm.checkpoint_layers()
             if bench.CUDA:
