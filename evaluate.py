@@ -41,15 +41,22 @@ from model import (
     flag,
     gathered,
     join,
-    load_critic,
     rank,
     replace,
-    tree_values,
     world,
 )
-from prepare import Stage, actor_facts, main, misfit, read_jsonl, read_manifest, tokenizer_facts
+from prepare import (
+    Stage,
+    actor_facts,
+    main,
+    misfit,
+    read_jsonl,
+    read_manifest,
+    tokenizer_facts,
+)
 from reward import exact_number, normalise
 from sample import Server, respond, work_through
+from train_critic import load_critic, tree_values
 
 # ------------------------------------------------------------ statistics
 

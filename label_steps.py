@@ -27,9 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model import LM, Progress, UserError, flag, record_tree
-from prepare import Stage, actor_facts, each_sample, main, read_jsonl, sha256
+from prepare import Stage, actor_facts, each_record, main, misfit, read_jsonl, sha256
 from reward import grade_ids
-from sample import Prefixes, Server, draw, draw_key, work_through
+from sample import REWARD, Prefixes, Server, draw, draw_key, each_sample, work_through
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,40 @@ class Settings:
     seed: int = flag("of the draws", 0)
     unsafe: bool = flag("run programs even where they cannot be walled off", False)
     force: bool = flag("throw an existing output away", False)
+
+
+NODE = {"parent": int, "ids": [int], "text": str, "draws": int, "n": int, "wins": REWARD}
+NODE |= {"reward": REWARD | None, "labelled": bool}
+
+
+def read_trees(path: str) -> list[dict]:
+    """trees.jsonl, looked at whole: a tree that is none would be trained on without a word."""
+    records, known = [], {}
+    for record in each_record(path, ("id", "prompt_ids", "nodes")):
+        if bad := broken_tree(record, known):
+            raise UserError(f"{path}: {record['id']}, {bad}: no step tree; make it anew")
+        records.append(record)
+    return records
+
+
+def share_numbers(record: dict, known: dict[int, int]):
+    """Make equal token ids one object: in a list each takes 8 bytes of memory then, not 36."""
+    record["ids"] = list(map(known.setdefault, record["ids"], record["ids"]))
+
+
+def broken_tree(record: dict, known: dict[int, int]) -> str | None:
+    """What is wrong with a line of trees.jsonl; None if it is a step tree."""
+    if bad := misfit(record, {"prompt_ids": [int], "nodes": [NODE]}):
+        return bad
+    for v, node in enumerate(record["nodes"]):
+        share_numbers(node, known)
+        grows = node["parent"] in range(v) and node["ids"] if v else node["parent"] == -1
+        counts = 0 <= node["wins"] <= node["n"] and node["draws"] >= 0
+        if not (grows and counts):
+            return f"nodes[{v}]"
+        if not 0 <= (node["reward"] or 0) <= 1:
+            return f"nodes[{v}] reward"
+    return None
 
 
 class StepTree:

@@ -36,7 +36,6 @@ import torch.nn.functional as F
 import transformers
 import transformers.modeling_layers
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -298,25 +297,6 @@ class LM:
         self.tokenizer.save_pretrained(folder)
 
 
-def load_critic(path, train=False, dtype="", new: bool = False) -> tuple[LM, torch.nn.Linear]:
-    """A decoder and its value head; new=True: a language model may become one, from a head of 0."""
-    file = Path(path) / "value_head.safetensors"
-    if not new and not file.exists():
-        raise UserError(f"{path}: no value_head.safetensors, so no critic; run train_critic.py")
-    lm = LM(path, train, dtype=dtype)
-    head = torch.nn.Linear(lm.config.hidden_size, 1).to(lm.device)
-    if file.exists():
-        try:
-            head.load_state_dict(load_file(file))
-        except (RuntimeError, SafetensorError) as e:
-            why = str(e).splitlines()[-1].strip()
-            raise UserError(f"{file}: broken or of another model ({why})") from e
-    else:
-        torch.nn.init.zeros_(head.weight)
-        torch.nn.init.zeros_(head.bias)
-    return lm, head
-
-
 # ------------------------------------------------------------ tree packing
 
 
@@ -459,7 +439,7 @@ def _pack(trees: list[Tree], group: list[tuple[int, list]], align: int) -> Pack:
 def attend(module, query, key, value, attention_mask=None, scaling=None, view=None, **kwargs):
     """The attention of every model; query (B, G * R, T, D), key and value (B, G, T, D).
 
-    `view` (TreeView or CacheView) comes through the model's own forward and does the work.
+    `view` (TreeView here, CacheView in sample.py) comes through the model's own forward and does the work.
     """
     odd = view is None or key.shape != value.shape
     if odd or kwargs.get("softcap") or kwargs.get("sliding_window"):
@@ -473,7 +453,7 @@ def on_cuda(x: torch.Tensor) -> bool:
     return x.is_cuda
 
 
-def _attention(query, key, value, bias, scaling):
+def grouped_attention(query, key, value, bias, scaling):
     """softmax(q k' * scaling + bias) v; q (b, G, Q, D), k and v (b, G, K, D), bias (b, 1, Q, K).
 
     Written out on purpose: on the CPU as fast as the fused kernel and, unlike it, the same bits for
@@ -528,7 +508,7 @@ class TreeView:
         k = key[0].index_select(1, self.table.view(-1)).view(shape)
         v = value[0].index_select(1, self.table.view(-1)).view(shape)
         q, k, v = q.permute(2, 0, 1, 3, 4), k.transpose(0, 1), v.transpose(0, 1)
-        out = _attention(q, k, v, self.bias, scaling)
+        out = grouped_attention(q, k, v, self.bias, scaling)
         return out.permute(1, 2, 0, 3, 4).reshape(query.shape)
 
 
@@ -626,63 +606,10 @@ def flex_agrees(lm: LM) -> bool:
     return True
 
 
-class CacheView:
-    """Keys and values of B rows, allocated once; row b has written columns 0 .. length[b] - 1."""
-
-    def __init__(self, layers: int, shape: tuple[int, ...], dtype: torch.dtype, device: str):
-        rows, groups, columns, size = shape
-        if device == "cuda":
-            columns += -columns % 8  # fused kernels want such widths
-        empty = functools.partial(torch.zeros, (rows, groups, columns, size))  # (B, G, T, D)
-        self.keys = [empty(dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [empty(dtype=dtype, device=device) for _ in range(layers)]
-
-    def at(self, length: torch.Tensor, width: int):
-        """The next token of a row goes to column `length` and sees columns 0 .. length < width."""
-        if on_cuda(length):
-            width += -width % 8
-        self.rows = torch.arange(len(length), device=length.device)
-        self.length, self.width = length, width
-        seen = torch.arange(width, device=length.device) <= length[:, None]
-        bias = torch.where(seen, 0.0, -torch.inf).to(self.keys[0].dtype)
-        self.bias = bias[:, None, None]  # (B, 1, 1, T)
-        return self
-
-    def __call__(self, layer, query, key, value, scaling):
-        k, v = self.keys[layer], self.values[layer]
-        k[self.rows, :, self.length] = key[:, :, 0].to(k.dtype)
-        v[self.rows, :, self.length] = value[:, :, 0].to(v.dtype)
-        k, v = k[: len(query), :, : self.width], v[: len(query), :, : self.width]
-        # (B, G, R, D): the heads of a group share keys, as if they were R queries of one head.
-        q = query.view(len(query), k.shape[1], -1, query.shape[-1])
-        if not on_cuda(query):
-            return _attention(q, k, v, self.bias, scaling).view(query.shape)
-        # So no kernel need know of groups (the one that takes a mask on most cards does not, and
-        # would give way to one that copies the cache). Scores and softmax are float32 inside.
-        bias = self.bias.expand(-1, -1, q.shape[2], -1)
-        out = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=bias, scale=scaling)
-        return out.reshape(query.shape)
-
-
 def row_bytes(config, columns: int, itemsize: int) -> int:
     """Bytes of the keys and values of one row of `columns` tokens, all layers."""
     _, groups, size = head_sizes(config)
     return 2 * config.num_hidden_layers * groups * size * columns * itemsize
-
-
-def rows_that_fit(lm: LM, columns: int, wanted: int) -> int:
-    """How many rows of the key/value cache to decode at once: `wanted`, or as many as fit."""
-    if lm.device != "cuda":
-        return wanted
-    free, _ = torch.cuda.mem_get_info()
-    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    each = row_bytes(lm.config, columns, lm.head.element_size())
-    logits = 20 * lm.config.vocab_size  # of a row in float32; probabilities and sums in float64
-    fit = int(0.8 * free / (each + logits)) // 16 * 16
-    if fit == 0:
-        needed = f"16 rows of {columns} tokens need {16 * each / 1e9:.1f} GB"
-        raise UserError(f"{lm.path}: {needed}, {free / 1e9:.1f} GB are free; lower --max_new")
-    return min(wanted, fit)
 
 
 # ------------------------------------------------------------ log-probs and values
@@ -836,27 +763,6 @@ def step_values(lm: LM, head: torch.nn.Linear, pack: Pack) -> torch.Tensor:
     return head(pack_hidden(lm, pack)[pack.last.to(lm.device)].float())[:, 0]
 
 
-@torch.no_grad()
-def tree_values(lm: LM, head, records: list[dict], retokenise: bool, budget: int) -> list[list]:
-    """V of every node of trees.jsonl lines, one pass over each tree; the reward where a step ended."""
-    other = lm if retokenise else None
-    trees, values = [], []
-    for record in records:
-        goes_on = [node["reward"] is None for node in record["nodes"]]
-        trees.append(record_tree(record, goes_on, other))
-        values.append([float(node["reward"] or 0) for node in record["nodes"]])
-    found = []
-    for pack, counts in own_share(pack_trees(trees, budget)):
-        value = torch.sigmoid(step_values(lm, head, pack)).tolist()
-        found += zip(pack.owner, value) if counts else ()
-    for (t, v), value in gathered(found):
-        if not np.isfinite(value):
-            wrong = f"V is {value} in problem {records[t]['id']}"
-            raise UserError(f"{lm.path}: {wrong}; train it anew")
-        values[t][v] = value
-    return values
-
-
 def step_advantages(q, parent, draws):
     """Eq. 13, A(s, a) = Q(s, a) - 1/M sum_j Q(s, a_j), for every action of every state at once.
 
@@ -972,7 +878,10 @@ def whole_state(module: torch.nn.Module) -> dict:
     """The state dict with whole tensors, on the first process; every process takes part."""
     if not is_sharded(module):
         return module.state_dict()
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+    )
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(module, options=options)

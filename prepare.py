@@ -193,65 +193,6 @@ def read_jsonl(path, needs: tuple[str, ...] = ("id",), may_be_empty=False) -> li
     return list(each_record(path, needs, may_be_empty))
 
 
-REWARD = int | float  # from 0 to 1
-NODE = {"parent": int, "ids": [int], "text": str, "draws": int, "n": int, "wins": REWARD}
-NODE |= {"reward": REWARD | None, "labelled": bool}
-RESPONSE = {"ids": [int], "ends": [int], "text": str, "reward": REWARD, "finished": bool}
-
-
-def read_trees(path: str) -> list[dict]:
-    """trees.jsonl, looked at whole: a tree that is none would be trained on without a word."""
-    records, known = [], {}
-    for record in each_record(path, ("id", "prompt_ids", "nodes")):
-        if bad := broken_tree(record, known):
-            raise UserError(f"{path}: {record['id']}, {bad}: no step tree; make it anew")
-        records.append(record)
-    return records
-
-
-def share_numbers(record: dict, known: dict[int, int]):
-    """Make equal token ids one object: in a list each takes 8 bytes of memory then, not 36."""
-    record["ids"] = list(map(known.setdefault, record["ids"], record["ids"]))
-
-
-def broken_tree(record: dict, known: dict[int, int]) -> str | None:
-    """What is wrong with a line of trees.jsonl; None if it is a step tree."""
-    if bad := misfit(record, {"prompt_ids": [int], "nodes": [NODE]}):
-        return bad
-    for v, node in enumerate(record["nodes"]):
-        share_numbers(node, known)
-        grows = node["parent"] in range(v) and node["ids"] if v else node["parent"] == -1
-        counts = 0 <= node["wins"] <= node["n"] and node["draws"] >= 0
-        if not (grows and counts):
-            return f"nodes[{v}]"
-        if not 0 <= (node["reward"] or 0) <= 1:
-            return f"nodes[{v}] reward"
-    return None
-
-
-def each_sample(path: str) -> Iterator[dict]:
-    """The lines of samples.jsonl one by one: offsets that cut steps, and choices that exist."""
-    for record in each_record(path, ("id", "prompt_ids", "responses")):
-        if bad := broken_samples(record):
-            raise UserError(f"{path}: {record['id']}, {bad}: no samples; make them anew")
-        yield record
-
-
-def broken_samples(record: dict) -> str | None:
-    """What is wrong with a line of samples.jsonl; None if nothing is."""
-    if bad := misfit(record, {"prompt_ids": [int], "kept": [int], "responses": [RESPONSE]}):
-        return bad
-    for response in record["responses"]:
-        ends = [0, *response["ends"]]
-        if ends != sorted({*ends, len(response["ids"])}):
-            return "ends"
-        if not 0 <= response["reward"] <= 1:
-            return "reward"
-    if not {*record["kept"]} <= {*range(len(record["responses"]))}:
-        return "kept"
-    return None
-
-
 # ------------------------------------------------------------ the machinery of a stage
 
 

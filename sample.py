@@ -21,6 +21,7 @@ is done here, by `Prefixes` (every token of a tree is computed once) and `Slots`
 together), or by a server that takes and returns token ids (--server, class `Server`).
 """
 
+import functools
 import hashlib
 import http.client
 import json
@@ -28,7 +29,7 @@ import queue
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
@@ -41,18 +42,57 @@ import torch.nn.functional as F
 from model import (
     BLOCK,
     LM,
-    CacheView,
     Progress,
     Tree,
     TreeView,
     UserError,
     flag,
+    grouped_attention,
+    on_cuda,
     pack_hidden,
     pack_trees,
-    rows_that_fit,
+    row_bytes,
 )
-from prepare import Stage, actor_facts, fingerprint, main, read_jsonl, sha256
+from prepare import (
+    Stage,
+    actor_facts,
+    each_record,
+    fingerprint,
+    main,
+    misfit,
+    read_jsonl,
+    sha256,
+)
 from reward import grade_ids
+
+# ------------------------------------------------------------ samples.jsonl, read
+
+REWARD = int | float  # from 0 to 1
+RESPONSE = {"ids": [int], "ends": [int], "text": str, "reward": REWARD, "finished": bool}
+
+
+def each_sample(path: str) -> Iterator[dict]:
+    """The lines of samples.jsonl one by one: offsets that cut steps, and choices that exist."""
+    for record in each_record(path, ("id", "prompt_ids", "responses")):
+        if bad := broken_samples(record):
+            raise UserError(f"{path}: {record['id']}, {bad}: no samples; make them anew")
+        yield record
+
+
+def broken_samples(record: dict) -> str | None:
+    """What is wrong with a line of samples.jsonl; None if nothing is."""
+    if bad := misfit(record, {"prompt_ids": [int], "kept": [int], "responses": [RESPONSE]}):
+        return bad
+    for response in record["responses"]:
+        ends = [0, *response["ends"]]
+        if ends != sorted({*ends, len(response["ids"])}):
+            return "ends"
+        if not 0 <= response["reward"] <= 1:
+            return "reward"
+    if not {*record["kept"]} <= {*range(len(record["responses"]))}:
+        return "kept"
+    return None
+
 
 # ------------------------------------------------------------ one token
 
@@ -80,6 +120,62 @@ def draw_tokens(logits, key, position, temperature: float) -> torch.Tensor:
     # u < cdf[-1], so a token of probability 0 is never drawn
     u = uniforms(key, position)[:, None] * cdf[:, -1:]
     return torch.searchsorted(cdf, u, right=True)[:, 0]
+
+
+# ------------------------------------------------------------ keys and values
+
+
+class CacheView:
+    """Keys and values of B rows, allocated once; row b has written columns 0 .. length[b] - 1."""
+
+    def __init__(self, layers: int, shape: tuple[int, ...], dtype: torch.dtype, device: str):
+        rows, groups, columns, size = shape
+        if device == "cuda":
+            columns += -columns % 8  # fused kernels want such widths
+        empty = functools.partial(torch.zeros, (rows, groups, columns, size))  # (B, G, T, D)
+        self.keys = [empty(dtype=dtype, device=device) for _ in range(layers)]
+        self.values = [empty(dtype=dtype, device=device) for _ in range(layers)]
+
+    def at(self, length: torch.Tensor, width: int):
+        """The next token of a row goes to column `length` and sees columns 0 .. length < width."""
+        if on_cuda(length):
+            width += -width % 8
+        self.rows = torch.arange(len(length), device=length.device)
+        self.length, self.width = length, width
+        seen = torch.arange(width, device=length.device) <= length[:, None]
+        bias = torch.where(seen, 0.0, -torch.inf).to(self.keys[0].dtype)
+        self.bias = bias[:, None, None]  # (B, 1, 1, T)
+        return self
+
+    def __call__(self, layer, query, key, value, scaling):
+        k, v = self.keys[layer], self.values[layer]
+        k[self.rows, :, self.length] = key[:, :, 0].to(k.dtype)
+        v[self.rows, :, self.length] = value[:, :, 0].to(v.dtype)
+        k, v = k[: len(query), :, : self.width], v[: len(query), :, : self.width]
+        # (B, G, R, D): the heads of a group share keys, as if they were R queries of one head.
+        q = query.view(len(query), k.shape[1], -1, query.shape[-1])
+        if not on_cuda(query):
+            return grouped_attention(q, k, v, self.bias, scaling).view(query.shape)
+        # So no kernel need know of groups (the one that takes a mask on most cards does not, and
+        # would give way to one that copies the cache). Scores and softmax are float32 inside.
+        bias = self.bias.expand(-1, -1, q.shape[2], -1)
+        out = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=bias, scale=scaling)
+        return out.reshape(query.shape)
+
+
+def rows_that_fit(lm: LM, columns: int, wanted: int) -> int:
+    """How many rows of the key/value cache to decode at once: `wanted`, or as many as fit."""
+    if lm.device != "cuda":
+        return wanted
+    free, _ = torch.cuda.mem_get_info()
+    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    each = row_bytes(lm.config, columns, lm.head.element_size())
+    logits = 20 * lm.config.vocab_size  # of a row in float32; probabilities and sums in float64
+    fit = int(0.8 * free / (each + logits)) // 16 * 16
+    if fit == 0:
+        needed = f"16 rows of {columns} tokens need {16 * each / 1e9:.1f} GB"
+        raise UserError(f"{lm.path}: {needed}, {free / 1e9:.1f} GB are free; lower --max_new")
+    return min(wanted, fit)
 
 
 # ------------------------------------------------------------ continuations of trees' states

@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 
+from label_steps import read_trees
 from model import (
     BLOCK,
     LM,
@@ -38,7 +39,6 @@ from model import (
     flag,
     gathered,
     join,
-    load_critic,
     own_share,
     pack_trees,
     rank,
@@ -48,19 +48,11 @@ from model import (
     shard,
     step_advantages,
     step_logprobs,
-    tree_values,
     whole_batches,
 )
-from prepare import (
-    Stage,
-    dump,
-    each_sample,
-    fingerprint,
-    main,
-    read_trees,
-    sha256,
-    tokenizer_facts,
-)
+from prepare import Stage, dump, fingerprint, main, sha256, tokenizer_facts
+from sample import each_sample
+from train_critic import load_critic, tree_values
 
 
 @dataclass(frozen=True)

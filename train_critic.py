@@ -34,14 +34,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
+from label_steps import read_trees
 from model import (
+    LM,
     UserError,
     fit,
     flag,
+    gathered,
     join,
-    load_critic,
+    own_share,
     pack_hidden,
     pack_trees,
     rank,
@@ -49,11 +53,11 @@ from model import (
     replace,
     require_memory,
     shard,
-    tree_values,
+    step_values,
     whole_batches,
     whole_state,
 )
-from prepare import Stage, main, read_manifest, read_trees, sha256, tokenizer_facts
+from prepare import Stage, main, read_manifest, sha256, tokenizer_facts
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,46 @@ class Settings:
     dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the order of the problems", 0)
     force: bool = flag("throw an existing output away", False)
+
+
+def load_critic(path, train=False, dtype="", new: bool = False) -> tuple[LM, torch.nn.Linear]:
+    """A decoder and its value head; new=True: a language model may become one, from a head of 0."""
+    file = Path(path) / "value_head.safetensors"
+    if not new and not file.exists():
+        raise UserError(f"{path}: no value_head.safetensors, so no critic; run train_critic.py")
+    lm = LM(path, train, dtype=dtype)
+    head = torch.nn.Linear(lm.config.hidden_size, 1).to(lm.device)
+    if file.exists():
+        try:
+            head.load_state_dict(load_file(file))
+        except (RuntimeError, SafetensorError) as e:
+            why = str(e).splitlines()[-1].strip()
+            raise UserError(f"{file}: broken or of another model ({why})") from e
+    else:
+        torch.nn.init.zeros_(head.weight)
+        torch.nn.init.zeros_(head.bias)
+    return lm, head
+
+
+@torch.no_grad()
+def tree_values(lm: LM, head, records: list[dict], retokenise: bool, budget: int) -> list[list]:
+    """V of every node of trees.jsonl lines, one pass over each tree; the reward where a step ended."""
+    other = lm if retokenise else None
+    trees, values = [], []
+    for record in records:
+        goes_on = [node["reward"] is None for node in record["nodes"]]
+        trees.append(record_tree(record, goes_on, other))
+        values.append([float(node["reward"] or 0) for node in record["nodes"]])
+    found = []
+    for pack, counts in own_share(pack_trees(trees, budget)):
+        value = torch.sigmoid(step_values(lm, head, pack)).tolist()
+        found += zip(pack.owner, value) if counts else ()
+    for (t, v), value in gathered(found):
+        if not np.isfinite(value):
+            wrong = f"V is {value} in problem {records[t]['id']}"
+            raise UserError(f"{lm.path}: {wrong}; train it anew")
+        values[t][v] = value
+    return values
 
 
 def value_loss(logit, target, weight):

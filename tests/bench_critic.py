@@ -16,9 +16,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from model import load_critic, tree_values
-from prepare import read_trees
-from train_critic import measure
+from label_steps import read_trees
+from train_critic import load_critic, measure, tree_values
 
 
 def settings(path: Path, names: str) -> list[str]:

@@ -51,16 +51,15 @@ from model import (
     BLOCK,
     LM,
     Tree,
-    load_critic,
     pack_trees,
     record_tree,
     step_advantages,
     step_logprobs,
-    tree_values,
 )
 from prepare import read_jsonl
 from reward import grade_ids
 from sample import draw_key
+from train_critic import load_critic, tree_values
 
 LEVELS = {  # flags of prepare.py, and the length limit of a response
     "short": ("", 64),

@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention
 
 import model
+import sample
 import train_actor
 import train_critic
 from model import (
@@ -18,13 +19,13 @@ from model import (
     TreeView,
     UserError,
     linear_logprobs,
-    load_critic,
     pack_hidden,
     pack_trees,
     step_advantages,
     step_logprobs,
     step_values,
 )
+from train_critic import load_critic
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -314,11 +315,11 @@ def test_a_decoded_token_by_the_fused_kernel_is_the_cpu_s(monkeypatch):
     torch.manual_seed(0)
     query, key, value = torch.randn(5, 6, 1, 8), torch.randn(5, 2, 1, 8), torch.randn(5, 2, 1, 8)
     length = torch.tensor([3, 9, 0, 12, 7])
-    cache = model.CacheView(1, (5, 2, 16, 8), torch.float32, "cpu")
+    cache = sample.CacheView(1, (5, 2, 16, 8), torch.float32, "cpu")
     cache.keys[0].normal_()
     cache.values[0].normal_()
     want = cache.at(length, 13)(0, query, key, value, 0.4)
-    monkeypatch.setattr(model, "on_cuda", lambda x: True)
+    monkeypatch.setattr(sample, "on_cuda", lambda x: True)
     view = cache.at(length, 13)
     assert view.width == 16
     torch.testing.assert_close(view(0, query, key, value, 0.4), want, rtol=1e-5, atol=1e-6)
@@ -376,7 +377,7 @@ def test_the_memory_table_is_what_a_small_model_takes(build, tied, tmp_path):
 
     lm = LM(path, device="cpu", dtype="bfloat16")
     assert plan["sampling"]["weights"] == pytest.approx(size(lm.model.parameters()), rel=0.1)
-    cache = model.CacheView(6, (rows, 2, columns, 16), torch.bfloat16, "cpu")
+    cache = sample.CacheView(6, (rows, 2, columns, 16), torch.bfloat16, "cpu")
     taken = size([*cache.keys, *cache.values])
     assert plan["sampling"]["key/value cache"] == pytest.approx(taken, rel=0.1)
 

@@ -13,9 +13,10 @@ import torch
 import toy
 
 import model
-from model import LM, UserError, fit, load_critic, replace
+from model import LM, UserError, fit, replace
 from prepare import Stage, differences, dump, read_jsonl
 from train_actor import advantage_states
+from train_critic import load_critic
 
 S, L, C = "sample.py", "label_steps.py", "train_critic.py"
 NODE = {"parent": -1, "ids": [], "text": "é\n", "draws": 0, "n": 1, "wins": 1, "reward": None}
