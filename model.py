@@ -252,7 +252,8 @@ class LM:
         "5 + 3 = 8\\n" "\\n" "So 8.\\n" EOS -> two steps; the blank line joins the first.
 
         The one place that cuts responses: a fork that cuts at blank lines or every 32 tokens
-        replaces this body (return [*range(32, len(ids), 32), len(ids)]) and samples anew.
+        replaces what is below the first two lines, by `return [*range(32, len(ids), 32), len(ids)]`,
+        and samples anew.
         """
         if not ids:
             return []
@@ -264,9 +265,12 @@ class LM:
         return np.append(ends[:-1][inner], len(ids)).tolist()
 
     def _autocast(self):
-        """bfloat16 products where the weights are held in float32; else they are as they should."""
+        """bfloat16 products where the weights are held in float32; else they are as they should.
+
+        A pass uses each weight once, so to keep its rounded copy would only cost memory.
+        """
         enabled = self.in_bfloat16 and self.head.dtype is torch.float32
-        return torch.autocast(self.device, torch.bfloat16, enabled=enabled)
+        return torch.autocast(self.device, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     def hidden(self, ids: torch.Tensor, pos: torch.Tensor, view) -> torch.Tensor:
         """Last hidden states (B, T, d) of ids (B, T) at positions (B, T); `view`: who sees whom."""
@@ -539,13 +543,14 @@ def flex_tree_attention(query, key, value, block_mask, scaling):
     left for autocast to do then, and torch would compile once more for each of its states.
     """
     size, more = query.shape[2], _padding(query.shape[2])
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    if more:
-        query, key, value = [F.pad(x, (0, 0, 0, more)) for x in (query, key, value)]
+
+    def filled(x):  # of one dtype and one layout too: each other one would be compiled anew
+        return F.pad(x.to(value.dtype), (0, 0, 0, more)).contiguous()
+
     with torch.autocast(query.device.type, enabled=False):
         out = _flex()[0](
-            query, key, value, block_mask=block_mask, scale=scaling, enable_gqa=True,
-            kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
+            filled(query), filled(key), filled(value), block_mask=block_mask, scale=scaling,
+            enable_gqa=True, kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
         )  # fmt: skip
     return out[:, :, :size]
 
@@ -1159,18 +1164,27 @@ def memory(config, columns: int, tokens: int, rows: int, cards: int, offload: bo
         "key/value cache": rows * row_bytes(config, columns, 2),
         "logits and their sums": rows * vocabulary * 20,
     }
-    # With one card and no sharding autocast holds the residual stream in float32.
-    wide = 4 if cards == 1 and not offload else 2
+    alone = cards == 1 and not offload  # then autocast rounds float32 weights, and the residual
+    wide = 4 if alone else 2  # stream is float32
     state = 0 if offload else 16 * count // cards  # float32 weights, gradients and two moments
+    if alone:
+        whole_weights = 2 * layer  # of the layer that is computed, rounded
+    elif offload:
+        whole_weights = 6 * count
+    else:
+        whole_weights = 4 * layer + 2 * (count - layers * layer)
+    one_layer = 4 * tokens * (4 * width + 3 * sizes + 4 * inner)
+    # Two blocks of logits and one rounded; the head rounded, its gradient, a block's in float32; of
+    # the hidden states copies and gradients.
+    block = min(vocabulary, 8192)
+    blocks = 10 * min(tokens, 4096) * block + 4 * width * (vocabulary + block)
+    blocks += 14 * tokens * width
     training = {
         "weights, gradients, moments": state,
-        "gathered weights": 6 * count if offload else 4 * layer + 2 * (count - layers * layer),
+        "gathered weights": whole_weights,
         "layers' inputs": wide * (layers + 2) * tokens * width,  # the last norm keeps two more
-        "one layer's activations": 4 * tokens * (4 * width + 3 * sizes + 4 * inner),
-        "vocabulary blocks": 12 * 4096 * 8192 + 2 * vocabulary * width + 8 * tokens * width,
+        "one layer, or blocks of the vocabulary": max(one_layer, blocks),
     }
-    if cards == 1 and not offload:
-        training["gathered weights"] = 2 * layer  # a layer's weights, cast
     disk = {"two checkpoints and a third": 3 * 12 * count, "the model folder": 4 * count}
     host = {"weights, gradients, moments": 16 * count} if offload else {}
     return {"sampling": sampling, "training": training, "host": host, "disk": disk}

@@ -130,8 +130,7 @@ class CacheView:
 
     def __init__(self, layers: int, shape: tuple[int, ...], dtype: torch.dtype, device: str):
         rows, groups, columns, size = shape
-        if device == "cuda":
-            columns += -columns % 8  # fused kernels want such widths
+        columns += -columns % 8  # CUDA's fused kernels want such widths
         empty = functools.partial(torch.zeros, (rows, groups, columns, size))  # (B, G, T, D)
         self.keys = [empty(dtype=dtype, device=device) for _ in range(layers)]
         self.values = [empty(dtype=dtype, device=device) for _ in range(layers)]
