@@ -443,7 +443,7 @@ def _pack(trees: list[Tree], group: list[tuple[int, list]], align: int) -> Pack:
 def attend(module, query, key, value, attention_mask=None, scaling=None, view=None, **kwargs):
     """The attention of every model; query (B, G * R, T, D), key and value (B, G, T, D).
 
-    `view` (TreeView here, CacheView in sample.py) comes through the model's own forward and does the work.
+    `view` (TreeView here, CacheView in sample.py) comes through the model's own forward.
     """
     odd = view is None or key.shape != value.shape
     if odd or kwargs.get("softcap") or kwargs.get("sliding_window"):
