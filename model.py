@@ -465,7 +465,7 @@ def grouped_attention(query, key, value, bias, scaling):
     inside the fused kernels.
     """
     if on_cuda(query):
-        with torch.autocast(query.device.type, enabled=False):
+        with torch.autocast(query.device.type, enabled=False, cache_enabled=False):
             scores = (query.float() * scaling) @ key.float().transpose(-1, -2) + bias
     else:
         scores = (query * scaling) @ key.transpose(-1, -2) + bias
@@ -547,7 +547,7 @@ def flex_tree_attention(query, key, value, block_mask, scaling):
     def filled(x):  # of one dtype and one layout too: each other one would be compiled anew
         return F.pad(x.to(value.dtype), (0, 0, 0, more)).contiguous()
 
-    with torch.autocast(query.device.type, enabled=False):
+    with torch.autocast(query.device.type, enabled=False, cache_enabled=False):
         out = _flex()[0](
             filled(query), filled(key), filled(value), block_mask=block_mask, scale=scaling,
             enable_gqa=True, kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
