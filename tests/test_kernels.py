@@ -200,9 +200,9 @@ def flex(monkeypatch):
     ]
     # It refuses gradients on the CPU, for which nobody has compiled it.
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     monkeypatch.setattr(model, "_flex", lambda: compiled)
-    yield counters
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield counters
     torch._dynamo.reset()
 
 
