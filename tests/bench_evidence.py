@@ -17,10 +17,11 @@ Levels (the base models share one clean model a level; the seed fixes their misr
 Methods:
     paper    stages: n1 32, n 6, m 16, Q = V, labelled states, first steps; rates and beta as a small model needs them
     recipe   stages: run.sh's recipe, in smaller iterations where settings say so
-    online   DAPO small and often, see `online`             nolabels the same without completions
-    solved   as online, on problems with a right draw alone: where there is none, A is the critic's noise
+    online   DAPO small and often, see `online`: the critic learns from the samples' own outcomes, no completions
+    labelled the same with completions from late states     regression   online without the likelihood term
     grpo     tests/bench_baselines.py's
-    outcome, rft    the same loop on whole responses: advantage regression, and likelihood of the right ones
+    outcome, rft    the same loop on whole responses: advantages with the likelihood term, and that term alone
+Settings come from the trials in tests/tuning.jsonl, 14 a method, made with --split valid --seed 10 --tokens 25000 --set ...
 """
 
 import argparse
@@ -69,24 +70,25 @@ LEVELS = {  # flags of prepare.py, and the length limit of a response
 }
 BUDGETS = [12_500 * 2**i for i in range(12)]  # where the curves are read
 ONLINE = {
-    "problems": 3,  # an iteration
-    "n1": 8,  # responses a problem
-    "m": 4,  # completions of each chosen state
+    "problems": 2,  # an iteration
+    "n1": 4,  # responses a problem
+    "m": 0,  # completions of each chosen state
     "last": 4,  # states at most so many steps before the end of a right response are chosen
-    "kappa": 1.0,  # Q = (wins + kappa V) / (n + kappa)
-    "lr": 3e-4,
+    "kappa": 4.0,  # Q = (wins + kappa V) / (n + kappa)
+    "lr": 2e-4,
     "critic_lr": 1e-3,
     "replay": 4,  # iterations whose trees train the critic
-    "solved": 0,  # 1: the actor learns from problems with a right draw alone
+    "likelihood": 3.0,  # weight of the log-probs of right responses beside A's
+    "down": 0.5,  # weight of the steps whose A is below 0
 }
 OFF = {"m": 0, "kappa": 0.0, "critic_lr": 0.0, "replay": 0, "last": 0}
 METHODS = {
     "online": ONLINE,
-    "solved": ONLINE | {"solved": 1},
-    "nolabels": ONLINE | {"problems": 4, "m": 0, "kappa": 4.0, "last": 0},
-    "outcome": ONLINE | OFF | {"problems": 8},
-    "rft": ONLINE | OFF | {"problems": 4},
-    "grpo": {"prompts": 4, "group": 8, "lr": 3e-4},
+    "labelled": ONLINE | {"m": 2, "kappa": 1.0},
+    "regression": ONLINE | {"likelihood": 0.0, "down": 1.0},
+    "outcome": ONLINE | OFF,
+    "rft": ONLINE | OFF | {"n1": 2},
+    "grpo": {"prompts": 2, "group": 4, "lr": 2e-4},
     "paper": {
         "problems": 300,
         "sample": "--n1 32 --n 6",
@@ -128,6 +130,12 @@ def prompt_trees(lm: LM, problems: list[dict]) -> list[Tree]:
 # ------------------------------------------------------------ DAPO, small and often
 
 
+def new_node(parent: int, ids: list[int]) -> dict:
+    """right: how many of the draws of this step ended right; the rest is trees.jsonl's."""
+    node = {"parent": parent, "ids": ids, "reward": None, "draws": 0, "n": 0, "wins": 0}
+    return node | {"right": 0}
+
+
 class DrawTree:
     """One problem's draws: every step of each is a node, and draws of a node count there.
 
@@ -137,9 +145,7 @@ class DrawTree:
 
     def __init__(self, problem: dict, prompt_ids: list[int]):
         self.problem, self.child = problem, {}
-        self.nodes = [
-            {"parent": -1, "ids": prompt_ids, "reward": None, "draws": 0, "n": 0, "wins": 0}
-        ]
+        self.nodes = [new_node(-1, prompt_ids)]
 
     def add(self, v: int, ids: list[int], ends: list[int], reward: float) -> list[int]:
         """Count a response or completion drawn at node v; -> its nodes, a step each."""
@@ -150,10 +156,9 @@ class DrawTree:
             step = ids[begin:end]
             u = self.child.setdefault((v, tuple(step)), len(self.nodes))
             if u == len(self.nodes):
-                self.nodes.append(
-                    {"parent": v, "ids": step, "reward": None, "draws": 0, "n": 0, "wins": 0}
-                )
+                self.nodes.append(new_node(v, step))
             self.nodes[u]["draws"] += 1
+            self.nodes[u]["right"] += reward
             v = u
             path.append(v)
         self.nodes[v]["reward"] = reward
@@ -174,14 +179,15 @@ def online(lm: LM, base: str, problems: list[dict], max_new: int, method: str, s
     """Endless iterations of a few problems, one optimiser step of the actor each; yields (sampled, trained) so far.
 
     1. n1 responses a problem, all of them counted in its tree, each step a node.
-    2. Of a problem with right responses, one of them: at each of its states that is at most `last` steps before the
-       end, m completions. Deep states are the cheap ones and the ones where a draw says most about a step: at base,
-       two of three completions of a last step are right, one of six responses is.
+    2. `labelled` only. Of a problem with right and wrong responses, a right one: at each of its states that is at most
+       `last` steps before the end, m completions. Deep states are the cheap ones and the ones where a draw says most
+       about a step: at base, two of three completions of a last step are right, one of six responses is.
     3. The critic goes on learning from the trees of the last few iterations, a pass over them.
     4. A = Q(s, a) - V(s) for every step drawn, Q = (wins + kappa V) / (n + kappa), V(s) the mean of Q over the draws at s
        and of the critic's V as one draw more: a state drawn once has a baseline too.
     5. One step of eq. 12. At a log-ratio of 0 its gradient is that of -A log pi / beta, and AdamW does not see the scale:
-       beta drops out, and there is nothing to tune but the rate.
+       beta drops out. Beside it the likelihood of right responses (no part of the paper): what was drawn and is right
+       becomes likelier throughout, where A pushes only what is better than the rest, and half as much down as up.
     """
     rng, optimiser = random.Random(f"online {seed}"), adamw(lm.model.parameters(), settings["lr"])
     whole = method in ("outcome", "rft")
@@ -205,7 +211,7 @@ def online(lm: LM, base: str, problems: list[dict], max_new: int, method: str, s
                 right[t].append(path)
         asked = []
         for t, paths in enumerate(right):
-            if paths and settings["m"]:
+            if settings["m"] and 0 < len(paths) < settings["n1"]:  # all right: nothing to learn
                 states = [0, *rng.choice(paths)[:-1]]
                 # the last step only says what the one before it found
                 asked += [
@@ -232,8 +238,7 @@ def online(lm: LM, base: str, problems: list[dict], max_new: int, method: str, s
             actions = [{v: 1.0 for v, n in enumerate(r["nodes"]) if n["reward"]} for r in records]
         else:
             actions = [advantages(r, v, settings["kappa"]) for r, v in zip(records, values)]
-        if settings["solved"]:
-            actions = [a if r["nodes"][0]["wins"] else {} for r, a in zip(records, actions)]
+            actions = [weighed(r, a, settings) for r, a in zip(records, actions)]
         trained += actor_step(lm, records, actions, optimiser, per_token=method == "rft")
         yield sampled, trained
 
@@ -298,6 +303,16 @@ def advantages(
     for v, a in zip(drawn, adv):
         most[nodes[v]["parent"]] = max(most.get(nodes[v]["parent"], 0.0), abs(a))
     return {v: a for v, a in zip(drawn, adv) if most[nodes[v]["parent"]] >= gap}
+
+
+def weighed(record: dict, adv: dict[int, float], settings: dict) -> dict[int, float]:
+    """{node: weight of a draw of it}: A, less of it where it is below 0, and the likelihood of right ones."""
+    weight = {v: a if a > 0 else settings["down"] * a for v, a in adv.items()}
+    for v, node in enumerate(record["nodes"]):
+        if v and node["right"] and settings["likelihood"]:
+            more = settings["likelihood"] * node["right"] / node["draws"]
+            weight[v] = weight.get(v, 0.0) + more
+    return weight
 
 
 def actor_step(lm: LM, records: list[dict], actions: list[dict], optimiser, per_token: bool) -> int:
@@ -465,9 +480,9 @@ def read_rows(path: Path) -> list[dict]:
 # ------------------------------------------------------------ the figure and the table
 
 STYLE = {  # method: what the figure calls it, colour, line
-    "online": ("DAPO, small and often, with completions", "C3", "-"),
-    "solved": ("DAPO, small and often, solved problems alone", "C8", "-"),
-    "nolabels": ("DAPO, small and often, samples alone", "C1", "-"),
+    "online": ("DAPO, small and often, critic of the samples", "C3", "-"),
+    "labelled": ("the same with completions", "C1", "-"),
+    "regression": ("the same without the likelihood term", "C8", "-"),
     "grpo": ("GRPO", "C0", "-"),
     "outcome": ("outcome advantages, small and often", "C2", "--"),
     "rft": ("rejection sampling, small and often", "C4", "--"),
@@ -561,9 +576,9 @@ def plot(path: Path):
     figure.savefig("evidence.png", dpi=80)
 
     print(
-        "| level | method | seeds | tokens to 60 % | 80 % | 90 % | T=1 at 25,000 | at 50,000 | at the end | tokens there |"
+        "| level | method | seeds | tokens to 60 % | 80 % | 90 % | T=1 at 12,500 | at 25,000 | at 50,000 | at the end | tokens there |"
     )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for level in levels:
         for method, (name, *_) in STYLE.items():
             seeds = found.get((level, method))
@@ -575,7 +590,7 @@ def plot(path: Path):
                 ]
                 cells = [c if c == "-" else f"{c} k" for c in cells]
                 cells += [
-                    mean_sd([at(p, budget) for p in all_points], 100, 1) for budget in (25e3, 50e3)
+                    mean_sd([at(p, budget) for p in all_points], 100, 1) for budget in (12.5e3, 25e3, 50e3)
                 ]
                 cells.append(mean_sd([p[-1][1] for p in all_points], 100, 1))
                 cells.append(f"{np.mean([p[-1][0] for p in all_points]):,.0f}")
@@ -596,12 +611,12 @@ def compare(level: str, found: dict):
             ours, theirs = found.get((level, method)), found.get((level, rival))
             if (
                 method == rival
-                or method not in ("online", "solved", "nolabels")
+                or method not in ("online", "labelled")
                 or not ours
                 or not theirs
             ):
                 continue
-            for i in (2, 3, 4):  # 25, 50, 100 thousand tokens
+            for i in (1, 2, 3):  # 12.5, 25 and 50 thousand tokens
                 pairs = [
                     (ours[s][i], theirs[s][i])
                     for s in sorted(ours.keys() & theirs.keys())
