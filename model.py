@@ -81,6 +81,8 @@ class Progress(tqdm):
 
     def add(self, tokens: int):
         """Tokens were drawn or trained on; shown when it is time."""
+        if self.disable:
+            return
         self.tokens += tokens
         now = self._time()
         rate = self.tokens / max(1e-9, now - self.start_t)

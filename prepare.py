@@ -477,6 +477,9 @@ def main(stage, settings_class, doc: str):
     except KeyboardInterrupt:
         again = shlex.join(a for a in sys.argv if a != "--force")
         code, line = 130, f"stopped; to go on: python {again}"
+    except Exception:
+        sys.stderr = sys.__stderr__  # our own fault, whichever process found it, is shown whole
+        raise
     finally:
         if Stage.lock:
             Stage.lock.close()

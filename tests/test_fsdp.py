@@ -30,14 +30,30 @@ model.Checkpoints.save = saved
 sys.argv = sys.argv[2:]
 runpy.run_path(script, run_name="__main__")
 """
+# Runs a stage whose trained models keep of each layer its input alone, as they do on CUDA.
+CHECKPOINTED = """
+import runpy, sys
+import model
+load = model.LM.__init__
+def checkpointed(self, path, train=False, *args, **kwargs):
+    load(self, path, train, *args, **kwargs)
+    if train:
+        self.checkpoint_layers()
+model.LM.__init__ = checkpointed
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
-def torchrun(folder, script, processes=2, victim=None):
+def torchrun(folder, script, processes=2, victim=None, checkpointed=False):
     """Run a stage of the toy in several processes; -> what subprocess.run says of it."""
     start = [str(toy.ROOT / script)]
     if victim is not None:
         (folder / "killed.py").write_text(KILLED)
         start = [str(folder / "killed.py"), str(victim), *start]
+    if checkpointed:
+        (folder / "checkpointed.py").write_text(CHECKPOINTED)
+        start = [str(folder / "checkpointed.py"), *start]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(processes), *start, *toy.FLAGS[script].split()]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -142,3 +158,49 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(both, victim, processes, 
         path = f"run/critic/{file}"
         same_weights(load_file(folder / path), load_file(two / path))
     assert len(metrics(folder, "critic")) == len(metrics(two, "critic"))
+
+
+def test_checkpointed_layers_of_two_processes_learn_the_same(both, tmp_path):
+    """Layers that are computed again in the backward pass, when their weights are gathered anew."""
+    _, two = both
+    folder = tmp_path / "work"
+    shutil.copytree(two, folder)
+    for path in (folder / "run").glob("actor*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run = torchrun(folder, A, checkpointed=True)
+    assert run.returncode == 0, run.stderr
+    same_weights(
+        load_file(folder / "run/actor/model.safetensors"),
+        load_file(two / "run/actor/model.safetensors"),
+    )
+
+
+def test_two_processes_evaluate_as_one(both, tmp_path):
+    """They share out the problems; draws have keys, so the records are the same."""
+    one, _ = both
+    folder = tmp_path / "work"
+    shutil.copytree(one, folder)
+    with toy.contextlib.chdir(folder):
+        toy.pipeline("evaluate.py")
+    wanted = (folder / "run/eval.jsonl").read_bytes()
+    for path in (folder / "run").glob("eval.jsonl*"):
+        path.unlink()
+    run = torchrun(folder, "evaluate.py")
+    assert run.returncode == 0, run.stderr
+    assert (folder / "run/eval.jsonl").read_bytes() == wanted
+
+
+def test_two_processes_learn_demonstrations_as_one(both, tmp_path):
+    one, _ = both
+    for name in ("one", "two"):
+        shutil.copytree(one, tmp_path / name)
+        shutil.rmtree(tmp_path / name / "run")
+    with toy.contextlib.chdir(tmp_path / "one"):
+        toy.pipeline("prepare.py")
+    run = torchrun(tmp_path / "two", "prepare.py")
+    assert run.returncode == 0, run.stderr
+    file = "run/base/model.safetensors"
+    same_weights(load_file(tmp_path / "two" / file), load_file(tmp_path / "one" / file))
+    for split in ("train", "valid", "test"):
+        mine, wanted = [(tmp_path / n / f"run/{split}.jsonl").read_bytes() for n in ("two", "one")]
+        assert mine == wanted
