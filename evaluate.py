@@ -48,6 +48,7 @@ from model import (
 from prepare import (
     Stage,
     actor_facts,
+    each_record,
     main,
     misfit,
     read_jsonl,
@@ -349,15 +350,27 @@ PICTURES = {  # their names, and what the page says above them
     "tree.png": "A step tree of iteration 1",
     "solution.png": "The response of iteration 1 whose advantages are the widest apart",
 }
-HEAD = ("", "greedy", "95 % interval", "T=1", "p vs base", "T=1 gain", "95 % interval ")
+HEAD = ("", "tokens", "greedy", "95 % interval", "T=1", "p vs base", "T=1 gain", "95 % interval ")
 
 
-def table_row(name: str, row: dict) -> list[str]:
-    """The cells of one iteration under HEAD; row: `summarise`'s figures of it."""
+def sampled_tokens(iteration: Path) -> int:
+    """How many tokens an iteration drew: its samples, and the completions of their steps."""
+    total = 0
+    for name in ("samples.jsonl", "trees.jsonl"):
+        if (iteration / name).exists():
+            for record in each_record(iteration / name):
+                total += sum(len(response["ids"]) for response in record.get("responses", ()))
+                total += record.get("tokens", 0)
+    return total
+
+
+def table_row(name: str, row: dict, tokens: int) -> list[str]:
+    """The cells of one iteration under HEAD; row: `summarise`'s figures of it; tokens: so far."""
     against = row.get("against", {})
     gain = against.get("sampled")
     return [
         name,
+        f"{tokens:,}" if tokens else "",
         f"{row['accuracy']:.1%}",
         percents(row["interval"]),
         f"{row['sampled']:.1%}" if "sampled" in row else "",
@@ -374,9 +387,12 @@ def report(run: Path):
     if not files:
         raise UserError(f"{run}: no iter*/summary.json; run the stages first (bash run.sh)")
     rows = {f.parent.name: [*json.loads(f.read_text())["sets"].values()][-1] for f in files}
-    table = [table_row(name, row) for name, row in rows.items()]
+    table, tokens = [], 0
+    for name, row in rows.items():
+        tokens += sampled_tokens(run / name)
+        table.append(table_row(name, row, tokens))
     for cells in [HEAD, *table]:
-        print("{:8}{:>8}{:>17}{:>9}{:>11}{:>10}{:>20}".format(*cells))
+        print("{:8}{:>9}{:>8}{:>17}{:>9}{:>11}{:>10}{:>20}".format(*cells))
     trees = trained_trees(run / "iter1")
     pictures = []
     warnings.filterwarnings("ignore", "Glyph")  # a letter that the font lacks is drawn as a box

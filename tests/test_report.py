@@ -69,7 +69,10 @@ def make_run(run: Path, text: str = "", iterations: int = 2, problems: int = 30)
         {"node": 4, "mean": 0.1, "gap": 0.1, "actions": [pair(5, 0.0, -0.1)]},
     ]  # fmt: skip
     it = run / "iter1"
-    write(it / "trees.jsonl", [{"id": i, "prompt_ids": [1], "nodes": nodes} for i in ids["train"]])
+    tree = {"prompt_ids": [1], "tokens": 80, "nodes": nodes}
+    write(it / "trees.jsonl", [{"id": i, **tree} for i in ids["train"]])
+    responses = [{"ids": [5, 6, 0]}, {"ids": [5, 0]}]
+    write(it / "samples.jsonl", [{"id": i, "responses": responses} for i in ids["train"]])
     write(it / "actor.advantages.jsonl", [{"id": i, "states": states} for i in ids["train"]])
     step = {"ratio_up": 1.0, "pairs_up": 2, "ratio_down": -3.0, "pairs_down": 0}
     write(it / "actor.work" / "metrics.jsonl", [step] * 3)
@@ -109,7 +112,7 @@ def test_the_report_has_table_pictures_and_twenty_problems(tmp_path, capsys):
     page = report(make_run(tmp_path / "run"))
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in printed[:3]] == [
-        ["greedy", "95"], ["iter0", "33.3%"], ["iter1", "80.0%"]]  # fmt: skip
+        ["tokens", "greedy"], ["iter0", "33.3%"], ["iter1", "2,550"]]  # fmt: skip
     files = ["report.png", "tree.png", "solution.png", "report.html"]
     assert printed[3:] == [str(tmp_path / "run" / name) for name in files]
     assert page.count("details") == 20 and page.count("img") == 3 and page.count("tr") == 3
