@@ -178,6 +178,15 @@ def test_packed_logprobs_equal_one_forward_a_pair(models, name):
         same_gradients(gradients(lm.model), gradients(plain))
 
 
+def test_the_worked_example_of_a_pack():
+    """_pack's docstring: a prompt of two tokens and two children of one token each."""
+    (pack,) = pack_trees([Tree([[7, 8], [5], [6]], [-1, 0, 0], [False, True, True])], 99)
+    table = (pack.ids, pack.pos, pack.end, pack.prev)
+    assert [column[:4].tolist() for column in table] == [
+        [7, 8, 5, 6], [0, 1, 2, 2], [4, 4, 3, 4], [-1, 0, 1, 1]]  # fmt: skip
+    assert pack.owner == [(0, 1), (0, 2)] and pack.last.tolist() == [2, 3]
+
+
 # ---------------------------------------------------------------- what CUDA would run, held on the CPU
 
 
