@@ -1048,6 +1048,7 @@ def fit(modules, batches, prepare, loss, work: Path, lr: float, save_minutes: fl
     timing.jsonl apart. Of several processes each runs its share of a batch's packs.
     """
     work.mkdir(parents=True, exist_ok=True)
+    give_back_whole_weights(modules)
     parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
     flags = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
     optimiser = torch.optim.AdamW(parameters, lr=lr, **flags)
@@ -1120,6 +1121,15 @@ class Lines:
     def flush(self):
         if self.file:
             os.fsync(self.file.fileno())
+
+
+def give_back_whole_weights(modules: dict):
+    """After passes without a backward one, offloaded weights are still whole on the card, and the
+    modules' parameters are those: an optimiser made now would train copies."""
+    for module in modules.values():
+        for part in module.modules():
+            if is_sharded(part):
+                part.reshard()
 
 
 def synchronise(modules: dict, last: bool):

@@ -120,20 +120,22 @@ def test_advantages_of_two_processes_are_those_of_one(both):
                 assert action == pytest.approx(its_twin, abs=2e-5)
 
 
-def test_offloaded_training_is_the_same(both, tmp_path):
+@pytest.mark.parametrize("name, script", [("critic", C), ("actor", A)])
+def test_offloaded_training_is_the_same(both, name, script, tmp_path):
     """--offload, without torchrun: weights, gradients and moments in the host's memory."""
     one, _ = both
     folder = tmp_path / "work"
     shutil.copytree(one, folder)
-    for path in (folder / "run").glob("critic*"):
+    for path in (folder / "run").glob(f"{name}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    command = [sys.executable, str(toy.ROOT / C), *toy.CRITIC.split(), "--offload"]
+    command = [sys.executable, str(toy.ROOT / script), *toy.FLAGS[script].split(), "--offload"]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    for mine, wanted in zip(metrics(folder, "critic"), metrics(one, "critic"), strict=True):
+    for mine, wanted in zip(metrics(folder, name), metrics(one, name), strict=True):
         assert mine == pytest.approx(wanted, rel=1e-5, abs=1e-6)
-    for file in ("model.safetensors", "value_head.safetensors"):
-        same_weights(load_file(folder / "run/critic" / file), load_file(one / "run/critic" / file))
+    files = ["model.safetensors"] + (["value_head.safetensors"] if name == "critic" else [])
+    for file in files:
+        same_weights(load_file(folder / "run" / name / file), load_file(one / "run" / name / file))
 
 
 @pytest.mark.parametrize("victim, processes", [(0, 2), (1, 3)])
