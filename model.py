@@ -814,6 +814,12 @@ def join(offload: bool = False):
     dist.init_process_group(backend, **alone)
 
 
+def leave():
+    """Part from the other processes; gloo's threads would otherwise end some with an error."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def wait_for_all():
     if world() > 1 and dist.is_initialized():
         dist.barrier()

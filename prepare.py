@@ -59,6 +59,7 @@ from model import (
     fit,
     flag,
     join,
+    leave,
     pack_trees,
     rank,
     replace,
@@ -464,7 +465,8 @@ def main(stage, settings_class, doc: str):
     try:
         settings = settings_class(**vars(parser.parse_args()))
         check_numbers(settings)
-        return stage(settings)
+        stage(settings)
+        return leave()
     except UserError as e:
         code, line = 2, f"error: {e}"
     except (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError) as e:
