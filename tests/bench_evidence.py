@@ -513,8 +513,8 @@ def reached(points: list[tuple], share: float) -> float:
 
 def at(points: list[tuple], budget: float) -> float:
     """T=1 accuracy at a budget, between points by log tokens; nan beyond the curve's end."""
-    tokens, t1 = zip(*[(x, y) for x, y, *_ in points[1:]])
-    if not tokens[0] * 0.7 <= budget <= tokens[-1] * 1.05:
+    tokens, t1 = [x for x, *_ in points[1:]], [y for _, y, *_ in points[1:]]
+    if not tokens or not tokens[0] * 0.7 <= budget <= tokens[-1] * 1.05:
         return math.nan
     return float(np.interp(math.log(budget), np.log(tokens), t1))
 
