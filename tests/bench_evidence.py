@@ -590,7 +590,8 @@ def plot(path: Path):
                 ]
                 cells = [c if c == "-" else f"{c} k" for c in cells]
                 cells += [
-                    mean_sd([at(p, budget) for p in all_points], 100, 1) for budget in (12.5e3, 25e3, 50e3)
+                    mean_sd([at(p, budget) for p in all_points], 100, 1)
+                    for budget in (12.5e3, 25e3, 50e3)
                 ]
                 cells.append(mean_sd([p[-1][1] for p in all_points], 100, 1))
                 cells.append(f"{np.mean([p[-1][0] for p in all_points]):,.0f}")
@@ -601,7 +602,13 @@ def plot(path: Path):
         compare(level, found)
 
 
-PAIRS = (("online", "grpo"), ("online", "rft"), ("online", "outcome"), ("regression", "grpo"), ("labelled", "online"))
+PAIRS = (
+    ("online", "grpo"),
+    ("online", "rft"),
+    ("online", "outcome"),
+    ("regression", "grpo"),
+    ("labelled", "online"),
+)
 
 
 def compare(level: str, found: dict):

@@ -407,7 +407,9 @@ def test_scores_are_float32_on_cuda(monkeypatch):
     torch.manual_seed(0)
     query, key, value = (6 * torch.randn(3, 1, 2, 9, 16)).bfloat16()
     bias = torch.zeros(1, 1, 9, 9)
-    exact = model.grouped_attention(query.double(), key.double(), value.double(), bias.double(), 0.25)
+    exact = model.grouped_attention(
+        query.double(), key.double(), value.double(), bias.double(), 0.25
+    )
     errors = []
     for cuda in (False, True):
         as_if_on_cuda(monkeypatch, cuda)
