@@ -20,6 +20,11 @@ Departures from the paper:
  1. States that several kept responses share are labelled once.
  2. A completion counts at the deeper kept states that it passes, so those need fewer of their own:
     only m - n.
+ 3. --whole_draws wastes no draw: all responses are in the tree and count (all of them are a fair
+    sample, only the kept ones are not), and of responses and completions every step, not the first
+    one alone, is an action that leads to a state. With --m 0 no completion is drawn at all: the
+    samples are the tree. (One bias comes with it: where a blank line after a step is a token of its
+    own, a state exists only if some draw went on without it.)
 """
 
 from collections import Counter
@@ -38,7 +43,8 @@ class Settings:
     problems: str = flag("the problems that the samples are of")
     samples: str = flag("samples.jsonl from sample.py")
     out: str = flag("trees.jsonl to write")
-    m: int = flag("completions a state", 16)
+    m: int = flag("completions a state; 0 with --whole_draws: none", 16)
+    whole_draws: bool = flag("count all responses, and every step of a completion", False)
     max_new: int = flag("length limit of a whole response in tokens", 2048)
     batch: int = flag("rows decoded at once", 256)
     server: str = flag("URL of a server that serves the actor, or several, comma separated", "")
@@ -83,14 +89,18 @@ def broken_tree(record: dict, known: dict[int, int]) -> str | None:
 
 
 class StepTree:
-    """One problem's nodes while they are counted: the lists below have an item a node."""
+    """One problem's nodes while they are counted: the lists below have an item a node.
 
-    def __init__(self, prompt_ids: list[int]):
-        self.prompt_ids = prompt_ids
+    whole_draws: every step that is drawn leads to a state, not those of kept responses alone.
+    """
+
+    def __init__(self, prompt_ids: list[int], whole_draws: bool = False):
+        self.prompt_ids, self.whole_draws = prompt_ids, whole_draws
         root = {"parent": -1, "ids": [], "text": "", "draws": 0, "n": 0, "wins": 0}
         self.nodes = [root | {"reward": None, "labelled": False}]
         self.depth = [0]  # response tokens up to the node
-        self.is_state = [True]  # a kept response goes on from here, so it is to be labelled
+        self.to_label = [True]  # a kept response goes on from here
+        self.is_state = [True]  # draws are followed further from here
         self.states_below = [[]]  # its children that are states
         self.child = {}  # (node, token ids of a step): the child that the step leads to
         self.tokens = 0  # generated for this problem
@@ -102,25 +112,31 @@ class StepTree:
             new = {"parent": parent, "ids": ids, "reward": reward, "n": 0, "wins": 0}
             self.nodes.append(self.nodes[0] | new)
             self.depth.append(self.depth[parent] + len(ids))
+            self.to_label.append(False)
             self.is_state.append(False)
             self.states_below.append([])
         elif reward is None:  # a response was cut off here by its length, another goes on
             self.nodes[v]["reward"] = None
         return v
 
-    def keep(self, ids: list[int], ends: list[int], reward: float):
-        """Put a kept response's steps in, uncounted: it was kept because of its outcome."""
+    def keep(self, ids: list[int], ends: list[int], reward: float, to_label: bool = True):
+        """Put a response's steps in, uncounted: a kept one was kept because of its outcome."""
         v, begin = 0, 0
         for end in ends:
             last = end == ends[-1]
-            u = self.step(v, ids[begin:end], reward if last else None)
-            if not last and not self.is_state[u]:
-                self.is_state[u] = True
-                self.states_below[v].append(u)
-            v, begin = u, end
+            v, begin = self.step(v, ids[begin:end], reward if last else None), end
+            if not last:
+                self.to_label[v] |= to_label
+                self._follow(v)
+
+    def _follow(self, v: int):
+        """From now on draws that pass node v are followed further."""
+        if not self.is_state[v]:
+            self.is_state[v] = True
+            self.states_below[self.nodes[v]["parent"]].append(v)
 
     def complete(self, v: int, ids: list[int], cut, reward: float):
-        """Count one completion drawn at node v, and go on at every state that it passes.
+        """Count one draw at node v, a completion or response, and go on at every state it passes.
 
         cut: LM.step_ends. It looks a token ahead (a blank line joins the step before it), so a state
         is passed if its tokens begin the completion, whatever the completion's own cut is: only
@@ -131,6 +147,8 @@ class StepTree:
         last = end == len(ids)
         step = self.step(v, ids[:end], reward if last else None)
         self.nodes[step]["draws"] += 1
+        if self.whole_draws and not last:
+            self._follow(step)
         if last or not self.is_state[step]:
             self._count(step, reward)
         for u in self.states_below[v]:
@@ -148,7 +166,7 @@ class StepTree:
         for v, node in enumerate(self.nodes):
             if v:
                 level[v] = level[node["parent"]] + 1
-            if self.is_state[v]:
+            if self.to_label[v]:
                 while len(levels) <= level[v]:
                     levels.append([])
                 levels[level[v]].append(v)
@@ -166,18 +184,28 @@ class StepTree:
         """The line of trees.jsonl."""
         for v, node in enumerate(self.nodes):
             node["text"] = lm.text(node["ids"] if v else self.prompt_ids)
-            node["labelled"] = self.is_state[v]
+            node["labelled"] = self.to_label[v]
         whole = {"id": problem_id, "prompt_ids": self.prompt_ids, "tokens": self.tokens}
         return whole | {"nodes": self.nodes}
 
 
-def plant(sample_record: dict) -> StepTree:
-    """The tree of a problem's kept responses, all in it before the first completion."""
-    tree = StepTree(sample_record["prompt_ids"])
-    for k in sample_record["kept"]:
-        response = sample_record["responses"][k]
-        if response["ends"]:
-            tree.keep(response["ids"], response["ends"], response["reward"])
+def plant(sampled: dict, cut, whole_draws: bool) -> StepTree:
+    """The tree of a problem's responses, all in it before the first completion.
+
+    Kept responses choose the states and are not counted. whole_draws: all responses are in it and
+    count, which is unbiased as long as none is left out for its outcome. cut: LM.step_ends.
+    """
+    tree = StepTree(sampled["prompt_ids"], whole_draws)
+    responses = [
+        (k, response) for k, response in enumerate(sampled["responses"]) if response["ids"]
+    ]
+    for k, response in responses:
+        kept = k in sampled["kept"]
+        if kept or whole_draws:
+            tree.keep(response["ids"], response["ends"], response["reward"], to_label=kept)
+    if whole_draws:
+        for _, response in responses:
+            tree.complete(0, response["ids"], cut, response["reward"])
     return tree
 
 
@@ -192,7 +220,7 @@ def label(lm: LM, problems: list[dict], trees: list[StepTree], s: Settings, prog
     prefix_trees = []
     for tree in trees:
         nodes = {"prompt_ids": tree.prompt_ids, "nodes": tree.nodes}
-        prefix_trees.append(record_tree(nodes, list(tree.is_state)))
+        prefix_trees.append(record_tree(nodes, list(tree.to_label)))
     prefixes = None
     if not server:
         prefixes = Prefixes(lm, prefix_trees)  # once for all levels
@@ -223,6 +251,8 @@ def label(lm: LM, problems: list[dict], trees: list[StepTree], s: Settings, prog
 
 
 def stage(s: Settings):
+    if s.m == 0 and not s.whole_draws:
+        raise UserError("--m 0: nothing would be counted; wanted 1 or more, or --whole_draws")
     needs = ("id", "prompt", "answer or tests")
     problems = {p["id"]: p for p in read_jsonl(Path(s.problems), needs)}
     # The file is looked at whole before anything is drawn, but never held whole.
@@ -235,7 +265,7 @@ def stage(s: Settings):
     out = Stage("label_steps.py", s.out, s, inputs)
     if out.complete:
         return
-    lm = LM(s.actor, dtype=s.dtype, weights=not s.server)
+    lm = LM(s.actor, dtype=s.dtype, weights=s.m > 0 and not s.server)
     server = Server(s.server, lm) if s.server else None
     facts = {**actor_facts(lm, s.max_new), "problems": sha256(s.problems)}
     out.begin(facts | ({"draws": "server"} if server else {}), expects=facts)
@@ -247,9 +277,9 @@ def stage(s: Settings):
     with Progress("label_steps", sampled - len(out.done)) as progress:
 
         def process(chunk: list[dict]) -> list[dict]:
-            trees = [plant(record) for record in chunk]
+            trees = [plant(record, lm.step_ends, s.whole_draws) for record in chunk]
             owners = [problems[record["id"]] for record in chunk]
-            counts.append(label(lm, owners, trees, s, progress, server))
+            counts.append(label(lm, owners, trees, s, progress, server) if s.m else Counter())
             for record in chunk:
                 for k in record["kept"]:
                     counts[-1]["unshared"] += len(record["responses"][k]["ends"])

@@ -493,7 +493,15 @@ def check_numbers(settings):
     """Refuse numbers that are negative or not finite, and 0 where it is no default and no use."""
     for f in fields(settings):
         value = getattr(settings, f.name)
-        zero = f.name in ("kappa", "gap", "valid_share", "token_share")
+        zero = f.name in (
+            "m",
+            "kappa",
+            "gap",
+            "valid_share",
+            "token_share",
+            "value_draws",
+            "likelihood",
+        )
         good = isinstance(value, bool) or value == f.default or (value == 0 and zero)
         if isinstance(value, int | float) and not (good or 0 < value < math.inf):
             raise UserError(f"--{f.name} {value}: wanted a finite number above 0")

@@ -4,6 +4,7 @@
 #
 #   bash run.sh                                       # embedded problems and model, minutes on a CPU
 #   TASK=code RUN=runs/code bash run.sh               # the same, writing small Python functions
+#   RECIPE=paper RUN=runs/paper bash run.sh           # the paper's algorithm to the letter, in two large iterations
 #   RUN=runs/gsm8k BASE=path/or/hub-id TRAIN=gsm8k:train.jsonl TEST=gsm8k:test.jsonl bash run.sh
 #                                                     # your model and data, with the paper's settings
 #
@@ -17,19 +18,29 @@ cd "$(dirname "$0")"
 SEED=${SEED-0}
 if [ -z "${BASE-}${TRAIN-}" ]; then # what the embedded model of 0.5M parameters needs instead of the paper's settings
   RUN=${RUN-runs/demo}
-  ITERATIONS=${ITERATIONS-2} # the embedded problems last for 2 (code: 4); for more: PREPARE="--train_size 5000"
-  # New training problems an iteration. Programs take longer to grade than answers.
-  if [ "${TASK-}" = code ]; then PROBLEMS=${PROBLEMS-500}; else PROBLEMS=${PROBLEMS-1000}; fi
   LENGTH=${LENGTH-"--max_new 64"}
-  SAMPLE=${SAMPLE-"--n1 8 --n 4 --batch 512"}
-  LABEL=${LABEL-"--m 4 --batch 512"}
-  CRITIC=${CRITIC-"--lr 1e-3 --passes 8 --batch 128"}
-  ACTOR=${ACTOR-"--kappa 4 --kept_steps --beta 0.1 --lr 1e-4 --passes 4 --batch 256"}
   EVALUATE=${EVALUATE-"--samples 8 --batch 512"}
+  if [ "${RECIPE-}" = paper ]; then # completions from every state, Q = V, first steps alone; rates of a small model
+    ITERATIONS=${ITERATIONS-2} # the embedded problems last for 2; for more: PREPARE="--train_size 5000"
+    PROBLEMS=${PROBLEMS-1000} # new training problems an iteration
+    SAMPLE=${SAMPLE-"--n1 8 --n 4 --batch 512"}
+    LABEL=${LABEL-"--m 4 --batch 512"}
+    CRITIC=${CRITIC-"--states labelled --token_share 0 --lr 1e-3 --passes 8 --batch 128"}
+    ACTOR=${ACTOR-"--beta 0.05 --lr 1e-4 --passes 4 --batch 256"}
+  else # small and often, and no draw wasted: the samples themselves are the trees (README.md, "Where this differs")
+    ITERATIONS=${ITERATIONS-6}
+    PROBLEMS=${PROBLEMS-50}
+    REPLAY=${REPLAY-4}
+    SAMPLE=${SAMPLE-"--n1 4 --n 4 --batch 512"}
+    LABEL=${LABEL-"--whole_draws --m 0"}
+    CRITIC=${CRITIC-"--lr 1e-3 --passes 2 --batch 128"}
+    ACTOR=${ACTOR-"--kappa 4 --value_draws 1 --by_draws --likelihood 1 --gap 0.05 --beta 0.1 --lr 2e-4 --passes 4 --batch 64"}
+  fi
 fi
 RUN=${RUN-runs/own}
 ITERATIONS=${ITERATIONS-1}
 PROBLEMS=${PROBLEMS-0} # 0: all of them in each iteration
+REPLAY=${REPLAY-1}     # the critic goes on learning on the trees of so many iterations, the newest last
 LENGTH=${LENGTH-}
 LAUNCH=${LAUNCH-python}
 PORT=${PORT-8000} # of the server that ENGINE starts
@@ -68,7 +79,7 @@ if [ -z "${BASE-}" ] && [ ! -d "$actor" ]; then
   echo "error: run.sh: no model for these problems; give BASE=path/or/hub-id, or PREPARE=\"--base MODEL --demos NAME:PATH\"" >&2
   exit 2
 fi
-critic=${CRITIC_MODEL:-$actor}
+critic=${CRITIC_MODEL:-$actor} trees=()
 headline "Iteration 0: evaluate the base model"
 start_engine "$actor"
 python evaluate.py --actor "$actor" --problems "$RUN/test.jsonl" --out "$RUN/iter0/eval.jsonl" ${SERVER:+--server "$SERVER"} \
@@ -83,7 +94,9 @@ for i in $(seq "$ITERATIONS"); do
     --out "$it/trees.jsonl" --seed "$SEED$i" ${SERVER:+--server "$SERVER"} $LENGTH ${LABEL-}
   end_engine
   headline "Iteration $i, A.3: train the critic"
-  $LAUNCH train_critic.py --trees "$it/trees.jsonl" --critic_model "$critic" --out "$it/critic" --seed "$SEED" ${CRITIC-}
+  trees+=("$it/trees.jsonl")
+  if [ ${#trees[@]} -gt "$REPLAY" ]; then trees=("${trees[@]:1}"); fi
+  $LAUNCH train_critic.py --trees "$(IFS=, && echo "${trees[*]}")" --critic_model "$critic" --out "$it/critic" --seed "$SEED" ${CRITIC-}
   headline "Iteration $i, B: advantages, train the actor"
   $LAUNCH train_actor.py --actor "$actor" --trees "$it/trees.jsonl" --critic "$it/critic" --out "$it/actor" \
     --seed "$SEED" ${ACTOR-}
@@ -96,10 +109,10 @@ done
 end_engine
 headline "Report"
 python evaluate.py --report "$RUN"
-headline "Next, on the same trees: the counts alone, without the critic (README.md has more to change)"
+headline "Next, on the same trees: no gap, so that every step trains (README.md has more to change)"
 cat << END
-python train_actor.py --actor ${BASE:-$RUN/base} --trees $RUN/iter1/trees.jsonl --out $RUN/counts/actor --seed $SEED \\
-  ${ACTOR-} --kappa 0
-python evaluate.py --actor $RUN/counts/actor --problems $RUN/test.jsonl --out $RUN/counts/eval.jsonl \\
+python train_actor.py --actor ${BASE:-$RUN/base} --trees $RUN/iter1/trees.jsonl --critic $RUN/iter1/critic --out $RUN/all/actor \\
+  --seed $SEED ${ACTOR-} --gap 0
+python evaluate.py --actor $RUN/all/actor --problems $RUN/test.jsonl --out $RUN/all/eval.jsonl \\
   --against $RUN/iter1/eval.jsonl $LENGTH ${EVALUATE-}
 END

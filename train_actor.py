@@ -20,10 +20,17 @@ Departures from the paper:
  3. --kept_steps also trains on the kept responses' own steps that no completion drew: balanced
     choice makes many of them wrong, and their states are labelled anyway. They have no draw, so the
     mean of eq. 13 stays that of pi_ref's draws.
- 4. --advantage outcome regresses whole responses on outcome minus mean instead: the baseline
+ 4. --value_draws K counts V(s) as K more draws in the mean of eq. 13, so that a step whose state was
+    drawn once has an advantage too; --by_draws weighs a pair by its draws, where the paper weighs
+    all unique actions alike. Both are for trees of whole draws.
+ 5. --likelihood W adds -W / beta * log pi of each step times the share of its draws that ended
+    right: what is right becomes likelier throughout, where eq. 12 alone only moves what is better
+    or worse than the rest (as in Iterative RPO, arXiv 2404.19733, for DPO).
+ 6. --advantage outcome regresses whole responses on outcome minus mean instead: the baseline
     without steps.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +71,9 @@ class Settings:
     kappa: float = flag("completions that the critic's opinion is worth; inf: Q = V", math.inf)
     advantage: str = flag("step: eq. 13; outcome: of whole responses", "step")
     kept_steps: bool = flag("train on kept responses' steps too, drawn or not", False)
+    value_draws: float = flag("draws that V(s) counts as in the mean of eq. 13", 0.0)
+    by_draws: bool = flag("a pair weighs as often as it was drawn, not each the same", False)
+    likelihood: float = flag("weight of right steps' likelihood beside eq. 12", 0.0)
     gap: float = flag("states with max A - min A below this are left out", 0.1)
     beta: float = flag("strength of the KL to pi_ref", 0.01)
     lr: float = flag("peak learning rate", 5e-7)
@@ -102,10 +112,12 @@ def action_values(record: dict, value: list[float] | None, kappa: float):
     return torch.tensor(q, dtype=torch.float64)
 
 
-def advantage_states(record: dict, q, gap: float, kept_steps: bool = False) -> list[dict]:
+def advantage_states(
+    record: dict, q, gap: float, kept_steps=False, value=None, value_draws=0.0
+) -> list[dict]:
     """B.1 for one tree: states worth training on and their unique actions (eq. 13, app. F.1).
 
-    Here it is decided which pairs train the actor, and with what advantage.
+    Here it is decided which pairs train the actor, and with what advantage. value: V of every node.
     """
     nodes = record["nodes"]
     drawn = [v for v, node in enumerate(nodes) if node["draws"] > 0]
@@ -117,7 +129,10 @@ def advantage_states(record: dict, q, gap: float, kept_steps: bool = False) -> l
         return []
     parent = torch.tensor([states.index(nodes[v]["parent"]) for v in actions])
     draws = torch.tensor([nodes[v]["draws"] for v in actions])
-    adv, mean, gaps = step_advantages(q[actions], parent, draws)
+    own = None
+    if value_draws:
+        own = torch.tensor([value[v] for v in states], dtype=q.dtype)
+    adv, mean, gaps = step_advantages(q[actions], parent, draws, own, value_draws)
     chosen = []
     for i, state in enumerate(states):
         if gaps[i] < gap - 1e-9:  # .6 - .5 is .0999...
@@ -140,10 +155,12 @@ def outcome_record(sample: dict) -> dict:
     root = {"parent": -1, "ids": [], "text": "", "draws": 0, "n": 0, "wins": 0, "reward": None}
     unique = {}
     for response in sample["responses"]:
-        ids = tuple(response["ids"])
+        ids, reward = response["ids"], response["reward"]
         if ids:
-            leaf = root | {"parent": 0, "ids": response["ids"], "reward": response["reward"]}
-            unique.setdefault(ids, leaf)["draws"] += 1
+            leaf = unique.setdefault(tuple(ids), root | {"parent": 0, "ids": ids, "reward": reward})
+            leaf["draws"] += 1
+            leaf["n"] += 1
+            leaf["wins"] += reward
     nodes = [root, *unique.values()]
     return {"id": sample["id"], "prompt_ids": sample["prompt_ids"], "nodes": nodes}
 
@@ -183,22 +200,29 @@ def train(lm: LM, records: list[dict], lines: list[dict], s: Settings, work: Pat
     trees = [pair_tree(record, line) for record, line in zip(records, lines)]
     actions = actions_by_node(lines)
     batches = whole_batches([len(a) for a in actions], s.batch, s.passes, f"actor {s.seed}")
+    tensor = functools.partial(torch.tensor, dtype=torch.float32, device=lm.device)
 
     def prepare(batch):
-        count = sum(len(actions[i]) for i in batch)  # the one normaliser of the step
-        items = []
+        items, total = [], 0  # total: of the whole batch's weights, the one normaliser of the step
         for pack in pack_trees([trees[i] for i in batch], s.budget, align=BLOCK):
-            chosen = [actions[batch[t]][v] for t, v in pack.owner]
-            adv = torch.tensor([action["adv"] for action in chosen], device=lm.device)
-            logp_ref = torch.tensor([action["logp_ref"] for action in chosen], device=lm.device)
-            items.append((pack, adv, logp_ref, count))
-        return items
+            adv, logp_ref, weight, right = [], [], [], []
+            for t, v in pack.owner:
+                action, node = actions[batch[t]][v], records[batch[t]]["nodes"][v]
+                adv.append(action["adv"])
+                logp_ref.append(action["logp_ref"])
+                weight.append(max(1, node["draws"]) if s.by_draws else 1)
+                right.append(node["wins"] / max(1, node["n"]))
+            total += sum(weight)
+            items.append((pack, tensor(adv), tensor(logp_ref), tensor(weight), tensor(right)))
+        return [(*columns, weight / total, right) for *columns, weight, right in items]
 
-    def loss(pack, adv, logp_ref, count):
+    def loss(pack, adv, logp_ref, weight, right):
         logp = step_logprobs(lm, pack)  # (M,)
         ratio, up = (logp - logp_ref).detach(), adv > 0
-        return actor_loss(logp, logp_ref, adv, s.beta).sum() / count, {
-            "do_nothing": 0.5 * ((adv / s.beta) ** 2).sum() / count,
+        regression = (weight * actor_loss(logp, logp_ref, adv, s.beta)).sum()
+        nll = -(weight * right * logp).sum()
+        return regression + s.likelihood / s.beta * nll, {
+            "do_nothing": 0.5 * (weight * (adv / s.beta) ** 2).sum(), "nll": nll.detach(),
             "ratio_up": ratio[up].sum(), "pairs_up": up.sum(),
             "ratio_down": ratio[~up].sum(), "pairs_down": (~up).sum(),
         }  # fmt: skip
@@ -213,6 +237,8 @@ def stage(s: Settings):
     step = s.advantage == "step"
     if step and s.kappa > 0 and not s.critic:
         raise UserError("--critic is missing; give one, or --kappa 0 for raw Monte Carlo values")
+    if s.value_draws and not (step and s.kappa > 0):
+        raise UserError(f"--value_draws {s.value_draws} needs V: --advantage step and --kappa > 0")
     records = read_trees(s.trees) if step else list(each_sample(s.trees))
     inputs = {"actor": s.actor, "trees": s.trees, **({"critic": s.critic} if s.critic else {})}
     out = Stage("train_actor.py", s.out, s, inputs)
@@ -239,7 +265,8 @@ def stage(s: Settings):
     chosen, lines, states, count = [], [], 0, 0
     for record, value in zip(records, values):
         q = action_values(record, value, s.kappa)
-        line = {"id": record["id"], "states": advantage_states(record, q, s.gap, s.kept_steps)}
+        found = advantage_states(record, q, s.gap, s.kept_steps, value, s.value_draws)
+        line = {"id": record["id"], "states": found}
         if line["states"]:
             chosen.append(record)
             lines.append(line)

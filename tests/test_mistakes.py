@@ -187,6 +187,7 @@ TABLE = [
     (A, ACTOR, "--lr nan", "--lr nan"),
     (A, ACTOR, "--lr inf", "--lr inf"),
     (A, ACTOR, "--kappa -1", "--kappa -1"),
+    (A, ACTOR, "--kappa 0 --value_draws 1", "--value_draws 1.0"),
     (A, ACTOR, "--gap 1000", "--gap 1000"),
     (A, ACTOR, "--advantage steps", "--advantage steps"),
     (A, ACTOR.replace("--critic run/critic", ""), "", "--critic is missing"),

@@ -12,6 +12,7 @@ import pytest
 import tokenizers as tk
 import torch
 from safetensors.torch import load_file
+import toy
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -123,6 +124,41 @@ def test_the_first_optimiser_step_has_log_ratio_0_and_the_do_nothing_loss(demo):
     first = json.loads((demo / "iter1" / "actor.work" / "metrics.jsonl").open().readline())
     assert first["ratio_up"] == 0 and first["ratio_down"] == 0
     assert first["loss"] == pytest.approx(first["do_nothing"], rel=1e-5)
+
+
+def test_samples_as_trees_and_the_likelihood_of_right_steps(tmp_path, monkeypatch):
+    """--whole_draws --m 0: no completion, every sample counts; the loss of the first step by hand."""
+    monkeypatch.chdir(tmp_path)
+    toy.build(tmp_path)
+    label = toy.LABEL.replace("--m 3", "--m 0 --whole_draws")
+    actor = toy.ACTOR.replace("--batch 200", "--batch 1000000 --gap 0 --beta 0.5")
+    actor += " --value_draws 1 --by_draws --likelihood 2"
+    for script, flags in (("sample.py", toy.SAMPLE), ("label_steps.py", label), ("train_critic.py", toy.CRITIC),
+                          ("train_actor.py", actor)):  # fmt: skip
+        code, _, err = toy.stage(script, flags)
+        assert code == 0, err
+    drawn = {r["id"]: r["responses"] for r in prepare.read_jsonl("run/samples.jsonl")}
+    records = {r["id"]: r for r in prepare.read_jsonl("run/trees.jsonl")}
+    for name, record in records.items():
+        root = record["nodes"][0]
+        assert record["tokens"] == 0 and root["n"] == len(drawn[name]) == 5
+        assert root["wins"] == sum(response["reward"] for response in drawn[name])
+        steps = sum(len(response["ends"]) for response in drawn[name])
+        assert (
+            sum(node["draws"] for node in record["nodes"]) >= steps
+        )  # more where a blank line is cut in two ways
+    loss = nll = weights = 0
+    for line in prepare.read_jsonl("run/actor.advantages.jsonl"):
+        for action in train_actor.pairs(line):
+            node = records[line["id"]]["nodes"][action["node"]]
+            weights += node["draws"]
+            loss += node["draws"] * 0.5 * (action["adv"] / 0.5) ** 2  # the log-ratio is 0
+            nll -= node["draws"] * node["wins"] / node["n"] * action["logp_ref"]
+    first = json.loads(Path("run/actor.work/metrics.jsonl").open().readline())
+    assert nll > 0
+    assert first["nll"] == pytest.approx(nll / weights, rel=1e-5)
+    assert first["loss"] == pytest.approx((loss + 2 / 0.5 * nll) / weights, rel=1e-5)
+    assert first["do_nothing"] == pytest.approx(loss / weights, rel=1e-5)
 
 
 def test_trees_hold_what_the_model_drew(demo):

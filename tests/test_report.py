@@ -251,12 +251,18 @@ PLUMBING = {"--actor", "--problems", "--out", "--samples", "--trees", "--critic_
 
 def test_run_sh_has_the_papers_settings_but_for_the_demo(tmp_path):
     (tmp_path / "run" / "base").mkdir(parents=True)
-    demo = run_sh(tmp_path)
+    demo = run_sh(tmp_path, RECIPE="paper")
     assert [call[0] for call in demo[2:7]] == ["sample.py", "label_steps.py", "train_critic.py",
                                                "train_actor.py", "evaluate.py"]  # fmt: skip
     assert " ".join(demo[2][-8:]) == "--max_new 64 --n1 8 --n 4 --batch 512"
-    assert " ".join(demo[4][-6:]) == "--lr 1e-3 --passes 8 --batch 128"
+    assert {"--kappa", "--kept_steps", "--likelihood"}.isdisjoint(demo[5])  # Q = V, first steps
     assert len(demo) == 2 + 2 * 5 + 1
+    demo = run_sh(tmp_path)
+    assert len(demo) == 2 + 6 * 5 + 1
+    trees = [f"{tmp_path}/run/iter{i}/trees.jsonl" for i in range(1, 7)]
+    critics = [call for call in demo if call[0] == "train_critic.py"]
+    seen = [call[call.index("--trees") + 1].split(",") for call in critics]
+    assert seen == [trees[max(0, i - 3) : i + 1] for i in range(6)]  # the last four iterations'
     own = {"BASE": "model", "TRAIN": "math:a", "TEST": "math500:b"}
     for variables in (own, {"BASE": "model"}, {"TRAIN": "math:a", "TEST": "math500:b"}):
         calls = run_sh(tmp_path, **variables)

@@ -150,6 +150,20 @@ def test_eq_13():
     assert gap.tolist() == pytest.approx([1.0, 0.0, 0.5])
 
 
+def test_eq_13_with_the_states_own_values():
+    """V(s) as value_draws draws more: in the mean, and in the gap as one more action."""
+    #        state 0, drawn 1 + 3   state 1, drawn once
+    q = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    parent, draws = torch.tensor([0, 0, 1]), torch.tensor([1, 3, 1])
+    value = torch.tensor([0.75, 0.5], dtype=torch.float64)
+    adv, mean, gap = step_advantages(q, parent, draws, value, 2.0)
+    assert mean.tolist() == pytest.approx([(1 + 2 * 0.75) / 6, (1 + 2 * 0.5) / 3])
+    assert adv.tolist() == pytest.approx([1 - 2.5 / 6, -2.5 / 6, 1 / 3])
+    assert gap.tolist() == pytest.approx([1.0, 0.5])
+    for got, want in zip(step_advantages(q, parent, draws, value, 0.0), step_advantages(q, parent, draws)):  # fmt: skip
+        assert got.equal(want)
+
+
 @pytest.mark.parametrize(
     "logit, target, weight, loss",
     [
@@ -223,6 +237,17 @@ def test_advantage_states():
     (kept,) = advantage_states(RECORD, q, 0.1, kept_steps=True)
     assert kept["mean"] == state["mean"] and kept["actions"][:3] == state["actions"]
     assert kept["actions"][3:] == [{"node": 4, "q": 0.6, "adv": pytest.approx(0.6 - mean)}]
+
+
+def test_advantage_states_with_a_baseline_for_states_drawn_once():
+    q = torch.tensor([0.0, 0.9, 1.0, 0.2, 0.6, 0.3], dtype=torch.float64)
+    value = [0.5, 0.7, 0.0, 0.0, 0.0, 0.0]
+    root, single = advantage_states(RECORD, q, 0.1, value=value, value_draws=1.0)
+    assert root["mean"] == pytest.approx((0.9 + 2 * 1.0 + 0.2 + 0.5) / 5)
+    mean = (6 * 0.3 + 0.7) / 7  # node 1 has one action, drawn six times
+    assert (single["node"], single["mean"]) == (1, pytest.approx(mean, abs=1e-6))
+    assert single["gap"] == pytest.approx(0.4)
+    assert single["actions"] == [{"node": 5, "q": 0.3, "adv": pytest.approx(0.3 - mean, abs=1e-6)}]
 
 
 def test_training_nodes():

@@ -193,13 +193,19 @@ def steps_to(tree: StepTree, v: int) -> tuple:
     return steps
 
 
-def grow(bandit: Bandit, rng, n1=12, n=4, m=5):
-    """A tree grown as label_steps grows it; also the kept responses and all completions (state, steps, reward)."""
+def grow(bandit: Bandit, rng, n1=12, n=4, m=5, whole_draws=False):
+    """A tree grown as label_steps grows it; also the kept responses and all counted draws (state, steps, reward)."""
     drawn = [bandit.draw(rng, ()) for _ in range(n1)]
-    kept = [drawn[i] for i in sample_stage.keep_balanced([r for _, r in drawn], n)]
-    tree, log = StepTree([1, 2]), []
-    for steps, reward in kept:
-        tree.keep(*flat(steps), reward)
+    chosen = sample_stage.keep_balanced([r for _, r in drawn], n)
+    kept, responses, cuts = [drawn[i] for i in chosen], [], {}
+    for steps, reward in drawn:
+        ids, ends = flat(steps)
+        responses.append({"ids": ids, "ends": ends, "reward": reward})
+        for size, end in zip([0, *ends], ends):  # how what is left of it is cut
+            cuts[tuple(ids[size:])] = [e - size for e in ends if e >= end]
+    sampled = {"prompt_ids": [1, 2], "kept": chosen, "responses": responses}
+    tree = label_steps.plant(sampled, lambda rest: cuts[tuple(rest)], whole_draws)
+    log = [((), steps, reward) for steps, reward in drawn] if whole_draws else []
     for level in tree.levels():
         for v in level:
             for _ in range(m - tree.nodes[v]["n"]):
@@ -229,6 +235,28 @@ def twin(kept, log) -> dict:
             node[1] += 1
             node[2] += reward
     return nodes
+
+
+@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("m", [5, 0])
+def test_the_tree_of_whole_draws_counts_as_its_dictionary_twin(seed, m):
+    """Of every draw every step: a state's n is how many draws passed it or began there."""
+    tree, kept, log = grow(Bandit(seed % 5), random.Random(seed), m=m, whole_draws=True)
+    want = {(): [0, 0, 0, None]}
+    for state, steps, reward in log:
+        for k in range(len(steps) + 1):
+            ends = reward if k == len(steps) else None
+            node = want.setdefault((*state, *steps[:k]), [0, 0, 0, ends])
+            node[0] += k > 0
+            node[1] += 1
+            node[2] += reward
+    mine = {}
+    for v, node in enumerate(tree.nodes):
+        mine[steps_to(tree, v)] = [node["draws"], node["n"], node["wins"], node["reward"]]
+    assert len(mine) == len(tree.nodes) and mine == want
+    states = {steps_to(tree, v) for level in tree.levels() for v in level}
+    assert states == {tuple(steps[:k]) for steps, _ in kept for k in range(len(steps))}
+    assert all(want[state][1] >= m for state in states)
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -294,14 +322,15 @@ def test_a_response_cut_off_where_another_goes_on():
         assert tree.levels() == [[0], [1]]
 
 
-def test_pooled_monte_carlo_values_are_unbiased():
+@pytest.mark.parametrize("whole_draws", [False, True])
+def test_pooled_monte_carlo_values_are_unbiased(whole_draws):
     """E[wins - n V] = 0 at every state, although kept responses are chosen by their outcome.
 
     Counting the kept responses, or labelling a state only from what passes it, would show as a z of 5 and more.
     """
     bandit, rng, value, sums = Bandit(4), random.Random(0), {}, {}
     for _ in range(800):
-        tree, _, _ = grow(bandit, rng, n1=8, n=4, m=4)
+        tree, _, _ = grow(bandit, rng, n1=8, n=4, m=4, whole_draws=whole_draws)
         for v, node in enumerate(tree.nodes):
             state = steps_to(tree, v)
             if node["reward"] is not None or not node["n"]:
@@ -319,12 +348,13 @@ def test_pooled_monte_carlo_values_are_unbiased():
     assert sum(z * z for z in tested.values()) < 2.5 * len(tested)
 
 
-def test_means_over_draws_are_unbiased():
+@pytest.mark.parametrize("whole_draws", [False, True])
+def test_means_over_draws_are_unbiased(whole_draws):
     """The mean of eq. 13 over a state's draws, Q of each child exact, estimates E_{a ~ pi_ref} Q = V."""
     bandit, rng = Bandit(4), random.Random(1)
     errors = {}
     for _ in range(800):
-        tree, _, _ = grow(bandit, rng, n1=8, n=4, m=4)
+        tree, _, _ = grow(bandit, rng, n1=8, n=4, m=4, whole_draws=whole_draws)
         kids = {}
         for v, node in enumerate(tree.nodes):
             if node["draws"]:
