@@ -1,27 +1,28 @@
 """Accuracy against sampled tokens, by hand (minutes to hours):
 
-    python tests/bench_evidence.py --level worded --method online --seed 0 --out tests/evidence.jsonl
+    python tests/bench_evidence.py --level worded --method dapo --seed 0 --out tests/evidence.jsonl
     python tests/bench_evidence.py --plot tests/evidence.jsonl
 
 Every point of every curve is a line of --out, so a run that was stopped loses nothing, and one that is there is not
 made again:
-    {"method": "online", "level": "worded", "seed": 0, "settings": {"problems": 3}, "sampled": 25110, "trained": 91904,
-     "seconds": 31.2, "greedy": 0.98, "t1": 0.85, "rights": "443"}
+    {"method": "dapo", "level": "worded", "seed": 0, "split": "test", "settings": {"problems": 25}, "sampled": 25110,
+     "trained": 91904, "seconds": 31.2, "greedy": 0.98, "t1": 0.85, "rights": "443"}
 sampled: tokens drawn to learn from, samples and completions; trained: tokens that went through a backward pass, those
-of the critic too; t1: accuracy at temperature 1; rights: right ones of 4 draws, a digit a test problem, for paired
-tests. The trees of prefixes are prefilled once and are not counted, as nowhere else in this project.
+of the critic too (at most: all nodes of a tree); t1: accuracy at temperature 1; rights: right ones of 4 draws, a digit a
+test problem, for paired tests. The prefixes of completions are prefilled once and are not counted.
 
 Levels (the base models share one clean model a level; the seed fixes their misreadings, the problems and all draws):
     short    2 to 4 relations, one wording: the demo        worded   6 relations, each line in one of 32 wordings
     code     functions of 2 to 4 operations                 sparse   as worded, but the base is right in 2 % of its draws
-Methods:
-    paper    stages: n1 32, n 6, m 16, Q = V, labelled states, first steps; rates and beta as a small model needs them
-    recipe   stages: run.sh's recipe, in smaller iterations where settings say so
-    online   DAPO small and often, see `online`: the critic learns from the samples' own outcomes, no completions
-    labelled the same with completions from late states     regression   online without the likelihood term
-    grpo     tests/bench_baselines.py's
-    outcome, rft    the same loop on whole responses: advantages with the likelihood term, and that term alone
-Settings come from the trials in tests/tuning.jsonl, 14 a method, made with --split valid --seed 10 --tokens 25000 --set ...
+Methods, each in iterations by the stages that users run, but for the two online ones:
+    dapo        run.sh's recipe: the samples are whole trees, the likelihood of right steps stands beside eq. 12
+    labels      the same with two completions of every state
+    regression  the same as dapo without the likelihood term
+    outcome     whole responses: outcome minus mean for A, and the likelihood of right responses beside it
+    rft         rejection sampling: that likelihood alone
+    paper       run.sh's RECIPE=paper: labels of kept states, Q = V, first steps; in smaller iterations than there
+    grpo, rft_online   one optimiser step an iteration of a few problems: group-normalised rewards; right responses alone
+Settings come from the trials in tests/tuning.jsonl (--split valid --seed 10 --set ...).
 """
 
 import argparse
@@ -30,7 +31,7 @@ import io
 import json
 import math
 import os
-import random
+import re
 import sys
 import time
 from itertools import pairwise
@@ -40,27 +41,16 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import bench_baselines
-
+sys.path.insert(0, str(ROOT))
 import label_steps
 import prepare
 import sample
 import train_actor
 import train_critic
-from model import (
-    BLOCK,
-    LM,
-    Tree,
-    pack_trees,
-    record_tree,
-    step_advantages,
-    step_logprobs,
-)
-from prepare import read_jsonl
+from model import LM, Tree, pack_trees, step_logprobs
+from prepare import each_record, read_jsonl
 from reward import grade_ids
 from sample import draw_key
-from train_critic import load_critic, tree_values
 
 LEVELS = {  # flags of prepare.py, and the length limit of a response
     "short": ("", 64),
@@ -68,54 +58,48 @@ LEVELS = {  # flags of prepare.py, and the length limit of a response
     "code": ("--task code", 64),
     "sparse": ("--steps 6-6 --wordings 32 --clean_size 48000 --careless 4", 96),
 }
-BUDGETS = [12_500 * 2**i for i in range(12)]  # where the curves are read
-ONLINE = {
-    "problems": 2,  # an iteration
-    "n1": 4,  # responses a problem
-    "m": 0,  # completions of each chosen state
-    "last": 4,  # states at most so many steps before the end of a right response are chosen
-    "kappa": 4.0,  # Q = (wins + kappa V) / (n + kappa)
-    "lr": 2e-4,
-    "critic_lr": 1e-3,
-    "replay": 4,  # iterations whose trees train the critic
-    "likelihood": 3.0,  # weight of the log-probs of right responses beside A's
-    "down": 0.5,  # weight of the steps whose A is below 0
-}
-OFF = {"m": 0, "kappa": 0.0, "critic_lr": 0.0, "replay": 0, "last": 0}
+BUDGETS = [12_500 * 2**i for i in range(12)]  # where online curves are read
+
+
+def recipe(which: int) -> dict:
+    """The flags of run.sh: 0: the paper's recipe, 1: its own."""
+    text, found = (ROOT / "run.sh").read_text(), {}
+    for name in ("PROBLEMS", "SAMPLE", "LABEL", "CRITIC", "ACTOR"):
+        values = re.findall(rf'^ +{name}=\$\{{{name}-"?(.*?)"?\}}', text, re.MULTILINE)
+        found[name.lower()] = values[which]
+    return found | {"problems": int(found["problems"]), "replay": 4 if which else 1}
+
+
+PAPER, OURS = recipe(0) | {"problems": 300}, recipe(1)
+WHOLE = {"label": "", "critic": ""}  # responses: no steps, no critic
+TUNED = "--gap 0 --lr 2e-4 --passes 4 --batch 16 --by_draws"
 METHODS = {
-    "online": ONLINE,
-    "labelled": ONLINE | {"m": 2, "kappa": 1.0},
-    "regression": ONLINE | {"likelihood": 0.0, "down": 1.0},
-    "outcome": ONLINE | OFF,
-    "rft": ONLINE | OFF | {"n1": 2},
+    "dapo": OURS,
+    "labels": OURS | {"label": "--whole_draws --m 2"},
+    "regression": OURS | {"actor": OURS["actor"].replace("--likelihood 1 ", "")},
+    "outcome": OURS | WHOLE | {"actor": f"--advantage outcome --beta 0.1 --likelihood 1 {TUNED}"},
+    "rft": OURS | WHOLE | {"actor": f"--advantage outcome --beta 100 --likelihood 1000 {TUNED}"},
+    "paper": PAPER,
     "grpo": {"prompts": 2, "group": 4, "lr": 2e-4},
-    "paper": {
-        "problems": 300,
-        "sample": "--n1 32 --n 6",
-        "label": "--m 16",
-        "critic": "--lr 1e-3 --passes 8 --batch 128 --states labelled --token_share 0",
-        "actor": "--beta 0.05 --lr 1e-4 --passes 4 --batch 256",
-    },
-    "recipe": {
-        "problems": 300,
-        "sample": "--n1 8 --n 4",
-        "label": "--m 4",
-        "critic": "--lr 1e-3 --passes 8 --batch 128",
-        "actor": "--kappa 4 --kept_steps --beta 0.1 --lr 1e-4 --passes 4 --batch 256",
-    },
+    "rft_online": {"prompts": 2, "group": 2, "lr": 2e-4},
 }
+
+
+# ------------------------------------------------------------ one point of a curve
+
+
+def prompt_trees(lm: LM, problems: list[dict]) -> list[Tree]:
+    return [Tree([lm.prompt_ids(p["prompt"])], [-1], [True]) for p in problems]
 
 
 def evaluate(lm: LM, problems: list[dict], max_new: int, k: int = 4) -> tuple[float, list[int]]:
     """Greedy accuracy, and how many of k draws at temperature 1 are right, a number a problem."""
-    trees = prompt_trees(lm, problems)
-    rights = []
+    trees, rights = prompt_trees(lm, problems), []
     for temperature, count in ((0.0, 1), (1.0, k)):
-        rows = [
-            (j, 0, draw_key("bench", p["id"], i), max_new)
-            for j, p in enumerate(problems)
-            for i in range(count)
-        ]
+        rows = []
+        for j, problem in enumerate(problems):
+            for i in range(count):
+                rows.append((j, 0, draw_key("bench", problem["id"], i), max_new))
         drawn = sample.draw(lm, trees, rows, temperature, 512)
         graded = grade_ids(lm, [problems[j] for j, *_ in rows], drawn, unsafe=False)
         right = np.array([g["correct"] for g in graded]).reshape(len(problems), count)
@@ -123,274 +107,99 @@ def evaluate(lm: LM, problems: list[dict], max_new: int, k: int = 4) -> tuple[fl
     return sum(rights[0]) / len(problems), rights[1]
 
 
-def prompt_trees(lm: LM, problems: list[dict]) -> list[Tree]:
-    return [Tree([lm.prompt_ids(p["prompt"])], [-1], [True]) for p in problems]
+# ------------------------------------------------------------ online: one optimiser step an iteration
 
 
-# ------------------------------------------------------------ DAPO, small and often
+def online(lm: LM, problems, max_new: int, seed: int, right_only: bool, prompts, group, lr):
+    """Endless iterations of a few problems; yields (tokens sampled, tokens trained on) so far.
 
-
-def new_node(parent: int, ids: list[int]) -> dict:
-    """right: how many of the draws of this step ended right; the rest is trees.jsonl's."""
-    node = {"parent": parent, "ids": ids, "reward": None, "draws": 0, "n": 0, "wins": 0}
-    return node | {"right": 0}
-
-
-class DrawTree:
-    """One problem's draws: every step of each is a node, and draws of a node count there.
-
-    The same record as a line of trees.jsonl, but for what is counted: samples too, all of them, and
-    completions to their end. A draw at a state is unbiased there, whatever made us draw it.
+    GRPO: policy gradient on rewards normalised by each problem's group, no KL. right_only: the mean
+    log-likelihood of the right responses' tokens instead.
     """
-
-    def __init__(self, problem: dict, prompt_ids: list[int]):
-        self.problem, self.child = problem, {}
-        self.nodes = [new_node(-1, prompt_ids)]
-
-    def add(self, v: int, ids: list[int], ends: list[int], reward: float) -> list[int]:
-        """Count a response or completion drawn at node v; -> its nodes, a step each."""
-        path = []
-        for begin, end in zip([0, *ends], ends):
-            self.nodes[v]["n"] += 1
-            self.nodes[v]["wins"] += reward
-            step = ids[begin:end]
-            u = self.child.setdefault((v, tuple(step)), len(self.nodes))
-            if u == len(self.nodes):
-                self.nodes.append(new_node(v, step))
-            self.nodes[u]["draws"] += 1
-            self.nodes[u]["right"] += reward
-            v = u
-            path.append(v)
-        self.nodes[v]["reward"] = reward
-        return path
-
-    def response(self, v: int) -> list[int]:
-        ids = []
-        while v:
-            ids[:0] = self.nodes[v]["ids"]
-            v = self.nodes[v]["parent"]
-        return ids
-
-    def record(self) -> dict:
-        return {"id": self.problem["id"], "prompt_ids": self.nodes[0]["ids"], "nodes": self.nodes}
-
-
-def online(lm: LM, base: str, problems: list[dict], max_new: int, method: str, settings, seed: int):
-    """Endless iterations of a few problems, one optimiser step of the actor each; yields (sampled, trained) so far.
-
-    1. n1 responses a problem, all of them counted in its tree, each step a node.
-    2. `labelled` only. Of a problem with right and wrong responses, a right one: at each of its states that is at most
-       `last` steps before the end, m completions. Deep states are the cheap ones and the ones where a draw says most
-       about a step: at base, two of three completions of a last step are right, one of six responses is.
-    3. The critic goes on learning from the trees of the last few iterations, a pass over them.
-    4. A = Q(s, a) - V(s) for every step drawn, Q = (wins + kappa V) / (n + kappa), V(s) the mean of Q over the draws at s
-       and of the critic's V as one draw more: a state drawn once has a baseline too.
-    5. One step of eq. 12. At a log-ratio of 0 its gradient is that of -A log pi / beta, and AdamW does not see the scale:
-       beta drops out. Beside it the likelihood of right responses (no part of the paper): what was drawn and is right
-       becomes likelier throughout, where A pushes only what is better than the rest, and half as much down as up.
-    """
-    rng, optimiser = random.Random(f"online {seed}"), adamw(lm.model.parameters(), settings["lr"])
-    whole = method in ("outcome", "rft")
-    critic = head = None
-    if settings["kappa"]:
-        critic, head = load_critic(base, train=True, new=True)
-        critic_optimiser = adamw(
-            [*critic.model.parameters(), *head.parameters()], settings["critic_lr"]
-        )
-    recent, sampled, trained, count = [], 0, 0, settings["problems"]
+    optimiser = torch.optim.AdamW(lm.model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    sampled = trained = 0
     for iteration in range(10**9):
-        chunk = [problems[(iteration * count + i) % len(problems)] for i in range(count)]
-        trees = [DrawTree(p, lm.prompt_ids(p["prompt"])) for p in chunk]
-
-        right = [[] for _ in trees]  # paths of the right responses
-        roots = [(t, 0) for t in range(count) for _ in range(settings["n1"])]
-        for t, v, ids, reward in draw(lm, trees, roots, max_new, (seed, "sample", iteration)):
-            sampled += len(ids)
-            path = trees[t].add(v, ids, [len(ids)] if whole else lm.step_ends(ids), reward)
-            if reward:
-                right[t].append(path)
-        asked = []
-        for t, paths in enumerate(right):
-            if settings["m"] and 0 < len(paths) < settings["n1"]:  # all right: nothing to learn
-                states = [0, *rng.choice(paths)[:-1]]
-                # the last step only says what the one before it found
-                asked += [
-                    (t, v) for v in states[-settings["last"] : -1] for _ in range(settings["m"])
-                ]
-        if asked:
-            for t, v, ids, reward in draw(lm, trees, asked, max_new, (seed, "label", iteration)):
-                sampled += len(ids)
-                trees[t].add(v, ids, lm.step_ends(ids), reward)
-        records = [tree.record() for tree in trees]
-        values = [[0.0] * len(r["nodes"]) for r in records]
-        if critic:
-            recent = (recent + records)[-settings["replay"] * count :]
-            if not head.weight.any():  # a new head starts as the constant predictor
-                wins = sum(r["nodes"][0]["wins"] for r in records)
-                n = sum(r["nodes"][0]["n"] for r in records)
-                torch.nn.init.constant_(head.bias, math.log((wins + 1) / (n - wins + 1)))
-            for batch in np.array_split(
-                rng.sample(range(len(recent)), len(recent)), -(-len(recent) // 16)
-            ):
-                trained += critic_step(critic, head, [recent[i] for i in batch], critic_optimiser)
-            values = tree_values(critic, head, records, False, 8192)
-        if method == "rft":
-            actions = [{v: 1.0 for v, n in enumerate(r["nodes"]) if n["reward"]} for r in records]
-        else:
-            actions = [advantages(r, v, settings["kappa"]) for r, v in zip(records, values)]
-            actions = [weighed(r, a, settings) for r, a in zip(records, actions)]
-        trained += actor_step(lm, records, actions, optimiser, per_token=method == "rft")
+        chunk = [problems[(iteration * prompts + i) % len(problems)] for i in range(prompts)]
+        rows = []
+        for j in range(prompts):
+            for i in range(group):
+                rows.append((j, 0, draw_key("online", seed, iteration, j, i), max_new))
+        drawn = sample.draw(lm, prompt_trees(lm, chunk), rows, 1.0, 512)
+        sampled += sum(map(len, drawn))
+        graded = grade_ids(lm, [chunk[j] for j, *_ in rows], drawn, unsafe=False)
+        reward = torch.tensor([float(g["correct"]) for g in graded]).view(prompts, group)
+        weight = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-4)
+        weight = reward if right_only else weight
+        trees, tokens = [], 0
+        for j, problem in enumerate(chunk):
+            responses = drawn[j * group : (j + 1) * group]
+            score = [bool(w) for w in weight[j]]
+            tokens += sum(len(ids) for ids, s in zip(responses, score) if s or not right_only)
+            ids = [lm.prompt_ids(problem["prompt"]), *responses]
+            trees.append(Tree(ids, [-1] + [0] * group, [False, *score]))
+        if tokens and any(any(tree.score) for tree in trees):
+            for pack in pack_trees(trees, 8192):
+                each = torch.stack([weight[t, v - 1] for t, v in pack.owner])
+                (-(each * step_logprobs(lm, pack)).sum() / tokens).backward()
+                trained += len(pack.ids)
+            torch.nn.utils.clip_grad_norm_(lm.model.parameters(), 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
         yield sampled, trained
 
 
-def draw(
-    lm: LM, trees: list[DrawTree], asked: list[tuple], max_new: int, what: tuple
-) -> list[tuple]:
-    """A draw from each (tree, node) asked for, graded; -> (tree, node, token ids, reward)"""
-    rows, wanted = [], set(asked)
-    for number, (t, v) in enumerate(asked):
-        rows.append((t, v, draw_key(*what, t, v, number), max_new - len(trees[t].response(v))))
-    prefixes = []
-    for t, tree in enumerate(trees):
-        prefixes.append(
-            record_tree(tree.record(), [(t, v) in wanted for v in range(len(tree.nodes))])
-        )
-    drawn = sample.draw(lm, prefixes, rows, 1.0, 512)
-    responses = [trees[t].response(v) + ids for (t, v), ids in zip(asked, drawn)]
-    graded = grade_ids(lm, [trees[t].problem for t, _ in asked], responses, unsafe=False)
-    return [(t, v, ids, int(g["correct"])) for (t, v), ids, g in zip(asked, drawn, graded)]
+# ------------------------------------------------------------ by the stages
 
 
-def adamw(parameters, lr: float):
-    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-
-
-def apply(optimiser):
-    torch.nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], 1.0)
-    optimiser.step()
-    optimiser.zero_grad()
-
-
-def critic_step(critic, head, records: list[dict], optimiser) -> int:
-    """One step of eq. 15 on every state that was drawn from; -> tokens trained on."""
-    trees = [record_tree(r, train_critic.training_nodes(r, "all")) for r in records]
-    packs = pack_trees(trees, 8192)
-    nodes = [[records[t]["nodes"][v] for t, v in pack.owner] for pack in packs]
-    total = sum(n["n"] for row in nodes for n in row)
-    for pack, row in zip(packs, nodes):
-        target = torch.tensor([n["wins"] / n["n"] for n in row])
-        weight = torch.tensor([n["n"] / total for n in row])
-        train_critic.critic_loss(critic, head, pack, target, weight, 0.5).backward()
-    apply(optimiser)
-    return sum(len(pack.ids) for pack in packs)
-
-
-def advantages(
-    record: dict, value: list[float], kappa: float, gap: float = 0.05
-) -> dict[int, float]:
-    """{node: A} of every step drawn at a state where something is to be learnt (max |A| >= gap)."""
-    nodes = record["nodes"]
-    q = train_actor.action_values(record, value, kappa)
-    drawn = range(1, len(nodes))
-    # the critic's V(s) is one more draw at s
-    known = sorted({nodes[v]["parent"] for v in drawn})
-    own = [value[s] for s in known] if kappa else []
-    parent = torch.tensor([known.index(nodes[v]["parent"]) for v in drawn] + [*range(len(own))])
-    draws = torch.tensor([nodes[v]["draws"] for v in drawn] + [1] * len(own))
-    every = torch.cat([q[1:], torch.tensor(own, dtype=q.dtype)])
-    adv = step_advantages(every, parent, draws)[0][: len(drawn)].tolist()
-    most = {}
-    for v, a in zip(drawn, adv):
-        most[nodes[v]["parent"]] = max(most.get(nodes[v]["parent"], 0.0), abs(a))
-    return {v: a for v, a in zip(drawn, adv) if most[nodes[v]["parent"]] >= gap}
-
-
-def weighed(record: dict, adv: dict[int, float], settings: dict) -> dict[int, float]:
-    """{node: weight of a draw of it}: A, less of it where it is below 0, and the likelihood of right ones."""
-    weight = {v: a if a > 0 else settings["down"] * a for v, a in adv.items()}
-    for v, node in enumerate(record["nodes"]):
-        if v and node["right"] and settings["likelihood"]:
-            more = settings["likelihood"] * node["right"] / node["draws"]
-            weight[v] = weight.get(v, 0.0) + more
-    return weight
-
-
-def actor_step(lm: LM, records: list[dict], actions: list[dict], optimiser, per_token: bool) -> int:
-    """One step of eq. 12 at a log-ratio of 0, an action as often as it was drawn; -> tokens trained on."""
-    chosen = [i for i, a in enumerate(actions) if a]
-    trees = [
-        record_tree(records[i], [v in actions[i] for v in range(len(records[i]["nodes"]))])
-        for i in chosen
-    ]
-    if not trees:
-        return 0
-    draws = [{v: records[i]["nodes"][v]["draws"] for v in actions[i]} for i in chosen]
-    total = sum(sum(row.values()) for row in draws)
-    if per_token:
-        total = sum(
-            len(records[i]["nodes"][v]["ids"]) * n
-            for i, row in zip(chosen, draws)
-            for v, n in row.items()
-        )
-    trained = 0
-    for pack in pack_trees(trees, 8192, align=BLOCK):
-        weight = torch.tensor([actions[chosen[t]][v] * draws[t][v] for t, v in pack.owner])
-        (-(weight * step_logprobs(lm, pack)).sum() / total).backward()
-        trained += len(pack.ids)
-    apply(optimiser)
-    return trained
-
-
-# ------------------------------------------------------------ DAPO by its stages
-
-
-def call(script, flags: str, **paths) -> str:
-    """Run a stage in this process; -> what it printed."""
+def call(script, flags: str, **paths):
+    """Run a stage in this process, silently."""
     sys.argv = [f"{script.__name__}.py", *flags.split()]
     for name, path in paths.items():
         sys.argv += [f"--{name}", str(path)]
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(io.StringIO()):
         prepare.main(script.stage, script.Settings, script.__doc__)
-    return printed.getvalue()
+
+
+def passes(flags: str) -> int:
+    return int(re.search(r"--passes (\d+)", flags)[1])
 
 
 def rounds(run: Path, work: Path, max_new: int, settings: dict, seed: int):
-    """Iterations by the stages; yields (actor, sampled, trained) so far."""
-    actor, critic = run / "base", run / "base"
-    sampled = trained = 0
-    for i in range(99):
-        it, problems, length = (
-            work / f"iter{i + 1}",
-            run / "train.jsonl",
-            f" --max_new {max_new} --batch 512 ",
-        )
-        first = f"--first {i * settings['problems']} --limit {settings['problems']} --seed {seed}{i + 1}"
-        samples, trees = it / "samples.jsonl", it / "trees.jsonl"
+    """Iterations by the stages; yields (actor, tokens sampled, tokens trained on) so far."""
+    actor, critic, trees = run / "base", run / "base", []
+    problems, sampled, trained, sizes = run / "train.jsonl", 0, 0, []
+    total = len(read_jsonl(problems))
+    for i in range(10**9):
+        it, length = work / f"iter{i + 1}", f" --max_new {max_new} --batch 512 --seed {seed}{i + 1}"
+        samples = it / "samples.jsonl"
+        first = i * settings["problems"] % (total - settings["problems"] + 1)
+        some = f" --first {first} --limit {settings['problems']}"
         call(
-            sample, settings["sample"] + length + first, actor=actor, problems=problems, out=samples
+            sample, settings["sample"] + length + some, actor=actor, problems=problems, out=samples
         )
-        label = settings["label"] + length + f"--seed {seed}{i + 1}"
-        call(label_steps, label, actor=actor, problems=problems, samples=samples, out=trees)
-        flags = f"{settings['critic']} --seed {seed}"
-        call(train_critic, flags, trees=trees, critic_model=critic, out=it / "critic")
-        actor_flags = f"{settings['actor']} --seed {seed}"
-        call(
-            train_actor,
-            actor_flags,
-            actor=actor,
-            trees=trees,
-            critic=it / "critic",
-            out=it / "actor",
-        )
-        sampled += sum(len(r["ids"]) for x in read_jsonl(samples) for r in x["responses"])
-        for record in read_jsonl(trees):
-            sampled += record["tokens"]
-            size = len(record["prompt_ids"]) + sum(len(n["ids"]) for n in record["nodes"])
-            for which in ("critic", "actor"):
-                words = settings[which].split()
-                trained += int(words[words.index("--passes") + 1]) * size  # at most: all of a tree
-        actor, critic = it / "actor", it / "critic"
+        given = {"actor": actor, "trees": samples, "out": it / "actor"}
+        size = 0
+        for record in each_record(samples):
+            drawn = sum(len(response["ids"]) for response in record["responses"])
+            sampled, size = sampled + drawn, size + len(record["prompt_ids"]) + drawn
+        if settings["label"]:
+            trees = [*trees, it / "trees.jsonl"][-settings["replay"] :]
+            paths = {"actor": actor, "problems": problems, "samples": samples, "out": trees[-1]}
+            call(label_steps, settings["label"] + length, **paths)
+            size = 0
+            for record in each_record(trees[-1]):
+                sampled += record["tokens"]
+                size += len(record["prompt_ids"]) + sum(len(n["ids"]) for n in record["nodes"])
+            sizes = [*sizes, size][-settings["replay"] :]
+            several = ",".join(str(path) for path in trees)
+            flags = f"{settings['critic']} --seed {seed}"
+            call(train_critic, flags, trees=several, critic_model=critic, out=it / "critic")
+            trained += passes(settings["critic"]) * sum(sizes)
+            given |= {"trees": trees[-1], "critic": it / "critic"}
+            critic = it / "critic"
+        call(train_actor, f"{settings['actor']} --seed {seed}", **given)
+        trained += passes(settings["actor"]) * size
+        actor = it / "actor"
         yield actor, sampled, trained
 
 
@@ -420,27 +229,20 @@ def curve(args):
     about |= {"settings": settings}
     out = Path(args.out)
     there = read_rows(out) if out.exists() else []
-    done = [r for r in there if all(r[k] == v for k, v in about.items())]
-    if done and max(r["sampled"] for r in done) >= args.tokens:
-        return print(f"{about}: there already")
+    done = [row for row in there if all(row[k] == v for k, v in about.items())]
+    if done and max(row["sampled"] for row in done) >= args.tokens:
+        return print(f"{args.method} {args.level} {args.seed}: there already")
     spent, begin = 0.0, time.perf_counter()
 
     def write(sampled, trained, lm):
         nonlocal spent
         before = time.perf_counter()
         greedy, rights = evaluate(lm, test, max_new)
-        row = {
-            **about,
-            "sampled": sampled,
-            "trained": trained,
-            "seconds": round(before - begin - spent, 1),
-        }
-        row |= {
-            "greedy": round(greedy, 4),
-            "t1": round(sum(rights) / 4 / len(test), 4),
-            "rights": "".join(map(str, rights)),
-        }
-        if not any(r["sampled"] == sampled for r in done):
+        row = about | {"sampled": sampled, "trained": trained}
+        row["seconds"] = round(before - begin - spent, 1)
+        row |= {"greedy": round(greedy, 4), "t1": round(sum(rights) / 4 / len(test), 4)}
+        row["rights"] = "".join(map(str, rights))
+        if not any(old["sampled"] == sampled for old in done):
             with out.open("a") as f:
                 f.write(json.dumps(row) + "\n")
                 f.flush()
@@ -448,28 +250,22 @@ def curve(args):
         spent += time.perf_counter() - before
         print({k: v for k, v in row.items() if k not in ("rights", "settings")}, flush=True)
 
-    base = str(run / "base")
-    lm = LM(base, train=True)
+    lm = LM(run / "base", train=True)
     write(0, 0, lm)
-    if args.method in ("paper", "recipe"):
-        work = folder / f"{args.method}-{args.level}-{args.seed}"
-        for actor, sampled, trained in rounds(run, work, max_new, settings, args.seed):
-            write(sampled, trained, LM(str(actor)))
-            if sampled >= args.tokens:
-                return None
-    if args.method == "grpo":
-        steps = bench_baselines.grpo(
-            lm, train, args.tokens, max_new=max_new, seed=args.seed, **settings
-        )
-    else:
-        steps = online(lm, base, train, max_new, args.method, settings, args.seed)
-    budgets = [b for b in BUDGETS if b < args.tokens] + [args.tokens]
-    for sampled, trained in steps:
-        if sampled >= budgets[0]:
-            write(sampled, trained, lm)
-            budgets = [b for b in budgets if b > sampled]
-            if not budgets:
-                return None
+    if args.method in ("grpo", "rft_online"):
+        steps = online(lm, train, max_new, args.seed, args.method == "rft_online", **settings)
+        budgets = [b for b in BUDGETS if b < args.tokens] + [args.tokens]
+        for sampled, trained in steps:
+            if sampled >= budgets[0]:
+                write(sampled, trained, lm)
+                budgets = [b for b in budgets if b > sampled]
+                if not budgets:
+                    return None
+    work = folder / args.work / f"{args.method}-{args.level}-{args.seed}"
+    for actor, sampled, trained in rounds(run, work, max_new, settings, args.seed):
+        write(sampled, trained, LM(actor))
+        if sampled >= args.tokens:
+            return None
     return None
 
 
@@ -480,15 +276,17 @@ def read_rows(path: Path) -> list[dict]:
 # ------------------------------------------------------------ the figure and the table
 
 STYLE = {  # method: what the figure calls it, colour, line
-    "online": ("DAPO, small and often, critic of the samples", "C3", "-"),
-    "labelled": ("the same with completions", "C1", "-"),
-    "regression": ("the same without the likelihood term", "C8", "-"),
-    "grpo": ("GRPO", "C0", "-"),
-    "outcome": ("outcome advantages, small and often", "C2", "--"),
-    "rft": ("rejection sampling, small and often", "C4", "--"),
-    "recipe": ("DAPO, large iterations (Q from counts and critic)", "C5", "o-"),
-    "paper": ("DAPO, large iterations (Q = V: the paper)", "C7", "o-"),
+    "dapo": ("DAPO, run.sh's recipe", "C3", "o-"),
+    "labels": ("the same with completions", "C1", "o-"),
+    "regression": ("the same without the likelihood term", "C8", "o-"),
+    "outcome": ("outcome advantages and likelihood", "C2", "s--"),
+    "rft": ("rejection sampling", "C4", "s--"),
+    "paper": ("DAPO, the paper's recipe", "C7", "o-"),
+    "grpo": ("GRPO, online", "C0", "-"),
+    "rft_online": ("rejection sampling, online", "C9", "-"),
 }
+PAIRS = [("dapo", rival) for rival in STYLE if rival != "dapo"]
+READ = (12_500, 25_000, 50_000)  # tokens at which the tables are read
 
 
 def curves(rows: list[dict]) -> dict:
@@ -511,12 +309,16 @@ def reached(points: list[tuple], share: float) -> float:
     return math.nan
 
 
+def point_at(points: list[tuple], budget: float) -> tuple | None:
+    """The last point within a budget (and 5 % of it); None if the curve ends well before."""
+    within = [point for point in points if point[0] <= 1.05 * budget]
+    return within[-1] if within and points[-1][0] >= 0.9 * budget else None
+
+
 def at(points: list[tuple], budget: float) -> float:
-    """T=1 accuracy at a budget, between points by log tokens; nan beyond the curve's end."""
-    tokens, t1 = [x for x, *_ in points[1:]], [y for _, y, *_ in points[1:]]
-    if not tokens or not tokens[0] * 0.7 <= budget <= tokens[-1] * 1.05:
-        return math.nan
-    return float(np.interp(math.log(budget), np.log(tokens), t1))
+    """T=1 accuracy within a budget; nan beyond the curve's end."""
+    found = point_at(points, budget)
+    return found[1] if found else math.nan
 
 
 def mean_sd(numbers: list[float], scale: float, digits: int) -> str:
@@ -575,40 +377,24 @@ def plot(path: Path):
     figure.tight_layout(rect=(0, 0.07 + 0.05 * math.ceil(len(handles) / 2), 1, 1))
     figure.savefig("evidence.png", dpi=80)
 
-    print(
-        "| level | method | seeds | tokens to 60 % | 80 % | 90 % | T=1 at 12,500 | at 25,000 | at 50,000 | at the end | tokens there |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    shown = " | ".join(f"{budget:,}" for budget in READ)
+    print(f"| level | method | seeds | tokens to 60 % | 80 % | 90 % | T=1 at {shown} |")
+    print("| --- " * (6 + len(READ)) + "|")
     for level in levels:
         for method, (name, *_) in STYLE.items():
-            seeds = found.get((level, method))
-            if seeds:
-                all_points = list(seeds.values())
-                cells = [
-                    mean_sd([reached(p, share) for p in all_points], 1e-3, 0)
-                    for share in (0.6, 0.8, 0.9)
-                ]
-                cells = [c if c == "-" else f"{c} k" for c in cells]
-                cells += [
-                    mean_sd([at(p, budget) for p in all_points], 100, 1)
-                    for budget in (12.5e3, 25e3, 50e3)
-                ]
-                cells.append(mean_sd([p[-1][1] for p in all_points], 100, 1))
-                cells.append(f"{np.mean([p[-1][0] for p in all_points]):,.0f}")
-                print(f"| {level} | {name} | {len(seeds)} | {' | '.join(cells)} |")
-    print("\n| level | points of T=1, by seed | 12,500 tokens | 25,000 | 50,000 |")
-    print("| --- | --- | --- | --- | --- |")
+            every = list(found.get((level, method), {}).values())
+            if every:
+                cells = []
+                for share in (0.6, 0.8, 0.9):
+                    cell = mean_sd([reached(points, share) for points in every], 1e-3, 0)
+                    cells.append(cell if cell == "-" else f"{cell} k")
+                for budget in READ:
+                    cells.append(mean_sd([at(points, budget) for points in every], 100, 1))
+                print(f"| {level} | {name} | {len(every)} | {' | '.join(cells)} |")
+    print(f"\n| level | DAPO ahead of | at {shown} |")
+    print("| --- " * (2 + len(READ)) + "|")
     for level in levels:
         compare(level, found)
-
-
-PAIRS = (
-    ("online", "grpo"),
-    ("online", "rft"),
-    ("online", "outcome"),
-    ("regression", "grpo"),
-    ("labelled", "online"),
-)
 
 
 def compare(level: str, found: dict):
@@ -620,22 +406,23 @@ def compare(level: str, found: dict):
     for method, rival in PAIRS:
         ours, theirs = found.get((level, method), {}), found.get((level, rival), {})
         cells = []
-        for i in (1, 2, 3):  # 12.5, 25 and 50 thousand tokens
-            pairs = [
-                (ours[s][i], theirs[s][i])
-                for s in sorted(ours.keys() & theirs.keys())
-                if len(ours[s]) > i and len(theirs[s]) > i
-            ]
+        for budget in READ:
+            pairs = []
+            for seed in sorted(ours.keys() & theirs.keys()):
+                own, other = point_at(ours[seed], budget), point_at(theirs[seed], budget)
+                if own and other:
+                    pairs.append((own, other))
             if not pairs:
                 cells.append("-")
                 continue
             difference = np.concatenate([(a[3] - b[3]) / 4 for a, b in pairs])
             z = difference.mean() / max(difference.std(ddof=1) / len(difference) ** 0.5, 1e-9)
             p = math.erfc(abs(z) / math.sqrt(2))
-            per_seed = [100 * (a[1] - b[1]) for a, b in pairs]
-            spread = f"{min(per_seed):+.1f} to {max(per_seed):+.1f}"
+            by_seed = [100 * (a[1] - b[1]) for a, b in pairs]
+            spread = f"{min(by_seed):+.1f} to {max(by_seed):+.1f}"
             cells.append(f"{100 * difference.mean():+.1f} ({spread}; p {p:.1g})")
-        print(f"| {level} | {method} - {rival} | {' | '.join(cells)} |")
+        if any(cell != "-" for cell in cells):
+            print(f"| {level} | {STYLE[rival][0]} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
@@ -643,7 +430,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--level", default="worded", choices=LEVELS)
-    parser.add_argument("--method", default="online", choices=METHODS)
+    parser.add_argument("--method", default="dapo", choices=METHODS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=200_000, help="to sample at least")
     parser.add_argument("--split", default="test", choices=("test", "valid"))
@@ -653,6 +440,7 @@ if __name__ == "__main__":
         "--set", nargs="*", default=[], metavar="NAME=VALUE", help="change the method's settings"
     )
     parser.add_argument("--runs", default="runs/evidence")
+    parser.add_argument("--work", default="work", help="folder in it for the stages' files")
     parser.add_argument("--out", default="tests/evidence.jsonl")
     parser.add_argument("--plot", help="draw evidence.png from these rows and print the table")
     args = parser.parse_args()

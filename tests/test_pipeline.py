@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import tokenizers as tk
 import torch
-from safetensors.torch import load_file
 import toy
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
