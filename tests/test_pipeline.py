@@ -154,7 +154,7 @@ def test_samples_as_trees_and_the_likelihood_of_right_steps(tmp_path, monkeypatc
             weights += node["draws"]
             loss += node["draws"] * 0.5 * (action["adv"] / 0.5) ** 2  # the log-ratio is 0
             nll -= node["draws"] * node["wins"] / node["n"] * action["logp_ref"]
-    first = json.loads(Path("run/actor.work/metrics.jsonl").open().readline())
+    first = json.loads(Path("run/actor.work/metrics.jsonl").read_text().splitlines()[0])
     assert nll > 0
     assert first["nll"] == pytest.approx(nll / weights, rel=1e-5)
     assert first["loss"] == pytest.approx((loss + 2 / 0.5 * nll) / weights, rel=1e-5)
