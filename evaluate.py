@@ -494,7 +494,7 @@ def draw_solution(trees: list[TrainedTree]) -> Figure | None:
     return figure
 
 
-TREE_KEY = """at a state: how many of its completions are right
+TREE_KEY = """at a state: how many of the draws from it are right
 on a step: how often it was drawn (kept: in a sample only),
 Q = value of the state that it leads to,
 A = Q - mean Q of the state's draws""".splitlines()
@@ -626,7 +626,7 @@ h3 { font-size: 1rem; margin: .8rem 0 .2rem }
 </style>
 """
 EXPLAINED = """Each step is coloured by its advantage A: green is better than the state's average step,
-orange is worse, grey was not trained on. "3 of 4 right": of the completions from the state after the
+orange is worse, grey was not trained on. "3 of 4 right": of the draws from the state after the
 step. Q is the value that training gave that state: the critic's V, the counts, or both (--kappa).
 A = Q - the mean Q of what was drawn at the state before (eq. 13)."""
 

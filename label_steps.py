@@ -70,7 +70,7 @@ def read_trees(path: str) -> list[dict]:
 
 def share_numbers(record: dict, known: dict[int, int]):
     """Make equal token ids one object: in a list each takes 8 bytes of memory then, not 36."""
-    record["ids"] = list(map(known.setdefault, record["ids"], record["ids"]))
+    record["ids"] = [known.setdefault(i, i) for i in record["ids"]]
 
 
 def broken_tree(record: dict, known: dict[int, int]) -> str | None:

@@ -101,8 +101,9 @@ class LM:
     dtype: what it computes in, by default bfloat16 on CUDA and float32 on the CPU. train=True holds
     the weights in float32 all the same (bfloat16 cannot hold AdamW's updates at the paper's
     learning rates) and computes by autocast. weights=False loads tokenizer and config alone, for
-    stages whose draws come from a server; checkpointed: of a trained model on CUDA. Raises UserError for what cannot work: no tokenizer, no
-    EOS, no line break, attention that a tree mask would break.
+    stages whose draws come from a server. checkpointed: of a trained model on CUDA the layers are
+    computed twice, which saves memory. Raises UserError for what cannot work: no tokenizer, no EOS,
+    no line break, attention that a tree mask would break.
     """
 
     def __init__(

@@ -557,7 +557,8 @@ def outcomes(phrases: dict, steps: list, values: tuple[int, ...]) -> tuple[tuple
     """What steps [(kind, k)] make of some values: read right throughout; misread at least once."""
     right, wrong = values, set()
     for kind, k in steps:
-        good, bad = (text.format(x="x", k=k) for text in phrases[kind][1:3])
+        _, good, bad, _ = phrases[kind]
+        good, bad = good.format(x="x", k=k), bad.format(x="x", k=k)
         wrong = {after(v, text) for v in wrong for text in (good, bad)} | {after(right, bad)}
         right = after(right, good)
     return right, wrong

@@ -536,8 +536,14 @@ def same(want, got, atol):
 
 def same_text(want, got, atol):
     """The same words on the same lines; space around words and empty lines do not count."""
-    lines = ([row.split() for row in text.split("\n") if row.strip()] for text in (want, got))
-    want, got = ([word for row in rows for word in [*row, "\n"]] for rows in lines)
+
+    def words(text):
+        found = []
+        for row in text.split("\n"):
+            found += [*row.split(), "\n"] if row.strip() else []
+        return found
+
+    want, got = words(want), words(got)
     try:
         equal = (w == g or "." in w and same(float(w), float(g), atol) for w, g in zip(want, got))
         return len(want) == len(got) and all(equal)

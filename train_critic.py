@@ -137,8 +137,16 @@ def training_nodes(record: dict, states: str) -> list[bool]:
     return chosen
 
 
-def held_out_by_hash(problem_id: str) -> bool:
-    return hashlib.sha256(str(problem_id).encode()).digest()[0] % 10 == 0
+def split_by_hash(records: list[dict]) -> tuple[list[dict], list[dict]]:
+    """(training, held out): a tenth by the hash of the id, whichever iteration it is drawn in; of few
+    problems, of which that is none, the one that comes closest."""
+
+    def place(record):
+        return hashlib.sha256(str(record["id"]).encode()).digest()[0] % 10
+
+    least = min(place(record) for record in records)
+    training = [record for record in records if place(record) > least]
+    return training, [record for record in records if place(record) == least]
 
 
 def critic_loss(lm, head, pack, target, weight, token_share: float):
@@ -294,8 +302,7 @@ def stage(s: Settings):
     if s.held_out:
         training, testing = records, read_trees(s.held_out)
     else:
-        training = [r for r in records if not held_out_by_hash(r["id"])]
-        testing = [r for r in records if held_out_by_hash(r["id"])]
+        training, testing = split_by_hash(records)
     if not training or not testing:
         raise UserError(
             f"{s.trees}: too few problems to hold some out; give more, or --held_out trees"

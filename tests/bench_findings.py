@@ -1,0 +1,180 @@
+"""The paper's findings in small, by hand (about 15 minutes a seed on one thread):
+
+    for s in 0 1 2; do python tests/bench_findings.py --seed $s --out tests/findings.jsonl; done
+    python tests/bench_findings.py --table tests/findings.jsonl
+
+One iteration of run.sh's RECIPE=paper on the *worded* problems of bench_evidence.py (100 problems, n1 8, n 4, m 4), then
+one thing changed a row; whatever lies before the change is shared. A line of --out:
+    {"row": "beta 0.1", "seed": 0, "greedy": 0.98, "t1": 0.62, "tokens": 351004, "correlation": 0.51, "siblings": 0.71}
+correlation, siblings: the critic's, on held-out states of the seed's own m 4 trees.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import bench_evidence
+from bench_evidence import LEVELS, OURS, PAPER, call, evaluate, online, read_rows
+
+import label_steps
+import sample
+import train_actor
+import train_critic
+from model import LM
+from prepare import each_record, read_jsonl
+
+CRITIC, ACTOR = PAPER["critic"], PAPER["actor"]
+SAMPLE = "--n1 8 --n 4 --batch 512 --limit 100"
+ACTORS = {  # rows that train the actor anew on the same trees with the same critic
+    "the paper's recipe": ACTOR,
+    "beta 0.2": ACTOR.replace("0.05", "0.2"),
+    "beta 0.1": ACTOR.replace("0.05", "0.1"),
+    "beta 0.025": ACTOR.replace("0.05", "0.025"),
+    "kappa 4": f"{ACTOR} --kappa 4",
+    "kappa 0: counts alone": f"{ACTOR} --kappa 0",
+    "gap 0": f"{ACTOR} --gap 0",
+    "gap 0.3": f"{ACTOR} --gap 0.3",
+    "all draws, not unique actions": f"{ACTOR} --by_draws",
+    "kept steps too": f"{ACTOR} --kept_steps",
+    "likelihood 1": f"{ACTOR} --likelihood 1",
+}
+CRITICS = {  # rows that train critic and actor anew on the same trees
+    "critic: all states": "--lr 1e-3 --passes 8 --batch 128 --token_share 0",
+    "critic: half of the loss at every token": "--lr 1e-3 --passes 8 --batch 128 --states labelled",
+    "critic: both": "--lr 1e-3 --passes 8 --batch 128",
+}
+LABELS = {  # rows that label the same samples anew: m completions; --kappa 4 in all of them
+    "m 2, kappa 4": "--m 2",
+    "m 8, kappa 4": "--m 8",
+    "m 16, kappa 4": "--m 16",
+    "whole draws, m 0, kappa 4": "--m 0 --whole_draws",
+    "whole draws, m 4, kappa 4": "--m 4 --whole_draws",
+}
+
+
+def main(args):
+    flags, max_new = LEVELS["worded"]
+    folder, length = Path(args.runs), f" --max_new {max_new}"
+    run, work = folder / f"worded-{args.seed}", folder / "findings" / str(args.seed)
+    if not (run / "base").exists():
+        flags += f" --seed {args.seed} --clean_seed 1 --train_size 2000"
+        call(bench_evidence.prepare, flags, out=run, clean=folder / "clean")
+    test, out = read_jsonl(run / "test.jsonl")[:150], Path(args.out)
+    there = {(row["row"], row["seed"]) for row in (read_rows(out) if out.exists() else [])}
+    base = {"actor": run / "base"}
+    labelled = base | {"problems": run / "train.jsonl", "samples": work / "samples.jsonl"}
+    seed = f" --seed {args.seed}"
+
+    def draw(name: str, label: str, actor=None) -> int:
+        """Samples and trees of a row; -> tokens drawn."""
+        given = labelled | ({"actor": actor} if actor else {})
+        if actor:
+            given["samples"] = work / name / "samples.jsonl"
+        problems = {k: v for k, v in given.items() if k != "samples"}
+        call(sample, SAMPLE + length + seed, **problems, out=given["samples"])
+        trees = work / name / "trees.jsonl"
+        call(label_steps, f"{label} --batch 512" + length + seed, **given, out=trees)
+        tokens = sum(record["tokens"] for record in each_record(trees))
+        for record in each_record(given["samples"]):
+            tokens += sum(len(response["ids"]) for response in record["responses"])
+        return tokens
+
+    def row(name, at: str, critic: str, actor: str, tokens: int, start=None, critic_model=None):
+        """Critic of folder `at`, actor, evaluation and a line of --out."""
+        if (name, args.seed) in there:
+            return
+        trees, made, trained = work / at / "trees.jsonl", work / name / "critic", work / name
+        if critic:
+            model = critic_model or run / "base"
+            call(train_critic, critic + seed, trees=trees, critic_model=model, out=made)
+        else:
+            made = work / "the paper's recipe" / "critic"
+        call(train_actor, actor + seed, actor=start or run / "base", trees=trees, critic=made,
+             out=trained / "actor")  # fmt: skip
+        measured = json.loads(Path(f"{made}.metrics.json").read_text())
+        greedy, rights = evaluate(LM(trained / "actor"), test, max_new)
+        line = {"row": name, "seed": args.seed, "greedy": round(greedy, 4)}
+        line |= {"t1": round(sum(rights) / 4 / len(test), 4), "tokens": tokens}
+        line |= {k: round(measured[k], 3) for k in ("correlation", "siblings")}
+        with out.open("a") as f:
+            f.write(json.dumps(line) + "\n")
+        print(line, flush=True)
+
+    first = "the paper's recipe"
+    tokens = draw(first, "--m 4")
+    for name, flags in ACTORS.items():
+        row(name, first, CRITIC if name == first else "", flags, tokens)
+    for name, flags in CRITICS.items():
+        row(name, first, flags, ACTOR, tokens)
+    clean = next(path for path in (folder / "clean").iterdir() if path.name.startswith("math-6-6"))
+    name = "critic from another model (the clean one)"
+    row(name, first, CRITIC, ACTOR, tokens, critic_model=clean)
+    for name, flags in LABELS.items():
+        if (name, args.seed) not in there:
+            row(name, name, OURS["critic"].replace("--passes 2", "--passes 8"),
+                f"{ACTOR} --kappa 4", draw(name, flags))  # fmt: skip
+    # An actor that GRPO has trained, as the start of an iteration.
+    grpo, name = work / "grpo", "GRPO base"
+    if (name, args.seed) in there:
+        return
+    lm = LM(run / "base", train=True)
+    for spent, _ in online(
+        lm, read_jsonl(run / "train.jsonl")[200:], max_new, args.seed, False, 2, 4, 2e-4
+    ):
+        if spent >= 12_500:
+            break
+    lm.save(grpo)
+    greedy, rights = evaluate(lm, test, max_new)
+    before = {"row": "GRPO base, before", "seed": args.seed, "greedy": round(greedy, 4)}
+    before |= {"t1": round(sum(rights) / 4 / len(test), 4), "tokens": spent}
+    with out.open("a") as f:
+        f.write(json.dumps(before) + "\n")
+    row(name, name, CRITIC, ACTOR, draw(name, "--m 4", actor=grpo), start=grpo)
+
+
+def table(path: Path):
+    rows = {}
+    for line in read_rows(path):
+        rows.setdefault(line["row"], []).append(line)
+    print(
+        "| one thing changed | seeds | tokens | greedy | T = 1 | against the first row | critic: correlation, siblings |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    first = {line["seed"]: line["t1"] for line in rows["the paper's recipe"]}
+    for name, lines in rows.items():
+        cells = [name, str(len(lines)), f"{np.mean([line['tokens'] for line in lines]):,.0f}"]
+        for key in ("greedy", "t1"):
+            numbers = [100 * line[key] for line in lines]
+            spread = f" ± {np.std(numbers, ddof=1):.1f}" if len(numbers) > 1 else ""
+            cells.append(f"{np.mean(numbers):.1f}{spread}")
+        gains = [100 * (line["t1"] - first[line["seed"]]) for line in lines]
+        cells.append(", ".join(f"{gain:+.1f}" for gain in gains))
+        known = [line for line in lines if "correlation" in line]
+        cells.append(
+            ", ".join(
+                f"{np.mean([line[k] for line in known]):.2f}" for k in ("correlation", "siblings")
+            )
+            if known
+            else ""
+        )
+        print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runs", default="runs/evidence")
+    parser.add_argument("--out", default="tests/findings.jsonl")
+    parser.add_argument("--table", help="print the table of these rows")
+    args = parser.parse_args()
+    if args.table:
+        table(Path(args.table))
+    else:
+        main(args)
