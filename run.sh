@@ -28,13 +28,13 @@ if [ -z "${BASE-}${TRAIN-}" ]; then # what the embedded model of 0.5M parameters
     CRITIC=${CRITIC-"--states labelled --token_share 0 --lr 1e-3 --passes 8 --batch 128"}
     ACTOR=${ACTOR-"--beta 0.05 --lr 1e-4 --passes 4 --batch 256"}
   else # small and often, and no draw wasted: the samples themselves are the trees (README.md, "Where this differs")
-    ITERATIONS=${ITERATIONS-10}
+    ITERATIONS=${ITERATIONS-8}
     PROBLEMS=${PROBLEMS-25}
     REPLAY=${REPLAY-4}
     SAMPLE=${SAMPLE-"--n1 4 --n 4 --batch 512"}
     LABEL=${LABEL-"--whole_draws --m 0"}
     CRITIC=${CRITIC-"--lr 1e-3 --passes 2 --batch 128"}
-    ACTOR=${ACTOR-"--kappa 4 --value_draws 1 --by_draws --likelihood 1 --gap 0.05 --beta 0.1 --lr 2e-4 --passes 4 --batch 64"}
+    ACTOR=${ACTOR-"--kappa 4 --value_draws 1 --by_draws --likelihood 1 --gap 0.05 --beta 0.05 --lr 2e-4 --passes 4 --batch 64"}
   fi
 fi
 RUN=${RUN-runs/own}

@@ -58,7 +58,7 @@ LEVELS = {  # flags of prepare.py, and the length limit of a response
     "code": ("--task code", 64),
     "sparse": ("--steps 6-6 --wordings 32 --clean_size 48000 --careless 4", 96),
 }
-BUDGETS = [12_500 * 2**i for i in range(12)]  # where online curves are read
+BUDGETS = [3_125 * 2**i for i in range(14)]  # where online curves are read
 
 
 def recipe(which: int) -> dict:
@@ -77,7 +77,7 @@ METHODS = {
     "dapo": OURS,
     "labels": OURS | {"label": "--whole_draws --m 2"},
     "regression": OURS | {"actor": OURS["actor"].replace("--likelihood 1 ", "")},
-    "outcome": OURS | WHOLE | {"actor": f"--advantage outcome --beta 0.1 --likelihood 1 {TUNED}"},
+    "outcome": OURS | WHOLE | {"actor": f"--advantage outcome --beta 0.02 --likelihood 1 {TUNED}"},
     "rft": OURS | WHOLE | {"actor": f"--advantage outcome --beta 100 --likelihood 1000 {TUNED}"},
     "paper": PAPER,
     "grpo": {"prompts": 2, "group": 4, "lr": 2e-4},
@@ -286,7 +286,7 @@ STYLE = {  # method: what the figure calls it, colour, line
     "rft_online": ("rejection sampling, online", "C9", "-"),
 }
 PAIRS = [("dapo", rival) for rival in STYLE if rival != "dapo"]
-READ = (12_500, 25_000, 50_000)  # tokens at which the tables are read
+READ = (6_250, 12_500, 25_000)  # tokens at which the tables are read
 
 
 def curves(rows: list[dict]) -> dict:

@@ -258,11 +258,11 @@ def test_run_sh_has_the_papers_settings_but_for_the_demo(tmp_path):
     assert {"--kappa", "--kept_steps", "--likelihood"}.isdisjoint(demo[5])  # Q = V, first steps
     assert len(demo) == 2 + 2 * 5 + 1
     demo = run_sh(tmp_path)
-    assert len(demo) == 2 + 10 * 5 + 1
-    trees = [f"{tmp_path}/run/iter{i}/trees.jsonl" for i in range(1, 11)]
+    assert len(demo) == 2 + 8 * 5 + 1
+    trees = [f"{tmp_path}/run/iter{i}/trees.jsonl" for i in range(1, 9)]
     critics = [call for call in demo if call[0] == "train_critic.py"]
     seen = [call[call.index("--trees") + 1].split(",") for call in critics]
-    assert seen == [trees[max(0, i - 3) : i + 1] for i in range(10)]  # the last four iterations'
+    assert seen == [trees[max(0, i - 3) : i + 1] for i in range(8)]  # the last four iterations'
     own = {"BASE": "model", "TRAIN": "math:a", "TEST": "math500:b"}
     for variables in (own, {"BASE": "model"}, {"TRAIN": "math:a", "TEST": "math500:b"}):
         calls = run_sh(tmp_path, **variables)
