@@ -444,7 +444,8 @@ class Server:
         """Up to `count` continuations of a prompt; Fault if the answer is not to be trusted."""
         question = {
             "model": self.names[url], "prompt": prompt, "n": count, "max_tokens": room,
-            "temperature": temperature, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0,
+            "temperature": temperature, "top_p": 1.0, "top_k": -1, "min_p": 0.0,
+            "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
             "ignore_eos": False, "stop_token_ids": self.lm.eos, "return_token_ids": True,
         }  # fmt: skip
         answer = self._ask(url, "/v1/completions", question)

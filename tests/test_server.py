@@ -174,6 +174,9 @@ def test_all_stages_by_a_server_and_no_weights_are_loaded(work, capsys, monkeypa
         assert manifest["facts"]["draws"] == "server"
     for asked in stub.asked:
         assert asked["top_p"] == 1 and asked["top_k"] == -1 and "seed" not in asked
+        # what is not said, a server takes from the model's generation_config.json
+        assert asked["min_p"] == asked["presence_penalty"] == asked["frequency_penalty"] == 0
+        assert asked["repetition_penalty"] == 1
         assert asked["return_token_ids"] and asked["stop_token_ids"] == own.eos
     assert {asked["temperature"] for asked in stub.asked} == {0.0, 1.0}
     # and the next stage takes them
