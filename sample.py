@@ -25,6 +25,7 @@ import functools
 import hashlib
 import http.client
 import json
+import math
 import queue
 import time
 import urllib.error
@@ -395,7 +396,7 @@ class Server:
     pause = 1.0  # seconds that a server rests after a fault, doubled with each further one
 
     def __init__(self, urls: str, lm: LM):
-        self.lm, self.faults, self.names = lm, {}, {}
+        self.lm, self.faults, self.names, self.contexts = lm, {}, {}, {}
         self.seats = queue.PriorityQueue()  # (when it may be used, number, url): free requests
         for url in [url.strip().rstrip("/") for url in urls.split(",")]:
             self.faults[url] = 0
@@ -423,6 +424,7 @@ class Server:
             names = {model.get("id"), model.get("root")}
             if names & own:
                 self.names[url] = model["id"]
+                self.contexts[url] = min(model.get("max_model_len") or math.inf, self.lm.max_length)
                 return model["id"]
             served |= names
         others = ", ".join(sorted(str(name) for name in served if name))
@@ -442,6 +444,12 @@ class Server:
 
     def _complete(self, url, prompt: list[int], count: int, room: int, temperature) -> list:
         """Up to `count` continuations of a prompt; Fault if the answer is not to be trusted."""
+        # A server cuts off what does not fit. Asked again until nothing is cut off, it would draw
+        # short responses alone.
+        if len(prompt) + room > self.contexts[url]:
+            wrong = f"a prefix and its new tokens are {len(prompt) + room}"
+            wrong += f", the server's context is {self.contexts[url]}"
+            raise UserError(f"{url}: {wrong}; lower --max_new, or start it with a longer context")
         question = {
             "model": self.names[url], "prompt": prompt, "n": count, "max_tokens": room,
             "temperature": temperature, "top_p": 1.0, "top_k": -1, "min_p": 0.0,
@@ -479,7 +487,8 @@ class Server:
             try:
                 if self.faults[url]:  # it may have been started anew, with another model
                     self._name_of_model(url)
-                asked = min(self.most, count - len(drawn))
+                # At temperature 0 a request for several is refused.
+                asked = min(self.most if temperature else 1, count - len(drawn))
                 drawn += self._complete(url, prompt, asked, room, temperature)
                 self.faults[url] = 0
             except (OSError, http.client.HTTPException, ValueError, LookupError, Fault) as e:

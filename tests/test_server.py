@@ -27,6 +27,8 @@ class Stub(ThreadingHTTPServer):
 
     daemon_threads = True
 
+    context = None  # tokens that it takes and draws at most; None: it does not say
+
     def __init__(self, lm, name, faults=(), always=None):
         super().__init__(("127.0.0.1", 0), Handler)
         self.lm, self.name, self.faults, self.always = lm, name, list(faults), always
@@ -48,7 +50,8 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self):
-        self.answer(json.dumps({"data": [{"id": "it", "root": self.server.name}]}).encode())
+        model = {"id": "it", "root": self.server.name, "max_model_len": self.server.context}
+        self.answer(json.dumps({"data": [model]}).encode())
 
     def do_POST(self):
         stub = self.server
@@ -276,3 +279,28 @@ def test_a_prompt_that_a_server_refuses_is_said_at_once(work):
     with serving(stub) as url, pytest.raises(UserError, match="too long"):
         sample.Server(url, LM("tiny", weights=False))
     assert time.monotonic() - began < 30
+
+
+def test_a_context_that_would_cut_responses_off_is_refused(work, capsys):
+    """A server cuts off silently; asked again and again it would give short responses alone."""
+    stub = Stub(LM("tiny"), "tiny")
+    stub.context = 12
+    with serving(stub) as url:
+        code, err = run(sample, f"{toy.SAMPLE} --limit 12 --server {url}", capsys)
+        own = sample.Server(url, LM("tiny", weights=False))
+        assert len(own._continuations([5] * 8, 3, 4, 1.0)) == 3
+        with pytest.raises(UserError, match="are 13, the server's context is 12; lower --max_new"):
+            own._continuations([5] * 9, 3, 4, 1.0)
+    assert code == 2 and "the server's context is 12" in err and err.count("\n") == 1
+    assert not Path("run/samples.jsonl").exists() or not lines("run/samples.jsonl")
+
+
+def test_greedy_responses_of_one_state_are_a_request_each(work):
+    """vLLM refuses to draw several at temperature 0."""
+    stub = Stub(LM("tiny"), "tiny")
+    with serving(stub) as url:
+        server = sample.Server(url, LM("tiny", weights=False))
+        tree = Tree([[1, 5, 9]], [-1], [True])
+        drawn = server.draw([tree], [(0, 0, 0, 4)] * 3, 0.0, None)
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert [asked["n"] for asked in stub.asked] == [1] * 4  # the first is the stage's own question
