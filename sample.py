@@ -397,6 +397,10 @@ class Server:
 
     def __init__(self, urls: str, lm: LM):
         self.lm, self.faults, self.names, self.contexts = lm, {}, {}, {}
+        end = lm.tokenizer.eos_token_id
+        if end is not None and end not in lm.eos:  # here such a response would go on
+            wrong = f"a server ends responses at the tokenizer's EOS too, {end}"
+            raise UserError(f"{lm.path}: {wrong}; add it to eos_token_id in generation_config.json")
         self.seats = queue.PriorityQueue()  # (when it may be used, number, url): free requests
         for url in [url.strip().rstrip("/") for url in urls.split(",")]:
             self.faults[url] = 0
@@ -466,7 +470,8 @@ class Server:
             if echoed != prompt:
                 raise Fault("it answered another prompt than it was sent")
             if choice.get("finish_reason") == "stop" and not (ids and ids[-1] in self.lm.eos):
-                ids = [*ids, choice.get("stop_reason") or self.lm.eos[0]]
+                end = choice.get("stop_reason")
+                ids = [*ids, self.lm.eos[0] if end is None else end]
             whole = len(ids) == room or (ids and len(ids) < room and ids[-1] in self.lm.eos)
             if not whole or set(ids[:-1]) & set(self.lm.eos):
                 raise Fault(f"{len(ids)} tokens came where {room} or an end were asked for")

@@ -304,3 +304,14 @@ def test_greedy_responses_of_one_state_are_a_request_each(work):
         drawn = server.draw([tree], [(0, 0, 0, 4)] * 3, 0.0, None)
     assert drawn[0] == drawn[1] == drawn[2]
     assert [asked["n"] for asked in stub.asked] == [1] * 4  # the first is the stage's own question
+
+
+def test_an_end_that_the_server_alone_knows_is_refused(work):
+    """vLLM ends at the tokenizer's EOS, whatever generation_config.json says."""
+    path = Path("tiny/generation_config.json")
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"eos_token_id": [5]}))
+    lm = LM("tiny", weights=False)
+    assert lm.eos == [5]
+    with pytest.raises(UserError, match="tokenizer's EOS too, 0; add it to eos_token_id"):
+        sample.Server("http://127.0.0.1:9", lm)
