@@ -11,7 +11,7 @@ from evaluate import bootstrap, majority, mcnemar, paired, pass_at, wilson
 from model import step_advantages
 from sample import keep_balanced
 from train_actor import action_values, actor_loss, advantage_states
-from train_critic import training_nodes, value_loss
+from train_critic import split_by_hash, training_nodes, value_loss
 
 # ---------------------------------------------------------------- theorem 3.2
 
@@ -254,6 +254,18 @@ def test_training_nodes():
     # states that go on and were completed; an ended step has no state, node 4 no completion
     assert training_nodes(RECORD, "all") == [True, True, False, True, False, True]
     assert training_nodes(RECORD, "labelled") == [True, True, False, False, False, False]
+
+
+def test_problems_are_held_out_by_hash_and_of_few_at_least_one():
+    records = [{"id": f"p/{i}"} for i in range(1000)]
+    training, held_out = split_by_hash(records)
+    assert len(training) + len(held_out) == 1000 and 70 < len(held_out) < 130
+    out = [record["id"] for record in held_out]
+    for size in range(3, 40):  # whichever others are there, a problem stays on its side
+        few, rest = split_by_hash(records[:size])
+        assert few and rest
+        if any(record["id"] in out for record in records[:size]):
+            assert all(record["id"] in out for record in rest)
 
 
 @pytest.mark.parametrize(
