@@ -256,12 +256,12 @@ class Stage:
     """One output of one stage: its lock, its manifest, and for JSONL its records.
 
     The manifest `OUT.manifest.json` holds settings, code, hashes of the inputs, and facts. Started
-    again with the same ones, the stage goes on where it stopped (`done`: the ids of the
-    records that are there); with others it is refused. Code is treated mildly, since people change it: a difference
-    is a warning, unless the output is half done and the stage's own file is another now.
-    The order of calls: Stage(...) only looks, and `complete` says that nothing is left to do, before
-    any model is loaded; `begin` locks the folder and finds what is done; `start` writes the manifest
-    (`append` does it for JSONL); `append` or `finish(folder)` write the output.
+    again with the same ones, the stage goes on where it stopped (`done`: the ids of the records
+    that are there); with others it is refused. Code is treated mildly, since people change it: a
+    difference is a warning, unless the output is half done and the stage's own file is another now.
+    The order of calls: Stage(...) only looks, and `complete` says that nothing is left to do,
+    before any model is loaded; `begin` locks the folder and finds what is done; `start` writes the
+    manifest (`append` does it for JSONL); `append` or `finish(folder)` write the output.
 
     script    "sample.py": whose output this is
     inputs    {name: path}; an input made by a stage must be complete and as that stage left it
@@ -749,8 +749,9 @@ def new_model(tokenizer, seed: int, layers: int = 3, width: int = 128):
     torch.manual_seed(seed)
     end = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width,
+        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, **end,
     )  # fmt: skip
     model = LlamaForCausalLM(config)

@@ -20,9 +20,9 @@ Departures from the paper:
  3. --kept_steps also trains on the kept responses' own steps that no completion drew: balanced
     choice makes many of them wrong, and their states are labelled anyway. They have no draw, so the
     mean of eq. 13 stays that of pi_ref's draws.
- 4. --value_draws K counts V(s) as K more draws in the mean of eq. 13, so that a step whose state was
-    drawn once has an advantage too; --by_draws weighs a pair by its draws, where the paper weighs
-    all unique actions alike. Both are for trees of whole draws.
+ 4. --value_draws K counts V(s) as K more draws in the mean of eq. 13, so that a step whose state
+    was drawn once has an advantage too; --by_draws weighs a pair by its draws, where the paper
+    weighs all unique actions alike. Both are for trees of whole draws.
  5. --likelihood W adds -W / beta * log pi of each step times the share of its draws that ended
     right: what is right becomes likelier throughout, where eq. 12 alone only moves what is better
     or worse than the rest (as in Iterative RPO, arXiv 2404.19733, for DPO).

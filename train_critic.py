@@ -138,8 +138,8 @@ def training_nodes(record: dict, states: str) -> list[bool]:
 
 
 def split_by_hash(records: list[dict]) -> tuple[list[dict], list[dict]]:
-    """(training, held out): a tenth by the hash of the id, whichever iteration it is drawn in; of few
-    problems, of which that is none, the one that comes closest."""
+    """(training, held out): a tenth by the hash of the id, so a problem stays on its side in every
+    iteration; of few problems, where that would be none, those that come closest."""
 
     def place(record):
         return hashlib.sha256(str(record["id"]).encode()).digest()[0] % 10
