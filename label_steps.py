@@ -258,7 +258,7 @@ def stage(s: Settings):
     # The file is looked at whole before anything is drawn, but never held whole.
     sampled, foreign = 0, None
     for record in each_sample(s.samples):
-        sampled += bool(record["kept"])
+        sampled += bool(record["kept"]) or s.whole_draws
         if record["id"] not in problems:
             foreign = record["id"]
     inputs = {"actor": s.actor, "problems": s.problems, "samples": s.samples}
@@ -266,13 +266,14 @@ def stage(s: Settings):
     if out.complete:
         return
     lm = LM(s.actor, dtype=s.dtype, weights=s.m > 0 and not s.server)
-    server = Server(s.server, lm) if s.server else None
+    server = Server(s.server, lm) if s.server and s.m else None
     facts = {**actor_facts(lm, s.max_new), "problems": sha256(s.problems)}
     out.begin(facts | ({"draws": "server"} if server else {}), expects=facts)
     if foreign:
         wrong = f"{foreign} is not in {s.problems}"
         raise UserError(f"{s.samples}: {wrong}; pass the problems it was drawn from")
-    todo = (r for r in each_sample(s.samples) if r["kept"] and r["id"] not in out.done)
+    wanted = (r for r in each_sample(s.samples) if r["kept"] or s.whole_draws)
+    todo = (r for r in wanted if r["id"] not in out.done)
     counts = []  # of each chunk
     with Progress("label_steps", sampled - len(out.done)) as progress:
 
