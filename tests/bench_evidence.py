@@ -72,13 +72,15 @@ def recipe(which: int) -> dict:
 
 PAPER, OURS = recipe(0) | {"problems": 300}, recipe(1)
 WHOLE = {"label": "", "critic": ""}  # responses: no steps, no critic
-TUNED = "--gap 0 --lr 2e-4 --passes 4 --batch 16 --by_draws"
+OUTCOME = "--advantage outcome --gap 0 --batch 16 --by_draws"
 METHODS = {
     "dapo": OURS,
     "labels": OURS | {"label": "--whole_draws --m 2"},
     "regression": OURS | {"actor": OURS["actor"].replace("--likelihood 1 ", "")},
-    "outcome": OURS | WHOLE | {"actor": f"--advantage outcome --beta 0.02 --likelihood 1 {TUNED}"},
-    "rft": OURS | WHOLE | {"actor": f"--advantage outcome --beta 100 --likelihood 1000 {TUNED}"},
+    "outcome": OURS
+    | WHOLE
+    | {"actor": f"{OUTCOME} --beta 0.005 --likelihood 1 --lr 2e-4 --passes 4"},
+    "rft": OURS | WHOLE | {"actor": f"{OUTCOME} --beta 100 --likelihood 1000 --lr 1e-4 --passes 8"},
     "paper": PAPER,
     "grpo": {"prompts": 2, "group": 4, "lr": 2e-4},
     "rft_online": {"prompts": 2, "group": 2, "lr": 2e-4},
