@@ -497,7 +497,7 @@ def draw_solution(trees: list[TrainedTree]) -> Figure | None:
 TREE_KEY = """at a state: how many of the draws from it are right
 on a step: how often it was drawn (kept: in a sample only),
 Q = value of the state that it leads to,
-A = Q - mean Q of the state's draws""".splitlines()
+A = Q - the state's mean""".splitlines()
 
 
 def draw_tree(trees: list[TrainedTree], most: int = 10) -> Figure | None:
@@ -542,7 +542,7 @@ def draw_tree(trees: list[TrainedTree], most: int = 10) -> Figure | None:
             text, edge = ("right", colour(1)) if node["reward"] >= 0.5 else ("wrong", colour(-1))
         else:
             text, edge = f"{node['wins']:g} of {node['n']} right", "0.3"
-            text += f"\nmean Q {tree.mean[v]:.2f}" if v in tree.mean else ""
+            text += f"\nmean {tree.mean[v]:.2f}" if v in tree.mean else ""
         box = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": edge, "lw": 2}
         axis.text(x, y, text, bbox=box, ha="center", va="center", linespacing=1.4)
         if v == 0:
@@ -628,7 +628,7 @@ h3 { font-size: 1rem; margin: .8rem 0 .2rem }
 EXPLAINED = """Each step is coloured by its advantage A: green is better than the state's average step,
 orange is worse, grey was not trained on. "3 of 4 right": of the draws from the state after the
 step. Q is the value that training gave that state: the critic's V, the counts, or both (--kappa).
-A = Q - the mean Q of what was drawn at the state before (eq. 13)."""
+A = Q - the mean Q of what was drawn at the state before (eq. 13; with --value_draws its V counts, too)."""
 
 
 def page(run: Path, table, pictures: list[Path], iterations: list[str], trees) -> str:

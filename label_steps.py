@@ -9,7 +9,7 @@ Writes: trees.jsonl, a step tree a problem (node 0: the prompt; tokens: generate
      {"parent": -1, "ids": [], "text": "", "draws": 0, "n": 16, "wins": 9, "reward": null,
       "labelled": true}]}
 
-Samples choose the states, completions measure them. A kept response was kept because of its
+Samples choose the states, completions measure them (without --whole_draws). A kept response was kept because of its
 outcome, so its own steps come in with no draw, no n and no win. A completion from s counts in n and
 wins of s; then it walks down: as long as its next step leads to another kept state, that node's
 draws, n and wins go up too; the first step that leaves the kept responses becomes (or meets) a
@@ -23,8 +23,9 @@ Departures from the paper:
  3. --whole_draws wastes no draw: all responses are in the tree and count (all of them are a fair
     sample, only the kept ones are not), and of responses and completions every step, not the first
     one alone, is an action that leads to a state. With --m 0 no completion is drawn at all: the
-    samples are the tree. (One bias comes with it: where a blank line after a step is a token of its
-    own, a state exists only if some draw went on without it.)
+    samples are the tree. All states are `labelled` then, since the kept ones alone would be chosen
+    by their outcome. One bias comes with it: of "a\\n" and "a\\n\\n" as different tokens, the state
+    after "a\\n" is in the tree only if some draw went on from it without the blank line.
 """
 
 from collections import Counter
@@ -100,8 +101,8 @@ class StepTree:
         self.nodes = [root | {"reward": None, "labelled": False}]
         self.depth = [0]  # response tokens up to the node
         self.to_label = [True]  # a kept response goes on from here
-        self.is_state = [True]  # draws are followed further from here
-        self.states_below = [[]]  # its children that are states
+        self.followed = [True]  # a draw that comes here is followed further
+        self.followed_below = [[]]  # its children that are followed
         self.child = {}  # (node, token ids of a step): the child that the step leads to
         self.tokens = 0  # generated for this problem
 
@@ -113,14 +114,14 @@ class StepTree:
             self.nodes.append(self.nodes[0] | new)
             self.depth.append(self.depth[parent] + len(ids))
             self.to_label.append(False)
-            self.is_state.append(False)
-            self.states_below.append([])
+            self.followed.append(False)
+            self.followed_below.append([])
         elif reward is None:  # a response was cut off here by its length, another goes on
             self.nodes[v]["reward"] = None
         return v
 
-    def keep(self, ids: list[int], ends: list[int], reward: float, to_label: bool = True):
-        """Put a response's steps in, uncounted: a kept one was kept because of its outcome."""
+    def put_in(self, ids: list[int], ends: list[int], reward: float, to_label: bool = True):
+        """Make a response's steps nodes, uncounted: a kept one was kept because of its outcome."""
         v, begin = 0, 0
         for end in ends:
             last = end == ends[-1]
@@ -131,30 +132,33 @@ class StepTree:
 
     def _follow(self, v: int):
         """From now on draws that pass node v are followed further."""
-        if not self.is_state[v]:
-            self.is_state[v] = True
-            self.states_below[self.nodes[v]["parent"]].append(v)
+        if not self.followed[v]:
+            self.followed[v] = True
+            self.followed_below[self.nodes[v]["parent"]].append(v)
 
-    def complete(self, v: int, ids: list[int], cut, reward: float):
-        """Count one draw at node v, a completion or response, and go on at every state it passes.
+    def count_draw(self, v: int, ids: list[int], cut, reward: float):
+        """Count one draw at node v, a completion or response, and at every state that it passes.
 
         cut: LM.step_ends. It looks a token ahead (a blank line joins the step before it), so a state
-        is passed if its tokens begin the completion, whatever the completion's own cut is: only
-        then is each completion an unbiased draw at each state.
+        is passed if its tokens begin the draw, whatever the draw's own cut is: only then is each
+        draw an unbiased one at each state.
         """
-        self._count(v, reward)
-        end = cut(ids)[0]
-        last = end == len(ids)
-        step = self.step(v, ids[:end], reward if last else None)
-        self.nodes[step]["draws"] += 1
-        if self.whole_draws and not last:
-            self._follow(step)
-        if last or not self.is_state[step]:
-            self._count(step, reward)
-        for u in self.states_below[v]:
-            size = len(self.nodes[u]["ids"])
-            if size < len(ids) and ids[:size] == self.nodes[u]["ids"]:
-                self.complete(u, ids[size:], cut, reward)
+        waiting = [(v, ids, True)]  # node, what is drawn from there, is it by the draw's own cut
+        while waiting:
+            v, ids, own = waiting.pop()
+            self._count(v, reward)
+            end = cut(ids)[0]
+            last = end == len(ids)
+            child = self.step(v, ids[:end], reward if last else None)
+            self.nodes[child]["draws"] += 1
+            if self.whole_draws and own and not last:
+                self._follow(child)
+            if last or not self.followed[child]:
+                self._count(child, reward)
+            for u in reversed(self.followed_below[v]):
+                size = len(self.nodes[u]["ids"])
+                if size < len(ids) and ids[:size] == self.nodes[u]["ids"]:
+                    waiting.append((u, ids[size:], own and u == child))
 
     def _count(self, v: int, reward: float):
         self.nodes[v]["n"] += 1
@@ -184,7 +188,7 @@ class StepTree:
         """The line of trees.jsonl."""
         for v, node in enumerate(self.nodes):
             node["text"] = lm.text(node["ids"] if v else self.prompt_ids)
-            node["labelled"] = self.to_label[v]
+            node["labelled"] = (self.followed if self.whole_draws else self.to_label)[v]
         whole = {"id": problem_id, "prompt_ids": self.prompt_ids, "tokens": self.tokens}
         return whole | {"nodes": self.nodes}
 
@@ -202,10 +206,10 @@ def plant(sampled: dict, cut, whole_draws: bool) -> StepTree:
     for k, response in responses:
         kept = k in sampled["kept"]
         if kept or whole_draws:
-            tree.keep(response["ids"], response["ends"], response["reward"], to_label=kept)
+            tree.put_in(response["ids"], response["ends"], response["reward"], to_label=kept)
     if whole_draws:
         for _, response in responses:
-            tree.complete(0, response["ids"], cut, response["reward"])
+            tree.count_draw(0, response["ids"], cut, response["reward"])
     return tree
 
 
@@ -244,7 +248,7 @@ def label(lm: LM, problems: list[dict], trees: list[StepTree], s: Settings, prog
         graded = grade_ids(lm, owners, whole, s.unsafe)
         for (t, v, *_), ids, grade in zip(rows, drawn, graded):
             trees[t].tokens += len(ids)
-            trees[t].complete(v, ids, lm.step_ends, grade["reward"])
+            trees[t].count_draw(v, ids, lm.step_ends, grade["reward"])
             done["tokens"] += len(ids)
         done["completions"] += len(rows)
     return done
@@ -255,10 +259,17 @@ def stage(s: Settings):
         raise UserError("--m 0: nothing would be counted; wanted 1 or more, or --whole_draws")
     needs = ("id", "prompt", "answer or tests")
     problems = {p["id"]: p for p in read_jsonl(Path(s.problems), needs)}
+
+    def usable(record: dict) -> bool:
+        """Is there a state to label, or a draw to count?"""
+        return bool(record["kept"]) or (
+            s.whole_draws and any(r["ids"] for r in record["responses"])
+        )
+
     # The file is looked at whole before anything is drawn, but never held whole.
     sampled, foreign = 0, None
     for record in each_sample(s.samples):
-        sampled += bool(record["kept"]) or s.whole_draws
+        sampled += usable(record)
         if record["id"] not in problems:
             foreign = record["id"]
     inputs = {"actor": s.actor, "problems": s.problems, "samples": s.samples}
@@ -272,31 +283,32 @@ def stage(s: Settings):
     if foreign:
         wrong = f"{foreign} is not in {s.problems}"
         raise UserError(f"{s.samples}: {wrong}; pass the problems it was drawn from")
-    wanted = (r for r in each_sample(s.samples) if r["kept"] or s.whole_draws)
-    todo = (r for r in wanted if r["id"] not in out.done)
-    counts = []  # of each chunk
+    todo = (r for r in each_sample(s.samples) if usable(r) and r["id"] not in out.done)
+    done_of_chunks = []
     with Progress("label_steps", sampled - len(out.done)) as progress:
 
         def process(chunk: list[dict]) -> list[dict]:
             trees = [plant(record, lm.step_ends, s.whole_draws) for record in chunk]
             owners = [problems[record["id"]] for record in chunk]
-            counts.append(label(lm, owners, trees, s, progress, server) if s.m else Counter())
+            done = label(lm, owners, trees, s, progress, server) if s.m else Counter()
             for record in chunk:
                 for k in record["kept"]:
-                    counts[-1]["unshared"] += len(record["responses"][k]["ends"])
+                    done["unshared"] += len(record["responses"][k]["ends"])
+            done_of_chunks.append(done)
             progress.update(len(chunk))
             return [tree.record(lm, record["id"]) for tree, record in zip(trees, chunk)]
 
         work_through(todo, process, out, server)
     out.finish()
-    total = sum(counts, Counter())
+    total = sum(done_of_chunks, Counter())
     if total["completions"]:
-        saved = 1 - total["completions"] / (s.m * total["unshared"])
         print(
-            f"{total['states']} states labelled ({total['unshared']} before sharing), "
-            f"{total['completions']} completions ({saved:.0%} saved), "
+            f"{total['states']} states labelled by {total['completions']} completions, "
             f"{total['tokens']} tokens generated"
         )
+    if total["completions"] and not s.whole_draws:
+        saved = 1 - total["completions"] / (s.m * total["unshared"])
+        print(f"{total['unshared']} states before sharing, {saved:.0%} of the completions saved")
     if total["prefilled"]:
         fewer = total["prefixes"] / total["prefilled"]
         print(f"{total['prefilled']} tokens prefilled ({fewer:.0f} times fewer than one by one)")

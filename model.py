@@ -165,6 +165,12 @@ class LM:
         return self.model.get_output_embeddings().weight  # (V, d)
 
     @property
+    def end(self) -> int:
+        """Of several EOS ids the one that the tokenizer's chat template ends with."""
+        own = self.tokenizer.eos_token_id
+        return own if own in self.eos else self.eos[0]
+
+    @property
     def max_length(self) -> int:
         return getattr(self.config, "max_position_embeddings", None) or 1 << 30
 
@@ -240,9 +246,7 @@ class LM:
 
     def response_ids(self, text: str) -> list[int]:
         """Token ids of a demonstration, with the EOS that the policy must learn."""
-        own = self.tokenizer.eos_token_id  # of several the one that its chat template ends with
-        end = own if own in self.eos else self.eos[0]
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] + [end]
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.end]
 
     def text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -788,8 +792,10 @@ def step_advantages(q, parent, draws, value=None, value_draws: float = 0.0):
     total = q.new_zeros(states).index_add(0, parent, q * draws)
     count = q.new_zeros(states).index_add(0, parent, draws.to(q.dtype))
     high, low = q.new_full((states,), -torch.inf), q.new_full((states,), torch.inf)
-    if value_draws:
-        total, count, high, low = total + value_draws * value, count + value_draws, value, value
+    if value_draws:  # V(s) stands for value_draws more draws, and for one more action in the gap
+        total = total + value_draws * value
+        count = count + value_draws
+        high = low = value
     mean = total / count
     high = high.scatter_reduce(0, parent, q, "amax")
     low = low.scatter_reduce(0, parent, q, "amin")

@@ -490,18 +490,10 @@ def main(stage, settings_class, doc: str):
 
 
 def check_numbers(settings):
-    """Refuse numbers that are negative or not finite, and 0 where it is no default and no use."""
+    """Refuse numbers that are negative or not finite, and 0 unless it is the default or has a use."""
     for f in fields(settings):
         value = getattr(settings, f.name)
-        zero = f.name in (
-            "m",
-            "kappa",
-            "gap",
-            "valid_share",
-            "token_share",
-            "value_draws",
-            "likelihood",
-        )
+        zero = f.name in ("m", "kappa", "gap", "valid_share", "token_share")
         good = isinstance(value, bool) or value == f.default or (value == 0 and zero)
         if isinstance(value, int | float) and not (good or 0 < value < math.inf):
             raise UserError(f"--{f.name} {value}: wanted a finite number above 0")
@@ -1217,8 +1209,8 @@ class Settings:
     careless: float = flag("how careless the base reads: as if so many times, once wrong", 1.0)
     wordings: int = flag("ways to word each line of an embedded solution, up to 64", 1)
     clean_size: int = flag("right solutions that the embedded base learns from first", 16000)
-    clean_seed: int = flag("of that first training; default: --seed", -1)
-    clean: str = flag("folder that keeps models so trained, for runs with the same flags", "")
+    clean_seed: int = flag("of that first training, for benchmarks; default: --seed", -1)
+    clean: str = flag("folder that keeps models so trained, for benchmarks of many runs", "")
     train_size: int = flag("embedded training problems", 2000)
     valid_size: int = flag("embedded validation problems", 300)
     test_size: int = flag("embedded test problems", 500)

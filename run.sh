@@ -4,7 +4,7 @@
 #
 #   bash run.sh                                       # embedded problems and model, minutes on a CPU
 #   TASK=code RUN=runs/code bash run.sh               # the same, writing small Python functions
-#   RECIPE=paper RUN=runs/paper bash run.sh           # the paper's algorithm to the letter, in two large iterations
+#   RECIPE=paper RUN=runs/paper bash run.sh           # the paper's algorithm, in two large iterations
 #   RUN=runs/gsm8k BASE=path/or/hub-id TRAIN=gsm8k:train.jsonl TEST=gsm8k:test.jsonl bash run.sh
 #                                                     # your model and data, with the paper's settings
 #
@@ -25,7 +25,7 @@ if [ -z "${BASE-}${TRAIN-}" ]; then # what the embedded model of 0.5M parameters
     PROBLEMS=${PROBLEMS-1000} # new training problems an iteration
     SAMPLE=${SAMPLE-"--n1 8 --n 4 --batch 512"}
     LABEL=${LABEL-"--m 4 --batch 512"}
-    CRITIC=${CRITIC-"--states labelled --token_share 0 --lr 1e-3 --passes 8 --batch 128"}
+    CRITIC=${CRITIC-"--lr 1e-3 --passes 8 --batch 128"}
     ACTOR=${ACTOR-"--beta 0.05 --lr 1e-4 --passes 4 --batch 256"}
   else # small and often, and no draw wasted: the samples themselves are the trees (README.md, "Where this differs")
     ITERATIONS=${ITERATIONS-8}
@@ -33,7 +33,7 @@ if [ -z "${BASE-}${TRAIN-}" ]; then # what the embedded model of 0.5M parameters
     REPLAY=${REPLAY-4}
     SAMPLE=${SAMPLE-"--n1 4 --n 4 --batch 512"}
     LABEL=${LABEL-"--whole_draws --m 0"}
-    CRITIC=${CRITIC-"--lr 1e-3 --passes 2 --batch 128"}
+    CRITIC=${CRITIC-"--states all --token_share 0.5 --lr 1e-3 --passes 2 --batch 128"}
     ACTOR=${ACTOR-"--kappa 4 --value_draws 1 --by_draws --likelihood 1 --gap 0.05 --beta 0.05 --lr 2e-4 --passes 4 --batch 64"}
   fi
 fi

@@ -471,7 +471,7 @@ class Server:
                 raise Fault("it answered another prompt than it was sent")
             if choice.get("finish_reason") == "stop" and not (ids and ids[-1] in self.lm.eos):
                 end = choice.get("stop_reason")
-                ids = [*ids, self.lm.eos[0] if end is None else end]
+                ids = [*ids, self.lm.end if end is None else end]  # none said: the tokenizer's
             whole = len(ids) == room or (ids and len(ids) < room and ids[-1] in self.lm.eos)
             if not whole or set(ids[:-1]) & set(self.lm.eos):
                 raise Fault(f"{len(ids)} tokens came where {room} or an end were asked for")
@@ -635,7 +635,7 @@ def stage(s: Settings):
             for problem, (prompt_ids, responses) in zip(chunk, answered):
                 rewards.extend(r["reward"] for r in responses)
                 tokens.extend(len(r["ids"]) for r in responses)
-                records.append(record(lm, problem, prompt_ids, responses, s))
+                records.append(sample_record(lm, problem, prompt_ids, responses, s))
             progress.update(len(chunk))
             return records
 
@@ -645,7 +645,7 @@ def stage(s: Settings):
     print(f"{len(todo)} problems, {sum(tokens)} tokens, {right:.3f} of the responses right")
 
 
-def record(lm: LM, problem: dict, prompt_ids: list[int], responses: list[dict], s) -> dict:
+def sample_record(lm: LM, problem: dict, prompt_ids: list[int], responses: list[dict], s) -> dict:
     """A line of samples.jsonl."""
     rewards = [r["reward"] for r in responses]
     kept = keep_balanced(rewards, s.n)

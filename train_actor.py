@@ -17,20 +17,19 @@ Departures from the paper:
     worth K of them. The paper's Q = V is --kappa inf, the default; --kappa 0 is raw Monte Carlo.
  2. A batch holds whole problems (their trees pack best), so all actions of a state share a batch as
     in appendix F.1.
- 3. --kept_steps also trains on the kept responses' own steps that no completion drew: balanced
+ 3. --kept_steps also trains on the kept responses' own steps that were never drawn: balanced
     choice makes many of them wrong, and their states are labelled anyway. They have no draw, so the
     mean of eq. 13 stays that of pi_ref's draws.
  4. --value_draws K counts V(s) as K more draws in the mean of eq. 13, so that a step whose state
     was drawn once has an advantage too; --by_draws weighs a pair by its draws, where the paper
-    weighs all unique actions alike. Both are for trees of whole draws.
- 5. --likelihood W adds -W / beta * log pi of each step times the share of its draws that ended
-    right: what is right becomes likelier throughout, where eq. 12 alone only moves what is better
-    or worse than the rest (as in Iterative RPO, arXiv 2404.19733, for DPO).
+    weighs all unique actions alike. Both are meant for label_steps.py --whole_draws.
+ 5. --likelihood W adds W / beta times the negative log-likelihood of each pair's step, weighted by
+    the share of its draws that ended right (`likelihood_loss`): eq. 12 alone only moves what is
+    better or worse than the rest of a state. Iterative RPO (arXiv 2404.19733) does so for DPO.
  6. --advantage outcome regresses whole responses on outcome minus mean instead: the baseline
     without steps.
 """
 
-import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +94,15 @@ def actor_loss(logp, logp_ref, adv, beta: float):
     return 0.5 * (adv / beta - (logp - logp_ref)) ** 2  # eq. 12
 
 
+def likelihood_loss(logp, share_right):
+    """-share_right * log pi for each pair (M,): no part of the paper. share_right (M,): of the draws
+    that took the step how many ended right.
+
+    logp -1.5, share_right .5 -> .75
+    """
+    return -share_right * logp
+
+
 def action_values(record: dict, value: list[float] | None, kappa: float):
     """Q of every node (K,): its reward where the step ended the response, else V, counts or both.
 
@@ -129,23 +137,23 @@ def advantage_states(
         return []
     parent = torch.tensor([states.index(nodes[v]["parent"]) for v in actions])
     draws = torch.tensor([nodes[v]["draws"] for v in actions])
-    own = None
+    baseline = None
     if value_draws:
-        own = torch.tensor([value[v] for v in states], dtype=q.dtype)
-    adv, mean, gaps = step_advantages(q[actions], parent, draws, own, value_draws)
+        baseline = torch.tensor([value[v] for v in states], dtype=q.dtype)
+    adv, mean, gaps = step_advantages(q[actions], parent, draws, baseline, value_draws)
     chosen = []
     for i, state in enumerate(states):
         if gaps[i] < gap - 1e-9:  # .6 - .5 is .0999...
             continue
-        line = {"node": state, "mean": short(mean[i]), "gap": short(gaps[i]), "actions": []}
+        line = {"node": state, "mean": rounded(mean[i]), "gap": rounded(gaps[i]), "actions": []}
         for j in (parent == i).nonzero()[:, 0].tolist():
-            action = {"node": actions[j], "q": short(q[actions[j]]), "adv": short(adv[j])}
+            action = {"node": actions[j], "q": rounded(q[actions[j]]), "adv": rounded(adv[j])}
             line["actions"].append(action)
         chosen.append(line)
     return chosen
 
 
-def short(x) -> float:
+def rounded(x) -> float:
     """A number as advantages.jsonl holds it."""
     return round(float(x), 6)
 
@@ -196,50 +204,55 @@ def reference_logprobs(lm: LM, records: list[dict], lines: list[dict], budget: i
 
 
 def train(lm: LM, records: list[dict], lines: list[dict], s: Settings, work: Path):
-    """B.2: min_theta 1/2 E (A / beta - log pi_theta / pi_ref)^2, each pair with the same weight."""
+    """B.2: min_theta 1/2 E (A / beta - log pi_theta / pi_ref)^2 over the pairs."""
     trees = [pair_tree(record, line) for record, line in zip(records, lines)]
     actions = actions_by_node(lines)
     batches = whole_batches([len(a) for a in actions], s.batch, s.passes, f"actor {s.seed}")
-    tensor = functools.partial(torch.tensor, dtype=torch.float32, device=lm.device)
 
-    def prepare(batch):
-        items, total = [], 0  # total: of the whole batch's weights, the one normaliser of the step
+    def weight(node) -> int:
+        return max(1, node["draws"]) if s.by_draws else 1
+
+    def make_packs(batch):
+        total = 0  # of the whole batch's weights: the one normaliser of the step
+        for i in batch:
+            total += sum(weight(records[i]["nodes"][v]) for v in actions[i])
+        items = []
         for pack in pack_trees([trees[i] for i in batch], s.budget, align=BLOCK):
-            adv, logp_ref, weight, right = [], [], [], []
+            adv, logp_ref, share, share_right = [], [], [], []
             for t, v in pack.owner:
                 action, node = actions[batch[t]][v], records[batch[t]]["nodes"][v]
                 adv.append(action["adv"])
                 logp_ref.append(action["logp_ref"])
-                weight.append(max(1, node["draws"]) if s.by_draws else 1)
-                right.append(node["wins"] / max(1, node["n"]))
-            total += sum(weight)
-            items.append((pack, tensor(adv), tensor(logp_ref), tensor(weight), tensor(right)))
-        return [(*columns, weight / total, right) for *columns, weight, right in items]
+                share.append(weight(node) / total)
+                share_right.append(node["wins"] / max(1, node["n"]))
+            items.append((pack, torch.tensor([adv, logp_ref, share, share_right])))
+        return items
 
-    def loss(pack, adv, logp_ref, weight, right):
+    def loss(pack, numbers):
+        adv, logp_ref, share, share_right = numbers.to(lm.device)  # (M,) each
         logp = step_logprobs(lm, pack)  # (M,)
+        regression = (share * actor_loss(logp, logp_ref, adv, s.beta)).sum()
+        nll = (share * likelihood_loss(logp, share_right)).sum()
         ratio, up = (logp - logp_ref).detach(), adv > 0
-        regression = (weight * actor_loss(logp, logp_ref, adv, s.beta)).sum()
-        nll = -(weight * right * logp).sum()
         return regression + s.likelihood / s.beta * nll, {
-            "do_nothing": 0.5 * (weight * (adv / s.beta) ** 2).sum(), "nll": nll.detach(),
+            "do_nothing": 0.5 * (share * (adv / s.beta) ** 2).sum(), "nll": nll.detach(),
             "ratio_up": ratio[up].sum(), "pairs_up": up.sum(),
             "ratio_down": ratio[~up].sum(), "pairs_down": (~up).sum(),
         }  # fmt: skip
 
     ids = lambda batch: [lines[i]["id"] for i in batch]
-    fit({"model": lm.model}, batches, prepare, loss, work, s.lr, s.save_minutes, ids)
+    fit({"model": lm.model}, batches, make_packs, loss, work, s.lr, s.save_minutes, ids)
 
 
 def stage(s: Settings):
     if s.advantage not in ("step", "outcome"):
         raise UserError(f"--advantage {s.advantage}: wanted step or outcome")
-    step = s.advantage == "step"
-    if step and s.kappa > 0 and not s.critic:
+    by_steps = s.advantage == "step"
+    if by_steps and s.kappa > 0 and not s.critic:
         raise UserError("--critic is missing; give one, or --kappa 0 for raw Monte Carlo values")
-    if s.value_draws and not (step and s.kappa > 0):
+    if s.value_draws and not (by_steps and s.kappa > 0):
         raise UserError(f"--value_draws {s.value_draws} needs V: --advantage step and --kappa > 0")
-    records = read_trees(s.trees) if step else list(each_sample(s.trees))
+    records = read_trees(s.trees) if by_steps else list(each_sample(s.trees))
     inputs = {"actor": s.actor, "trees": s.trees, **({"critic": s.critic} if s.critic else {})}
     out = Stage("train_actor.py", s.out, s, inputs)
     if out.complete:
@@ -249,12 +262,12 @@ def stage(s: Settings):
     lm = LM(s.actor, train=True, dtype=s.dtype)
     facts = tokenizer_facts(lm)
     out.begin(facts, {"actor": fingerprint(s.actor), "trees": sha256(Path(s.trees)), **facts})
-    if not step:
+    if not by_steps:
         records = [outcome_record(r) for r in records]
 
     # B.1
     values = [None] * len(records)
-    if step and s.kappa > 0:
+    if by_steps and s.kappa > 0:
         lm.model.cpu()  # a GPU holds one after the other
         critic, head = load_critic(s.critic, dtype=s.dtype)
         retokenise = tokenizer_facts(critic)["tokenizer"] != facts["tokenizer"]

@@ -13,15 +13,14 @@ critic.metrics.json
 min_phi E_s BCE(MC(s), V_phi(s)) with soft targets MC(s) = wins / n.
 
 Departures from the paper:
- 1. --states all (the default) trains on every node of the tree that goes on, leaves too, each
-    weighted by its n: a leaf's one completion is a noisy target but an unbiased one, and there are
-    many. --states labelled is the paper.
- 2. Half of the loss reads V at every token of a step (`critic_loss`): a small critic learns from
-    that what a step's last token alone teaches slowly. --token_share 0 is the paper.
+ 1. --states all trains on every node of the tree that goes on, leaves too, each weighted by its n: a
+    leaf's one completion is a noisy target but an unbiased one, and there are many.
+ 2. --token_share 0.5 reads V at every token of a step for half of the loss (`critic_loss`): a small
+    critic learns from that what a step's last token alone teaches slowly.
  3. --batch counts the nodes that train, in whole problems. At the paper's settings a problem has
-    about 900, of which 120 are labelled states, so 4096 nodes hold about the paper's 512 states and
-    its run takes about 1,650 steps. With --states labelled pass --batch 512.
- 4. Small models need more than one pass over the states; --passes 1 is the paper.
+    about 900, of which 120 are labelled states: with --states all 4096 nodes hold about the 512
+    states of the paper's batch, and either way its run takes about 1,650 steps.
+ 4. Small models need more than one pass over the states.
 """
 
 import hashlib
@@ -65,12 +64,12 @@ class Settings:
     trees: str = flag("trees.jsonl; several, comma separated, train on earlier iterations too")
     critic_model: str = flag("what the critic starts from: a critic, or any language model")
     out: str = flag("critic folder to write")
-    states: str = flag("all: every node that goes on, weighted by n; labelled: the paper", "all")
+    states: str = flag("labelled: the paper; all: every node that goes on, by its n", "labelled")
     held_out: str = flag("trees to test on; empty: a tenth of the problems, by hash of the id", "")
-    token_share: float = flag("share of the loss read at every token; 0: the paper", 0.5)
+    token_share: float = flag("share of the loss read at every token, not at a step's last", 0.0)
     lr: float = flag("peak learning rate", 5e-6)
     passes: int = flag("passes over the states", 1)
-    batch: int = flag("trained nodes an optimiser step, in whole problems", 4096)
+    batch: int = flag("trained nodes an optimiser step, in whole problems", 512)
     budget: int = flag("tokens a pack", 8192)
     save_minutes: float = flag("minutes between checkpoints", 15.0)
     offload: bool = flag("hold weights, gradients and moments in the host's memory", False)
@@ -129,7 +128,7 @@ def value_loss(logit, target, weight):
 
 
 def training_nodes(record: dict, states: str) -> list[bool]:
-    """Which nodes train the critic: states that go on and were completed at least once."""
+    """Which nodes train the critic: states that go on and from or through which there was a draw."""
     chosen = []
     for node in record["nodes"]:
         known = node["reward"] is None and node["n"] > 0
@@ -139,7 +138,8 @@ def training_nodes(record: dict, states: str) -> list[bool]:
 
 def split_by_hash(records: list[dict]) -> tuple[list[dict], list[dict]]:
     """(training, held out): a tenth by the hash of the id, so a problem stays on its side in every
-    iteration; of few problems, where that would be none, those that come closest."""
+    iteration; of few problems, where that would be none, those with the smallest hash, on which a
+    later iteration may train."""
 
     def place(record):
         return hashlib.sha256(str(record["id"]).encode()).digest()[0] % 10
@@ -252,7 +252,7 @@ def measure(lm, head, records: list[dict], retokenise: bool, budget: int, consta
     v, mc = [], []
     for record, values in zip(records, value):
         for node, x in zip(record["nodes"], values):
-            if node["labelled"]:
+            if node["labelled"] and node["n"]:
                 v.append(x)
                 mc.append(node["wins"] / node["n"])
     v, mc = np.array(v), np.array(mc)

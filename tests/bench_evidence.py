@@ -19,7 +19,7 @@ Methods, each in iterations by the stages that users run, but for the two online
     labels      the same with two completions of every state
     regression  the same as dapo without the likelihood term
     outcome     whole responses: outcome minus mean for A, and the likelihood of right responses beside it
-    rft         rejection sampling: that likelihood alone
+    rft         rejection sampling: that likelihood alone (so much of it that the regression is nothing beside it)
     paper       run.sh's RECIPE=paper: labels of kept states, Q = V, first steps; in smaller iterations than there
     grpo, rft_online   one optimiser step an iteration of a few problems: group-normalised rewards; right responses alone
 Settings come from the trials in tests/tuning.jsonl (--split valid --seed 10 --set ...).
@@ -64,10 +64,10 @@ BUDGETS = [3_125 * 2**i for i in range(14)]  # where online curves are read
 def recipe(which: int) -> dict:
     """The flags of run.sh: 0: the paper's recipe, 1: its own."""
     text, found = (ROOT / "run.sh").read_text(), {}
-    for name in ("PROBLEMS", "SAMPLE", "LABEL", "CRITIC", "ACTOR"):
+    for name in ("PROBLEMS", "REPLAY", "SAMPLE", "LABEL", "CRITIC", "ACTOR"):
         values = re.findall(rf'^ +{name}=\$\{{{name}-"?(.*?)"?\}}', text, re.MULTILINE)
-        found[name.lower()] = values[which]
-    return found | {"problems": int(found["problems"]), "replay": 4 if which else 1}
+        found[name.lower()] = ["1", *values][-2:][which]
+    return found | {"problems": int(found["problems"]), "replay": int(found["replay"])}
 
 
 PAPER, OURS = recipe(0) | {"problems": 300}, recipe(1)
@@ -80,7 +80,7 @@ METHODS = {
     "outcome": OURS
     | WHOLE
     | {"actor": f"{OUTCOME} --beta 0.005 --likelihood 1 --lr 2e-4 --passes 4"},
-    "rft": OURS | WHOLE | {"actor": f"{OUTCOME} --beta 100 --likelihood 1000 --lr 1e-4 --passes 8"},
+    "rft": OURS | WHOLE | {"actor": f"{OUTCOME} --beta 1e3 --likelihood 1e7 --lr 1e-4 --passes 8"},
     "paper": PAPER,
     "grpo": {"prompts": 2, "group": 4, "lr": 2e-4},
     "rft_online": {"prompts": 2, "group": 2, "lr": 2e-4},
@@ -238,17 +238,18 @@ def curve(args):
 
     def write(sampled, trained, lm):
         nonlocal spent
+        if any(old["sampled"] == sampled for old in done):
+            return
         before = time.perf_counter()
         greedy, rights = evaluate(lm, test, max_new)
         row = about | {"sampled": sampled, "trained": trained}
         row["seconds"] = round(before - begin - spent, 1)
         row |= {"greedy": round(greedy, 4), "t1": round(sum(rights) / 4 / len(test), 4)}
         row["rights"] = "".join(map(str, rights))
-        if not any(old["sampled"] == sampled for old in done):
-            with out.open("a") as f:
-                f.write(json.dumps(row) + "\n")
-                f.flush()
-                os.fsync(f.fileno())
+        with out.open("a") as f:
+            f.write(json.dumps(row) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
         spent += time.perf_counter() - before
         print({k: v for k, v in row.items() if k not in ("rights", "settings")}, flush=True)
 

@@ -6,7 +6,7 @@
 One iteration of run.sh's RECIPE=paper on the *worded* problems of bench_evidence.py (100 problems, n1 8, n 4, m 4), then
 one thing changed a row; whatever lies before the change is shared. A line of --out:
     {"row": "beta 0.1", "seed": 0, "greedy": 0.98, "t1": 0.62, "tokens": 351004, "correlation": 0.51, "siblings": 0.71}
-correlation, siblings: the critic's, on held-out states of the seed's own m 4 trees.
+correlation, siblings: the critic's, on held-out states of the row's own trees, so with the noise of its own m.
 """
 
 import argparse
@@ -39,21 +39,21 @@ ACTORS = {  # rows that train the actor anew on the same trees with the same cri
     "kappa 0: counts alone": f"{ACTOR} --kappa 0",
     "gap 0": f"{ACTOR} --gap 0",
     "gap 0.3": f"{ACTOR} --gap 0.3",
-    "all draws, not unique actions": f"{ACTOR} --by_draws",
+    "all draws in place of unique actions": f"{ACTOR} --by_draws",
     "kept steps too": f"{ACTOR} --kept_steps",
     "likelihood 1": f"{ACTOR} --likelihood 1",
 }
 CRITICS = {  # rows that train critic and actor anew on the same trees
-    "critic: all states": "--lr 1e-3 --passes 8 --batch 128 --token_share 0",
-    "critic: half of the loss at every token": "--lr 1e-3 --passes 8 --batch 128 --states labelled",
-    "critic: both": "--lr 1e-3 --passes 8 --batch 128",
+    "critic: all states": f"{CRITIC} --states all",
+    "critic: half of the loss at every token": f"{CRITIC} --token_share 0.5",
+    "critic: both": f"{CRITIC} --states all --token_share 0.5",
 }
 LABELS = {  # rows that label the same samples anew: m completions; --kappa 4 in all of them
-    "m 2, kappa 4": "--m 2",
-    "m 8, kappa 4": "--m 8",
-    "m 16, kappa 4": "--m 16",
-    "whole draws, m 0, kappa 4": "--m 0 --whole_draws",
-    "whole draws, m 4, kappa 4": "--m 4 --whole_draws",
+    "m 2; kappa 4": "--m 2",
+    "m 8; kappa 4": "--m 8",
+    "m 16; kappa 4": "--m 16",
+    "whole draws; m 0; kappa 4": "--m 0 --whole_draws",
+    "whole draws; m 4; kappa 4": "--m 4 --whole_draws",
 }
 
 

@@ -334,7 +334,7 @@ def test_readme_commands_run(demo, folder, tmp_path, monkeypatch):
             else:
                 assert why or line == "python -m pytest -q", line
     assert ran >= 6 and parsed >= 7
-    assert Path("runs/demo/beta/summary.json").exists()
+    assert Path("runs/demo/eq12/summary.json").exists()
     variables = set(re.findall(r"\$\{(\w+)", (ROOT / "run.sh").read_text()))
     for block in blocks("bash"):
         for line in block.replace("\\\n", " ").splitlines():

@@ -255,11 +255,17 @@ def test_run_sh_has_the_papers_settings_but_for_the_demo(tmp_path):
     assert [call[0] for call in demo[2:7]] == ["sample.py", "label_steps.py", "train_critic.py",
                                                "train_actor.py", "evaluate.py"]  # fmt: skip
     assert " ".join(demo[2][-8:]) == "--max_new 64 --n1 8 --n 4 --batch 512"
-    assert {"--kappa", "--kept_steps", "--likelihood"}.isdisjoint(demo[5])  # Q = V, first steps
+    assert " ".join(demo[4][-6:]) == "--lr 1e-3 --passes 8 --batch 128"
+    assert " ".join(demo[5][-8:]) == "--beta 0.05 --lr 1e-4 --passes 4 --batch 256"  # Q = V
     assert len(demo) == 2 + 2 * 5 + 1
     demo = run_sh(tmp_path)
     assert len(demo) == 2 + 8 * 5 + 1
     trees = [f"{tmp_path}/run/iter{i}/trees.jsonl" for i in range(1, 9)]
+    assert " ".join(demo[3][-5:]) == "--max_new 64 --whole_draws --m 0"
+    assert (
+        " ".join(demo[5][-15:-6])
+        == "--kappa 4 --value_draws 1 --by_draws --likelihood 1 --gap 0.05"
+    )
     critics = [call for call in demo if call[0] == "train_critic.py"]
     seen = [call[call.index("--trees") + 1].split(",") for call in critics]
     assert seen == [trees[max(0, i - 3) : i + 1] for i in range(8)]  # the last four iterations'

@@ -211,7 +211,7 @@ def grow(bandit: Bandit, rng, n1=12, n=4, m=5, whole_draws=False):
             for _ in range(m - tree.nodes[v]["n"]):
                 state = steps_to(tree, v)
                 steps, reward = bandit.draw(rng, state)
-                tree.complete(v, *draw(*flat(steps)), reward)
+                tree.count_draw(v, *draw(*flat(steps)), reward)
                 log.append((state, steps, reward))
     return tree, kept, log
 
@@ -292,15 +292,17 @@ def test_the_tree_counts_as_its_dictionary_twin(seed):
 
 def test_hand_worked_tree():
     tree = StepTree([1])
-    tree.keep([5, 6, 7], [1, 3], 1)  # 5 | 6 7
-    tree.keep([5, 8], [1, 2], 0)  # 5 | 8
+    tree.put_in([5, 6, 7], [1, 3], 1)  # 5 | 6 7
+    tree.put_in([5, 8], [1, 2], 0)  # 5 | 8
     assert [(n["draws"], n["n"], n["wins"]) for n in tree.nodes] == [(0, 0, 0)] * 4
     assert [n["reward"] for n in tree.nodes] == [None, None, 1, 0]
     assert tree.levels() == [[0], [1]]
-    tree.complete(0, *draw([5, 6, 7], [1, 3]), 1)  # along a kept response to its end
-    tree.complete(0, *draw([5, 9, 9], [1, 2, 3]), 1)  # leaves it after the first step; 9 is a leaf
-    tree.complete(0, *draw([4, 5, 6, 7], [1, 2, 4]), 0)  # leaves at once
-    tree.complete(1, *draw([9, 8], [1, 2]), 0)  # meets the leaf
+    tree.count_draw(0, *draw([5, 6, 7], [1, 3]), 1)  # along a kept response to its end
+    tree.count_draw(
+        0, *draw([5, 9, 9], [1, 2, 3]), 1
+    )  # leaves it after the first step; 9 is a leaf
+    tree.count_draw(0, *draw([4, 5, 6, 7], [1, 2, 4]), 0)  # leaves at once
+    tree.count_draw(1, *draw([9, 8], [1, 2]), 0)  # meets the leaf
     rows = [(n["parent"], n["ids"], n["draws"], n["n"], n["wins"], n["reward"]) for n in tree.nodes]
     assert rows == [
         (-1, [], 0, 3, 2, None),
@@ -316,8 +318,8 @@ def test_a_response_cut_off_where_another_goes_on():
     """The longer one decides: the state goes on, and is labelled."""
     for order in (0, 1):
         tree = StepTree([1])
-        tree.keep(*[([5], [1], 0), ([5, 6], [1, 2], 1)][order])
-        tree.keep(*[([5, 6], [1, 2], 1), ([5], [1], 0)][order])
+        tree.put_in(*[([5], [1], 0), ([5, 6], [1, 2], 1)][order])
+        tree.put_in(*[([5, 6], [1, 2], 1), ([5], [1], 0)][order])
         assert [n["reward"] for n in tree.nodes] == [None, None, 1]
         assert tree.levels() == [[0], [1]]
 
@@ -478,17 +480,67 @@ def test_a_boundary_that_needs_a_look_ahead_does_not_bias_the_counts():
     rng, wins, n = random.Random(0), 0, 0
     for _ in range(400):
         tree = StepTree([9])
-        tree.keep([0, 3], [1, 2], 0)
+        tree.put_in([0, 3], [1, 2], 0)
         for _ in range(8):
             right = rng.random() < 0.5
             ids = [0, 1, 2] if right else [0, 3]
-            tree.complete(0, ids, lambda rest: LM.step_ends(toy, rest), int(right))
+            tree.count_draw(0, ids, lambda rest: LM.step_ends(toy, rest), int(right))
         while tree.nodes[1]["n"] < 8:
             right = rng.random() < 0.5
             ids = [1, 2] if right else [3]
-            tree.complete(1, ids, lambda rest: LM.step_ends(toy, rest), int(right))
+            tree.count_draw(1, ids, lambda rest: LM.step_ends(toy, rest), int(right))
         wins, n = wins + tree.nodes[1]["wins"], n + tree.nodes[1]["n"]
     assert abs(wins / n - 0.5) < 4 * (0.25 / n) ** 0.5
+
+
+BLANK = SimpleNamespace(breaks=np.array([1, 1, 0], bool), blank=np.array([0, 1, 0], bool))
+
+
+def planted(responses: list[tuple[list[int], int]]) -> StepTree:
+    """The tree of whole draws of some responses, (ids, reward) each, where token 1 is a blank line."""
+    cut = lambda rest: LM.step_ends(BLANK, rest)
+    rows = [{"ids": ids, "ends": cut(ids), "reward": reward} for ids, reward in responses]
+    return label_steps.plant({"prompt_ids": [9], "kept": [], "responses": rows}, cut, True)
+
+
+def test_whole_draws_where_blank_lines_are_tokens_make_no_more_nodes_than_steps():
+    """0 | 0 1 | ...: of a prefix that may be cut in two ways a draw goes on by its own cut alone."""
+    rng = random.Random(0)
+    for size in (5, 20):
+        responses = []
+        for _ in range(12):
+            ids = [0]
+            while len(ids) < 2 * size:
+                ids += [0, 1] if rng.random() < 0.5 else [0]
+            responses.append(([*ids, 2], 1))
+        tree = planted(responses)
+        steps = sum(len(LM.step_ends(BLANK, ids)) for ids, _ in responses)
+        assert len(tree.nodes) <= 2 * steps + 1
+        assert tree.nodes[0]["n"] == tree.nodes[0]["wins"] == 12
+
+
+def test_a_draw_of_a_thousand_steps_is_counted():
+    tree = planted([([0] * 3000, 0), ([0] * 2999 + [2], 1)])
+    assert [node["n"] for node in tree.nodes] == [2] * 3000 + [
+        1,
+        1,
+    ]  # the prompt, 2,999 states, two ends
+
+
+def test_labelled_states_of_whole_draws_are_unbiased_too():
+    """All states are `labelled`: those of the kept responses alone would be chosen by their outcome."""
+    bandit, rng, errors, value = Bandit(4), random.Random(2), [], {}
+    for _ in range(1500):
+        tree, _, _ = grow(bandit, rng, n1=8, n=4, m=0, whole_draws=True)
+        lm = SimpleNamespace(text=str)
+        total = 0.0
+        for v, node in enumerate(tree.record(lm, "p")["nodes"]):
+            if node["labelled"]:
+                state = steps_to(tree, v)
+                value.setdefault(state, bandit.value(state))
+                total += node["wins"] - node["n"] * value[state]
+        errors.append(total)
+    assert abs(np.mean(errors)) < 3.5 * np.std(errors) / len(errors) ** 0.5
 
 
 def test_mixed_labels_only_problems_that_are_sometimes_right(tmp_path, monkeypatch):
