@@ -654,12 +654,12 @@ def page(run: Path, table, pictures: list[Path], iterations: list[str], trees) -
     for tree in both:
         shown = "open" if tree is both[0] else ""
         parts.append(f"<details {shown}><summary>{safe(tree.id)}</summary>")
-        parts.append(question(problems.get(tree.id, {"prompt": tree.nodes[0]["text"]})))
+        parts.append(question_html(problems.get(tree.id, {"prompt": tree.nodes[0]["text"]})))
         parts.append("<div class='pair'>")
         for wanted in (True, False):
             responses = [r for r in tree.responses() if tree.right(r) == wanted]
             parts.append(f"<div><h3>{'a right' if wanted else 'a wrong'} response</h3>")
-            parts += [step(tree, v) for v in max(responses, key=tree.spread)]
+            parts += [step_html(tree, v) for v in max(responses, key=tree.spread)]
             parts.append("</div>")
         parts.append("</div></details>")
     return "\n".join(parts)
@@ -690,7 +690,7 @@ def test_part(run: Path, iterations: list[str], problems: dict[str, dict]) -> li
         verdicts = " → ".join(lines[problem]["verdict"] for lines in evaluated.values())
         shown = "open" if problem == chosen[0] else ""
         parts.append(f"<details {shown}><summary>{safe(f'{problem}: {verdicts}')}</summary>")
-        parts.append(question(problems.get(problem, {})) + "<div class='pair'>")
+        parts.append(question_html(problems.get(problem, {})) + "<div class='pair'>")
         for name, lines in evaluated.items():
             line, sampled = lines[problem], lines[problem]["sampled"]
             facts = [line["verdict"]] + ([] if line["finished"] else ["cut off"])
@@ -699,20 +699,20 @@ def test_part(run: Path, iterations: list[str], problems: dict[str, dict]) -> li
                 facts.append(f"{right} of {len(sampled)} right at temperature 1")
             parts.append(f"<div><h3>{safe(name)}: {safe(', '.join(facts))}</h3>")
             parts.append(f"<div class='{'right' if line['correct'] else 'wrong'}'>")
-            parts.append(pre(line["text"]) + "</div></div>")
+            parts.append(pre_html(line["text"]) + "</div></div>")
         parts.append("</div></details>")
     return parts
 
 
-def question(problem: dict) -> str:
+def question_html(problem: dict) -> str:
     """Prompt and gold answer of a problem, or its tests."""
     text = ""
     if "prompt" in problem:
-        text += f"<h3>prompt</h3>{pre(problem['prompt'])}"
+        text += f"<h3>prompt</h3>{pre_html(problem['prompt'])}"
     if problem.get("answer") is not None:
-        text += f"<h3>gold answer</h3>{pre(str(problem['answer']))}"
+        text += f"<h3>gold answer</h3>{pre_html(str(problem['answer']))}"
     if problem.get("tests"):
-        text += f"<h3>tests</h3>{pre(short(json.dumps(problem['tests']), 1000))}"
+        text += f"<h3>tests</h3>{pre_html(short(json.dumps(problem['tests']), 1000))}"
     return text
 
 
@@ -721,18 +721,18 @@ def safe(text: str) -> str:
     return escape(visible(text))
 
 
-def pre(text: str) -> str:
+def pre_html(text: str) -> str:
     return f"<pre>{safe(text)}</pre>"
 
 
-def step(tree: TrainedTree, v: int) -> str:
+def step_html(tree: TrainedTree, v: int) -> str:
     """One step of a training problem's response: its text, what is known of it, and its colour."""
     node, action = tree.nodes[v], tree.action.get(v)
     known = [f"{node['wins']:g} of {node['n']} right"] if node["n"] else []
     known += [f"Q {action['q']:.2f}", f"A {action['adv']:+.2f}"] if action else []
     shade = colour(action["adv"] if action else None)
     numbers = f"<span>{' · '.join(known)}</span>"
-    text = pre(node["text"].rstrip())
+    text = pre_html(node["text"].rstrip())
     return f"<div class='step' style='background:{shade}'>{text}{numbers}</div>"
 
 

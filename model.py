@@ -841,7 +841,7 @@ def wait_for_all():
 
 def own_share(items: list) -> list[tuple]:
     """(item, True) of this process's share. (items[0], False) fills up: of sharded weights every
-    process must run equally many passes, and this one's result does not count."""
+    process must run equally many passes, and the result of this one is not used."""
     share = [(item, True) for item in items[rank() :: world()]]
     missing = -(-len(items) // world()) - len(share)
     return share + [(items[0], False)] * missing
@@ -1054,12 +1054,13 @@ class Checkpoints:
         return state["step"]
 
 
-def fit(modules, batches, prepare, loss, work: Path, lr: float, save_minutes: float, name=str):
+def fit(modules, batches, make_packs, loss, work: Path, lr: float, save_minutes: float, name=str):
     """One optimiser step (AdamW, gradient norm clipped to 1) a batch; resumes exactly from `work`.
 
     modules   {name: torch.nn.Module} to train
     batches   what step i trains on, a list that the stage's seed fixes
-    prepare   batch -> a list of argument tuples, one a pack; runs in a thread, a step ahead
+    make_packs  batch -> a list of argument tuples, one a pack; runs in a thread, a step ahead, and
+              so makes tensors of the CPU alone: another thread's GPU may be another
     loss      (*arguments) -> (the pack's share of the batch's mean loss, {metric: its sum}); shares
               add up, so gradients do not depend on how a batch is cut into packs (8 x 1 = 1 x 8)
     name      batch -> what to call it in the report on a loss that is not finite
@@ -1085,22 +1086,22 @@ def fit(modules, batches, prepare, loss, work: Path, lr: float, save_minutes: fl
         ThreadPoolExecutor(1) as ahead,
         Progress(work.stem, len(batches), "steps", initial=first) as bar,
     ):
-        packs = ahead.submit(prepare, batches[first]) if first < len(batches) else None
+        packs = ahead.submit(make_packs, batches[first]) if first < len(batches) else None
         for i in range(first, len(batches)):
             begin, items = perf_counter(), packs.result()
             if i + 1 < len(batches):
-                packs = ahead.submit(prepare, batches[i + 1])
+                packs = ahead.submit(make_packs, batches[i + 1])
             rate = min((i + 1) / (0.05 * len(batches)), 1 - 0.9 * i / len(batches))
             for group in optimiser.param_groups:
                 group["lr"] = lr * rate
             sums = {"loss": 0.0}
             share = own_share(items)
-            for j, (arguments, counts) in enumerate(share):
+            for j, (arguments, is_used) in enumerate(share):
                 synchronise(modules, last=j == len(share) - 1)
                 part, parts = loss(*arguments)
-                (part if counts else 0.0 * part).backward()
+                (part if is_used else 0.0 * part).backward()
                 for key, value in {"loss": part.detach(), **parts}.items():
-                    sums[key] = sums.get(key, 0.0) + float(value) * counts
+                    sums[key] = sums.get(key, 0.0) + float(value) * is_used
             sums = summed(sums)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

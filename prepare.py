@@ -763,7 +763,7 @@ def demo_tree(lm: LM, demo: dict) -> Tree:
 def fine_tune(lm: LM, trees: list[Tree], work: Path, lr, batch, passes, seed, prompt_weight):
     """Next-token training; a prompt's tokens count `prompt_weight`, a response's 1."""
 
-    def prepare(rows):
+    def make_packs(rows):
         chosen = [trees[r] for r in rows]
         weight = sum(prompt_weight * len(t.ids[0]) + len(t.ids[1]) for t in chosen)
         return [(pack, weight) for pack in pack_trees(chosen, 8192)]
@@ -775,7 +775,7 @@ def fine_tune(lm: LM, trees: list[Tree], work: Path, lr, batch, passes, seed, pr
         return nll, {"response_nll": -float(logp.detach()[response].sum()) / weight}
 
     batches = whole_batches([1] * len(trees), batch, passes, f"fine_tune {seed}")
-    fit({"model": lm.model}, batches, prepare, loss, work, lr, save_minutes=15.0)
+    fit({"model": lm.model}, batches, make_packs, loss, work, lr, save_minutes=15.0)
 
 
 # ------------------------------------------------------------ data sets

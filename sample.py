@@ -219,17 +219,17 @@ class Slots:
         shape, dtype = (size, groups, longest, head), prefixes.keys[0].dtype
         self.cache = CacheView(len(prefixes.keys), shape, dtype, lm.device)
 
-        def numbers(*shape):
+        def zeros(*shape):
             return torch.zeros(*shape, dtype=torch.long, device=lm.device)
 
-        self.row = numbers(size) - 1  # which of `rows` sits in a slot; -1: none
+        self.row = zeros(size) - 1  # which of `rows` sits in a slot; -1: none
         self.alive = torch.zeros(size, dtype=torch.bool, device=lm.device)  # it draws on
-        self.key = numbers(size)  # of its draws
-        self.room = numbers(size)  # how many tokens it may draw
-        self.new = numbers(size)  # how many it has drawn
-        self.out = numbers(size, max(row[3] for row in rows))  # (B, longest room) what it has drawn
-        self.token = numbers(size)  # the last of them
-        self.length = numbers(size)  # tokens before that one: its columns of the cache
+        self.key = zeros(size)  # of its draws
+        self.room = zeros(size)  # how many tokens it may draw
+        self.new = zeros(size)  # how many it has drawn
+        self.out = zeros(size, max(row[3] for row in rows))  # (B, longest room) what it has drawn
+        self.token = zeros(size)  # the last of them
+        self.length = zeros(size)  # tokens before that one: its columns of the cache
         self.stop = torch.zeros(max(len(lm.head), max(lm.eos) + 1), dtype=torch.bool)
         self.stop[lm.eos] = True  # (V,) is this token an end
         self.stop = self.stop.to(lm.device)

@@ -194,9 +194,9 @@ def reference_logprobs(lm: LM, records: list[dict], lines: list[dict], budget: i
     start at exactly 0."""
     trees = [pair_tree(record, line) for record, line in zip(records, lines)]
     actions, found = actions_by_node(lines), []
-    for pack, counts in own_share(pack_trees(trees, budget, align=BLOCK)):
+    for pack, is_used in own_share(pack_trees(trees, budget, align=BLOCK)):
         logp = step_logprobs(lm, pack).tolist()
-        found += zip(pack.owner, logp) if counts else ()
+        found += zip(pack.owner, logp) if is_used else ()
     for (t, v), logp in gathered(found):
         if not math.isfinite(logp):
             raise UserError(f"{lm.path}: log-prob is {logp} in problem {records[t]['id']}")

@@ -107,9 +107,9 @@ def tree_values(lm: LM, head, records: list[dict], retokenise: bool, budget: int
         trees.append(record_tree(record, goes_on, other))
         values.append([float(node["reward"] or 0) for node in record["nodes"]])
     found = []
-    for pack, counts in own_share(pack_trees(trees, budget)):
+    for pack, is_used in own_share(pack_trees(trees, budget)):
         value = torch.sigmoid(step_values(lm, head, pack)).tolist()
-        found += zip(pack.owner, value) if counts else ()
+        found += zip(pack.owner, value) if is_used else ()
     for (t, v), value in gathered(found):
         if not np.isfinite(value):
             wrong = f"V is {value} in problem {records[t]['id']}"
@@ -173,7 +173,7 @@ def train(lm, head, records: list[dict], retokenise: bool, s: Settings, work: Pa
         chosen = training_nodes(record, s.states)
         trees.append(record_tree(record, chosen, lm if retokenise else None))
 
-    def prepare(batch):
+    def make_packs(batch):
         items, total = [], 0  # total: of the whole batch's weights, the one normaliser of the step
         for pack in pack_trees([trees[i] for i in batch], s.budget):
             target, weight = [], []
@@ -188,11 +188,11 @@ def train(lm, head, records: list[dict], retokenise: bool, s: Settings, work: Pa
     def loss(pack, target, weight):
         return critic_loss(lm, head, pack, target, weight, s.token_share), {}
 
-    counts = [sum(tree.score) for tree in trees]
-    batches = whole_batches(counts, s.batch, s.passes, f"critic {s.seed}")
+    sizes = [sum(tree.score) for tree in trees]
+    batches = whole_batches(sizes, s.batch, s.passes, f"critic {s.seed}")
     ids = lambda batch: [records[i]["id"] for i in batch]
     modules = {"model": lm.model, "head": head}
-    fit(modules, batches, prepare, loss, work, s.lr, s.save_minutes, ids)
+    fit(modules, batches, make_packs, loss, work, s.lr, s.save_minutes, ids)
 
 
 def auc(v: np.ndarray, mc: np.ndarray) -> float:
