@@ -27,11 +27,11 @@ LABEL = (
 )
 CRITIC = (
     "--trees run/trees.jsonl --critic_model tiny --out run/critic --lr 1e-2 --passes 1 --batch 40 "
-    "--save_minutes 1e-9"
+    "--states all --token_share 0.5 --save_minutes 1e-9"
 )
 ACTOR = (
     "--actor tiny --trees run/trees.jsonl --critic run/critic --out run/actor --kappa 1 --lr 1e-2 "
-    "--batch 200 --save_minutes 1e-9"
+    "--batch 200 --by_draws --likelihood 1 --save_minutes 1e-9"
 )
 EVALUATE = "--actor run/actor --problems test.jsonl --out run/eval.jsonl --samples 2 --max_new 10"
 PREPARE = (
