@@ -313,8 +313,8 @@ def reached(points: list[tuple], share: float) -> float:
 
 
 def point_at(points: list[tuple], budget: float) -> tuple | None:
-    """The last point within a budget (and 5 % of it); None if the curve ends well before."""
-    within = [point for point in points if point[0] <= 1.05 * budget]
+    """The last point within a budget (and 10 % of it); None if the curve ends well before."""
+    within = [point for point in points if point[0] <= 1.1 * budget]
     return within[-1] if within and points[-1][0] >= 0.9 * budget else None
 
 
