@@ -324,11 +324,14 @@ def at(points: list[tuple], budget: float) -> float:
     return found[1] if found else math.nan
 
 
-def mean_sd(numbers: list[float], scale: float, digits: int) -> str:
-    if np.isnan(numbers).any():
+def mean_sd(numbers: list[float], scale: float, digits: int, unit: str = "") -> str:
+    """Of the seeds that got there; how many they are, if not all."""
+    known = [scale * x for x in numbers if not math.isnan(x)]
+    if not known:
         return "-"
-    spread = f" ± {np.std(numbers, ddof=1) * scale:.{digits}f}" if len(numbers) > 1 else ""
-    return f"{np.mean(numbers) * scale:.{digits}f}{spread}"
+    spread = f" ± {np.std(known, ddof=1):.{digits}f}" if len(known) > 1 else ""
+    some = f" ({len(known)} of {len(numbers)})" if len(known) < len(numbers) else ""
+    return f"{np.mean(known):.{digits}f}{spread}{unit}{some}"
 
 
 def plot(path: Path):
@@ -389,8 +392,8 @@ def plot(path: Path):
             if every:
                 cells = []
                 for share in (0.6, 0.8, 0.9):
-                    cell = mean_sd([reached(points, share) for points in every], 1e-3, 0)
-                    cells.append(cell if cell == "-" else f"{cell} k")
+                    reach = [reached(points, share) for points in every]
+                    cells.append(mean_sd(reach, 1e-3, 0, " k"))
                 for budget in READ:
                     cells.append(mean_sd([at(points, budget) for points in every], 100, 1))
                 print(f"| {level} | {name} | {len(every)} | {' | '.join(cells)} |")

@@ -259,8 +259,8 @@ def test_run_sh_has_the_papers_settings_but_for_the_demo(tmp_path):
     assert " ".join(demo[5][-8:]) == "--beta 0.05 --lr 1e-4 --passes 4 --batch 256"  # Q = V
     assert len(demo) == 2 + 2 * 5 + 1
     demo = run_sh(tmp_path)
-    assert len(demo) == 2 + 8 * 5 + 1
-    trees = [f"{tmp_path}/run/iter{i}/trees.jsonl" for i in range(1, 9)]
+    assert len(demo) == 2 + 6 * 5 + 1
+    trees = [f"{tmp_path}/run/iter{i}/trees.jsonl" for i in range(1, 7)]
     assert " ".join(demo[3][-5:]) == "--max_new 64 --whole_draws --m 0"
     assert (
         " ".join(demo[5][-15:-6])
@@ -268,7 +268,7 @@ def test_run_sh_has_the_papers_settings_but_for_the_demo(tmp_path):
     )
     critics = [call for call in demo if call[0] == "train_critic.py"]
     seen = [call[call.index("--trees") + 1].split(",") for call in critics]
-    assert seen == [trees[max(0, i - 3) : i + 1] for i in range(8)]  # the last four iterations'
+    assert seen == [trees[max(0, i - 3) : i + 1] for i in range(6)]  # the last four iterations'
     own = {"BASE": "model", "TRAIN": "math:a", "TEST": "math500:b"}
     for variables in (own, {"BASE": "model"}, {"TRAIN": "math:a", "TEST": "math500:b"}):
         calls = run_sh(tmp_path, **variables)
