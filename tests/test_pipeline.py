@@ -324,6 +324,8 @@ def test_readme_commands_run(demo, folder, tmp_path, monkeypatch):
             if why is None and name in MODULES:
                 if name == "train_critic":  # the fixture has too few problems to hold some out
                     command += ["--held_out", "runs/demo/iter1/trees.jsonl"]
+                if name == "label_steps":  # as the fixture's samples were drawn
+                    command += ["--max_new", "24"]
                 if name == "train_actor":  # the fixture's random model solves nothing
                     command += ["--gap", "0"]
                 run(MODULES[name], *command[2:])
