@@ -34,7 +34,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-import transformers.modeling_layers
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -230,9 +229,11 @@ class LM:
             if ("drop" in name) and isinstance(value, float) and value:
                 wrong = f"{name} is {value} in its config"
                 raise UserError(f"{self.path}: {wrong}; set it to 0.0 there")
+        from transformers.modeling_layers import GradientCheckpointingLayer  # takes seconds
+
         again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         for layer in self.model.modules():
-            if isinstance(layer, transformers.modeling_layers.GradientCheckpointingLayer):
+            if isinstance(layer, GradientCheckpointingLayer):
                 layer.forward = functools.partial(again, layer.forward)
 
     def prompt_ids(self, prompt: str) -> list[int]:

@@ -28,7 +28,7 @@ if [ -z "${BASE-}${TRAIN-}" ]; then # what the embedded model of 0.5M parameters
     CRITIC=${CRITIC-"--lr 1e-3 --passes 8 --batch 128"}
     ACTOR=${ACTOR-"--beta 0.05 --lr 1e-4 --passes 4 --batch 256"}
   else # small and often, and no draw wasted: the samples themselves are the trees (README.md, "Where this differs")
-    ITERATIONS=${ITERATIONS-6}
+    ITERATIONS=${ITERATIONS-4}
     PROBLEMS=${PROBLEMS-25}
     REPLAY=${REPLAY-4}
     SAMPLE=${SAMPLE-"--n1 4 --n 4 --batch 512"}

@@ -258,7 +258,7 @@ def test_run_sh_has_the_papers_settings_but_for_the_demo(tmp_path):
     assert " ".join(demo[4][-6:]) == "--lr 1e-3 --passes 8 --batch 128"
     assert " ".join(demo[5][-8:]) == "--beta 0.05 --lr 1e-4 --passes 4 --batch 256"  # Q = V
     assert len(demo) == 2 + 2 * 5 + 1
-    demo = run_sh(tmp_path)
+    demo = run_sh(tmp_path, ITERATIONS="6")
     assert len(demo) == 2 + 6 * 5 + 1
     trees = [f"{tmp_path}/run/iter{i}/trees.jsonl" for i in range(1, 7)]
     assert " ".join(demo[3][-5:]) == "--max_new 64 --whole_draws --m 0"
