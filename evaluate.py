@@ -628,7 +628,8 @@ h3 { font-size: 1rem; margin: .8rem 0 .2rem }
 EXPLAINED = """Each step is coloured by its advantage A: green is better than the state's average step,
 orange is worse, grey was not trained on. "3 of 4 right": of the draws from the state after the
 step. Q is the value that training gave that state: the critic's V, the counts, or both (--kappa).
-A = Q - the mean Q of what was drawn at the state before (eq. 13; with --value_draws its V counts, too)."""
+A = Q - the mean Q of what was drawn at the state before (eq. 13; with --value_draws its V counts,
+too)."""
 
 
 def page(run: Path, table, pictures: list[Path], iterations: list[str], trees) -> str:

@@ -47,6 +47,7 @@ import prepare
 import sample
 import train_actor
 import train_critic
+from evaluate import sampled_tokens
 from model import LM, Tree, pack_trees, step_logprobs
 from prepare import each_record, read_jsonl
 from reward import grade_ids
@@ -183,14 +184,13 @@ def rounds(run: Path, work: Path, max_new: int, settings: dict, seed: int):
         size = 0
         for record in each_record(samples):
             drawn = sum(len(response["ids"]) for response in record["responses"])
-            sampled, size = sampled + drawn, size + len(record["prompt_ids"]) + drawn
+            size += len(record["prompt_ids"]) + drawn
         if settings["label"]:
             trees = [*trees, it / "trees.jsonl"][-settings["replay"] :]
             paths = {"actor": actor, "problems": problems, "samples": samples, "out": trees[-1]}
             call(label_steps, settings["label"] + length, **paths)
             size = 0
             for record in each_record(trees[-1]):
-                sampled += record["tokens"]
                 size += len(record["prompt_ids"]) + sum(len(n["ids"]) for n in record["nodes"])
             sizes = [*sizes, size][-settings["replay"] :]
             several = ",".join(str(path) for path in trees)
@@ -201,6 +201,7 @@ def rounds(run: Path, work: Path, max_new: int, settings: dict, seed: int):
             critic = it / "critic"
         call(train_actor, f"{settings['actor']} --seed {seed}", **given)
         trained += passes(settings["actor"]) * size
+        sampled += sampled_tokens(it)
         actor = it / "actor"
         yield actor, sampled, trained
 
@@ -217,13 +218,18 @@ def settings_of(method: str, changes: list[str]) -> dict:
     return settings
 
 
-def curve(args):
-    prepared, max_new = LEVELS[args.level]
-    folder = Path(args.runs)
-    run = folder / f"{args.level}-{args.seed}"
-    flags = f"{prepared} --seed {args.seed} --clean_seed 1 --train_size {args.train_size}"
+def base_run(folder: Path, level: str, seed: int, train_size: int = 2000) -> Path:
+    """Problems and base model of a level and seed, made if need be."""
+    run = folder / f"{level}-{seed}"
+    flags = f"{LEVELS[level][0]} --seed {seed} --clean_seed 1 --train_size {train_size}"
     if not (run / "base").exists():
         call(prepare, flags, out=run, clean=folder / "clean")
+    return run
+
+
+def curve(args):
+    folder, max_new = Path(args.runs), LEVELS[args.level][1]
+    run = base_run(folder, args.level, args.seed, args.train_size)
     train = read_jsonl(run / "train.jsonl")
     test = read_jsonl(run / f"{args.split}.jsonl")[: args.tests]
     settings = settings_of(args.method, args.set)

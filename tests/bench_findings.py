@@ -18,8 +18,17 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import bench_evidence
-from bench_evidence import LEVELS, OURS, PAPER, call, evaluate, online, read_rows
+from bench_evidence import (
+    LEVELS,
+    OURS,
+    PAPER,
+    base_run,
+    call,
+    evaluate,
+    mean_sd,
+    online,
+    read_rows,
+)
 
 import label_steps
 import sample
@@ -58,12 +67,9 @@ LABELS = {  # rows that label the same samples anew: m completions; --kappa 4 in
 
 
 def main(args):
-    flags, max_new = LEVELS["worded"]
-    folder, length = Path(args.runs), f" --max_new {max_new}"
-    run, work = folder / f"worded-{args.seed}", folder / "findings" / str(args.seed)
-    if not (run / "base").exists():
-        flags += f" --seed {args.seed} --clean_seed 1 --train_size 2000"
-        call(bench_evidence.prepare, flags, out=run, clean=folder / "clean")
+    folder, max_new = Path(args.runs), LEVELS["worded"][1]
+    length, work = f" --max_new {max_new}", folder / "findings" / str(args.seed)
+    run = base_run(folder, "worded", args.seed)
     test, out = read_jsonl(run / "test.jsonl")[:150], Path(args.out)
     there = {(row["row"], row["seed"]) for row in (read_rows(out) if out.exists() else [])}
     base = {"actor": run / "base"}
@@ -149,9 +155,7 @@ def table(path: Path):
     for name, lines in rows.items():
         cells = [name, str(len(lines)), f"{np.mean([line['tokens'] for line in lines]):,.0f}"]
         for key in ("greedy", "t1"):
-            numbers = [100 * line[key] for line in lines]
-            spread = f" ± {np.std(numbers, ddof=1):.1f}" if len(numbers) > 1 else ""
-            cells.append(f"{np.mean(numbers):.1f}{spread}")
+            cells.append(mean_sd([line[key] for line in lines], 100, 1))
         gains = [100 * (line["t1"] - first[line["seed"]]) for line in lines]
         cells.append(", ".join(f"{gain:+.1f}" for gain in gains))
         known = [line for line in lines if "correlation" in line]
