@@ -141,6 +141,7 @@ class LM:
         # Whether flex_attention may do what the gathered form does; None: not tried yet. Stages
         # that only draw never ask, and so need not wait until it is compiled.
         self.flex = False
+        self.graphs = self.device == "cuda"  # may sampling replay its kernels (sample.Slots)
         if weights:
             self._refuse_other_attention()
             self.flex = None if self.device == "cuda" else False

@@ -27,6 +27,7 @@ import http.client
 import json
 import math
 import queue
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -125,6 +126,7 @@ def draw_tokens(logits, key, position, temperature: float) -> torch.Tensor:
 
 # ------------------------------------------------------------ keys and values
 
+COLUMNS = 128  # of the cache, that one CUDA graph serves
 
 class CacheView:
     """Keys and values of B rows, allocated once; row b has written columns 0 .. length[b] - 1."""
@@ -142,9 +144,9 @@ class CacheView:
             width += -width % 8
         self.rows = torch.arange(len(length), device=length.device)
         self.length, self.width = length, width
-        seen = torch.arange(width, device=length.device) <= length[:, None]
-        bias = torch.where(seen, 0.0, -torch.inf).to(self.keys[0].dtype)
-        self.bias = bias[:, None, None]  # (B, 1, 1, T)
+        hidden = torch.arange(width, device=length.device) > length[:, None]
+        bias = torch.zeros(hidden.shape, dtype=self.keys[0].dtype, device=length.device)
+        self.bias = bias.masked_fill_(hidden, -torch.inf)[:, None, None]  # (B, 1, 1, T)
         return self
 
     def __call__(self, layer, query, key, value, scaling):
@@ -233,6 +235,7 @@ class Slots:
         self.stop = torch.zeros(max(len(lm.head), max(lm.eos) + 1), dtype=torch.bool)
         self.stop[lm.eos] = True  # (V,) is this token an end
         self.stop = self.stop.to(lm.device)
+        self.graphs = {}  # width of the cache: the kernels of a step, on a GPU
 
     def seat(self, waiting: list[int]):
         """Give free slots to waiting rows, the last ones first, and draw their first tokens."""
@@ -273,17 +276,49 @@ class Slots:
         self.alive[slot] = alive & ~self.stop[token] & (self.new[slot] < self.room[slot])
 
     def step(self):
-        """One token for every living row: a forward of all slots, then the draws."""
-        view = self.cache.at(self.length, min(self.width + 1, self.cache.keys[0].shape[2]))
+        """One token for every living row.
+
+        A GPU runs a step's kernels in less time than Python needs to launch them. So they are
+        recorded once as a CUDA graph and then replayed, until a row outgrows the columns that the
+        graph reads: each serves COLUMNS widths, since columns behind a row's end are masked.
+        """
+        columns = self.cache.keys[0].shape[2]
+        self.width = min(self.width + 1, columns)
+        if not self.lm.graphs:
+            self.step_of_width(self.width)
+            return
+        width = min(self.width + -self.width % COLUMNS, columns)
+        if width in self.graphs:
+            self.graphs[width].replay()
+        else:
+            self.step_of_width(width)  # kernels that run for the first time cannot be recorded
+            self.record(width)
+
+    def step_of_width(self, width: int):
+        """A forward of all slots that reads `width` columns of the cache, then the draws."""
+        view = self.cache.at(self.length, width)
         hidden = self.lm.hidden(self.token[:, None], self.length[:, None], view)[:, 0]  # (B, d)
         self.length += self.alive  # a finished row stays where it is until its slot is given away
-        self.width += 1
         logits = self.lm.logits(hidden)  # (B, V)
         if self.lm.device == "cuda":  # to ask which rows live would wait for the GPU
             self.write(torch.arange(self.size, device="cuda"), logits)
         else:
             living = self.alive.nonzero()[:, 0]
             self.write(living, logits[living])
+
+    def record(self, width: int):
+        """Record the next step's kernels; it does not run them. A model that cannot be recorded
+        (some rotary embeddings ask the GPU for the longest row) goes on without."""
+        graph, others = torch.cuda.CUDAGraph(), list(self.graphs.values())
+        pool = others[0].pool() if others else None  # graphs never run together: one workspace
+        try:
+            with torch.cuda.graph(graph, pool=pool):
+                self.step_of_width(width)
+            self.graphs[width] = graph
+        except RuntimeError as e:
+            reason = str(e).strip().split("\n")[0]
+            print(f"warning: {self.lm.path}: no CUDA graph, slower ({reason})", file=sys.stderr)
+            self.lm.graphs = False
 
     def look(self) -> int:
         """How many rows live; on a GPU this waits for its work."""
@@ -309,6 +344,7 @@ class Slots:
         for name in ("row", "alive", "key", "room", "new", "out", "token", "length"):
             setattr(self, name, getattr(self, name)[first])
         self.size = size
+        self.graphs = {}  # they were recorded for the old tensors
 
 
 def _at_least_16(f, x):

@@ -1,124 +1,100 @@
-"""Every GPU figure in one call, by hand: python tests/bench_gpu.py   (needs CUDA)
+"""Every GPU figure, by hand: python tests/bench_gpu.py [PART ...]   (needs CUDA; `--tiny`: toy sizes on the CPU)
 
-1. The two ceilings of this machine: bfloat16 matrix products (FLOP/s) and copies (bytes/s).
-2. linear_logprobs at the sizes of a 0.5B and a 7B model, against naive, with its share of the ceiling.
-3. Tree packing and the sampler against their rivals on a 0.5B model with random weights; the sampler's share of
-   the memory bandwidth.
-4. Before all that: is every CUDA path right? flex_attention and the gathered form, log-probs and gradients, decoding,
-   each against the CPU in float64 or float32 (which tests/ holds against float64), for several head counts.
-5. Checkpointed layers: the peak of memory with and without, and whether the gradients are the same.
-6. All stages of the pipeline as run.sh runs them, and again with --offload at 1.5B.
+  correctness    every CUDA path against the CPU in float64, for several counts of heads: log-probs, gradients, draws
+  ceilings       what this machine can do: bfloat16 matrix products (FLOP/s) and copies (bytes/s)
+  logprobs       linear_logprobs at the sizes of a 0.5B and a 7B model, against its rivals, with its share of the ceiling
+  tree, sampler  tree packing and the sampler on a 0.5B model with random weights, against their rivals
+  big            a 7B model: decoding, a training pass by flex_attention and by the gathered form, memory
+  training       `fit` of a 1.5B model, as it is and with --offload: seconds a step, memory against model.memory
+  pipeline       run.sh with a random 0.5B model; `demo`: run.sh as it is
 
-`--tiny` runs the same on the CPU with toy sizes: it shows that the script works, its figures mean nothing.
+Parts run in this order; one that fails says so and the others go on. With `--tiny` the figures mean nothing.
 """
 
+import json
 import os
 import random
 import subprocess
 import sys
 import tempfile
+import time
+import traceback
 from pathlib import Path
 
 import bench_kernels as bench
 import torch
 
+import model as dapo
+
 ROOT = Path(__file__).resolve().parents[1]
-HALF_B = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
-HALF_B |= {"num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 4096}
-HALF_B |= {"vocab_size": 151936}
-ONE_AND_A_HALF_B = HALF_B | {
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-}
-ONE_AND_A_HALF_B |= {"num_attention_heads": 12}
+TINY = "--tiny" in sys.argv
+LLAMA = {"max_position_embeddings": 4096, "vocab_size": 151936}
+HALF_B = LLAMA | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+HALF_B |= {"num_attention_heads": 14, "num_key_value_heads": 2}
+ONE_AND_A_HALF_B = HALF_B | {"hidden_size": 1536, "intermediate_size": 8960}
+ONE_AND_A_HALF_B |= {"num_hidden_layers": 28, "num_attention_heads": 12}
+SEVEN_B = LLAMA | {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+SEVEN_B |= {"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064}
+SEVEN_B |= {"tie_word_embeddings": False}
+if TINY:
+    HALF_B = ONE_AND_A_HALF_B = SEVEN_B = {**bench.SMALL, "vocab_size": 512}
+TOKENS = 512 if TINY else 8192  # of a pack
+HEADS = ((4, 4, 64), (4, 2, 64), (14, 2, 64), (16, 2, 64), (32, 8, 128))  # query, key/value, size
 
 
-def ceilings(size=8192, mib=4096):
-    dtype = torch.bfloat16
-    a, b = (torch.randn(size, size, device=bench.DEVICE, dtype=dtype) for _ in range(2))
-    flops = 2 * size**3 / bench.seconds(lambda: a @ b, 9)
-    x = torch.zeros(mib << 20, dtype=torch.uint8, device=bench.DEVICE)
-    y = torch.empty_like(x)
-    rate = 2 * x.numel() / bench.seconds(lambda: y.copy_(x), 9)
-    print(f"ceilings: {flops / 1e12:.1f} TFLOP/s in bfloat16, {rate / 1e9:.0f} GB/s")
-    return flops, rate
-
-
-def logprob_share(flops, n, d, v):
-    """Four products of 2 N d V each: forward, its recomputation, two gradients."""
-    torch.manual_seed(0)
-    hidden = torch.randn(n, d, device=bench.DEVICE, dtype=torch.bfloat16).requires_grad_()
-    weight = (0.05 * torch.randn(v, d, device=bench.DEVICE)).bfloat16().requires_grad_()
-    targets = torch.randint(0, v, (n,), device=bench.DEVICE)
-    run = lambda: bench.linear_logprobs(hidden, weight, targets).sum().backward()
-    took = bench.seconds(run, 5)
-    print(f"  d {d}, V {v}: {took * 1e3:.1f} ms, {8 * n * d * v / took / flops:.0%} of the ceiling")
-
-
-def sampler_share(rate, sizes, batch, new=80):
-    """A decoding step reads every weight once, and the keys and values of every row so far."""
-    with tempfile.TemporaryDirectory() as folder:
-        bench.random_model(folder, sizes)
-        lm = bench.LM(folder)
-        stop, lm.eos = lm.eos, [len(lm.head)]  # no row ends early
-        prefixes = bench.Prefixes(lm, [bench.Tree([[5] * 16], [-1], [True])])
-        rows = [(0, 0, i, new) for i in range(batch)]
-        took = bench.seconds(lambda: bench.draw(lm, None, rows, batch=batch, prefixes=prefixes), 2)
-        weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
-        kept = (
-            2 * sizes["num_key_value_heads"] * sizes["num_hidden_layers"] * lm.head.element_size()
-        )
-        kept *= batch * (16 + new / 2) * sizes["hidden_size"] // sizes["num_attention_heads"]
-        speed = (weights + kept) * new / took
-        print(
-            f"  batch {batch}: {batch * new / took:.0f} tokens/s, {speed / rate:.0%} of the bandwidth"
-        )
-        lm.eos = stop
+# ------------------------------------------------------------ is every CUDA path right?
 
 
 def correctness():
-    """The largest errors of this device's paths, for 1, 2, 4, 7 and 8 query heads a key head."""
+    """Each count of heads in a process of its own, all at once: most of the time torch compiles."""
+    runs = []
+    for heads in HEADS:
+        words = [sys.executable, __file__, "heads", json.dumps(heads)]
+        runs.append(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    for run in runs:
+        print(run.communicate()[0].decode(), end="")
+
+
+def one_correctness(heads: int, groups: int, size: int):
+    """The largest errors of this device's paths, for one count of heads."""
     rng = random.Random(0)
-    for heads, groups in ((4, 4), (4, 2), (8, 2), (14, 2), (16, 2)):
-        sizes = {
-            "hidden_size": 64 * heads,
-            "num_attention_heads": heads,
-            "num_key_value_heads": groups,
-        }
-        sizes = {**bench.SMALL, **sizes, "vocab_size": 512}
-        with tempfile.TemporaryDirectory() as folder:
-            bench.random_model(folder, sizes)
-            trees = [random_tree(rng, n) for n in (1, 4, 9, 30)]
-            found = {}
-            for name, device, dtype in (
-                ("float64", "cpu", "float32"),
-                ("float32", bench.DEVICE, "float32"),
-                ("bfloat16", bench.DEVICE, "bfloat16"),
-            ):
-                lm = bench.LM(folder, train=True, device=device, dtype=dtype)
-                if name == "float64":
-                    lm.model.double()
-                packs = bench.pack_trees(trees, 2048)
-                logp = torch.cat([bench.step_logprobs(lm, pack) for pack in packs])
-                logp.square().mean().backward()
-                gradient = torch.cat([p.grad.flatten() for p in lm.model.parameters()])
-                found[name] = logp.detach().double().cpu(), gradient.double().cpu(), lm.flex
-            for name in ("float32", "bfloat16"):
-                logp, gradient, flex = found[name]
-                far = (logp - found["float64"][0]).abs().max()
-                angle = torch.nn.functional.cosine_similarity(gradient, found["float64"][1], dim=0)
-                way = "flex" if flex else "gathered"
-                print(f"  {heads}/{groups} heads, {name}, {way}: log-probs off by {far:.1e}, "
-                      f"cosine of the gradients {angle:.7f}")  # fmt: skip
-            rows = [(0, 0, i, 24) for i in range(48)]
-            tree = bench.Tree([[5, 6, 7, 8]], [-1], [True])
-            drawn = []
-            for device in ("cpu", bench.DEVICE):
-                lm = bench.LM(folder, device=device, dtype="float32")
-                drawn.append(bench.draw(lm, [tree], rows))
-            same = sum(a == b for a, b in zip(*drawn)) / len(rows)
-            print(f"  {heads}/{groups} heads, float32: {same:.0%} of the draws are the CPU's")
+    sizes = {**bench.SMALL, "hidden_size": size * heads, "vocab_size": 512}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": groups}
+    title = f"  {heads}/{groups} heads of {size}"
+    with tempfile.TemporaryDirectory() as folder:
+        bench.random_model(folder, sizes)
+        trees = [random_tree(rng, n) for n in (1, 4, 9, 30)]
+        exact = scores(bench.LM(folder, train=True, device="cpu"), trees, double=True)
+        for dtype in ("float32", "bfloat16"):
+            begin = time.perf_counter()
+            lm = bench.LM(folder, train=True, device=bench.DEVICE, dtype=dtype)
+            logp, gradient = scores(lm, trees)
+            seconds, way = time.perf_counter() - begin, "flex" if lm.flex else "gathered"
+            far = (logp - exact[0]).abs().max()
+            angle = torch.nn.functional.cosine_similarity(gradient, exact[1], dim=0)
+            print(f"{title}, {dtype}, {way}: log-probs off by {far:.1e}, cosine of the gradients "
+                  f"{angle:.7f} ({seconds:.0f} s)")  # fmt: skip
+        rows = [(0, 0, i, 24 + i) for i in range(48)]
+        tree = bench.Tree([[5, 6, 7, 8]], [-1], [True])
+        drawn = []
+        for device, graphs in (("cpu", False), (bench.DEVICE, True), (bench.DEVICE, False)):
+            lm = bench.LM(folder, device=device, dtype="float32")
+            lm.graphs &= graphs
+            drawn.append(bench.draw(lm, [tree], rows))
+        same = sum(a == b for a, b in zip(drawn[0], drawn[1])) / len(rows)
+        print(f"{title}, float32: {same:.0%} of the draws are the CPU's; without CUDA graphs they "
+              f"are the same: {drawn[1] == drawn[2]}")  # fmt: skip
+
+
+def scores(lm, trees, double=False):
+    """(log-probs, gradient of their mean square) on the CPU in float64."""
+    if double:
+        lm.model.double()
+    packs = bench.pack_trees(trees, 2048)
+    logp = torch.cat([bench.step_logprobs(lm, pack) for pack in packs])
+    logp.square().mean().backward()
+    gradient = torch.cat([p.grad.flatten() for p in lm.model.parameters()])
+    return logp.detach().double().cpu(), gradient.double().cpu()
 
 
 def random_tree(rng, nodes):
@@ -127,63 +103,214 @@ def random_tree(rng, nodes):
     return bench.Tree(ids, parent, [True] * nodes)
 
 
-def checkpointing(sizes, tokens):
-    """A forward and backward pass of a chain of `tokens` tokens, with layers kept and checkpointed."""
-    with tempfile.TemporaryDirectory() as folder:
-        bench.random_model(folder, sizes)
-        tree = bench.Tree([[5] * (tokens // 4)] * 4, [-1, 0, 1, 2], [True] * 4)
-        (pack,) = bench.pack_trees([tree], tokens)
-        gradients = []
-        for checkpointed in (False, True):
-            lm = bench.LM(folder, train=True, checkpointed=False)
-            if checkpointed:
-                lm.checkpoint_layers()
-            if bench.CUDA:
-                torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated() if bench.CUDA else 0
-            bench.step_logprobs(lm, pack).square().mean().backward()
-            peak = torch.cuda.max_memory_allocated() - before if bench.CUDA else 0
-            gradients.append([p.grad for p in lm.model.parameters()])
-            print(f"  checkpointed {checkpointed}: {peak / 2**30:.2f} GiB above the weights")
-        same = all(torch.equal(a, b) for a, b in zip(*gradients))
-        print(f"  the same gradients to the last bit: {same}")
+# ------------------------------------------------------------ speed
 
 
-def pipeline(sizes, more=""):
-    """run.sh with a random model of these sizes: every stage on this device."""
-    with tempfile.TemporaryDirectory() as folder:
-        bench.random_model(f"{folder}/model", sizes)
-        recipe = {"RUN": f"{folder}/run", "BASE": f"{folder}/model", "ITERATIONS": "1"}
-        recipe |= {"PROBLEMS": "64", "SAMPLE": "--n1 8 --n 2", "LABEL": "--m 4"}
-        recipe |= {
-            "LENGTH": "--max_new 32",
-            "CRITIC": f"--lr 1e-5 {more}",
-            "EVALUATE": "--samples 2",
-        }
-        recipe |= {"ACTOR": f"--gap 0 --lr 1e-6 --beta 0.1 --batch 256 {more}"}
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        subprocess.run(
-            ["bash", ROOT / "run.sh"], check=True, env={**os.environ, **recipe, "PATH": path}
+def ceilings() -> tuple[float, float]:
+    """FLOP/s of a large product of random numbers; bytes/s of a copy, read and written."""
+    size, mib = (256, 16) if TINY else (8192, 4096)
+    a = torch.randn(size, size, device=bench.DEVICE, dtype=torch.bfloat16)
+    b = torch.randn(size, size, device=bench.DEVICE, dtype=torch.bfloat16)
+    flops = 2 * size**3 / bench.seconds(lambda: a @ b, 9)
+    x = torch.zeros(mib << 20, dtype=torch.uint8, device=bench.DEVICE)
+    y = torch.empty_like(x)
+    rate = 2 * x.numel() / bench.seconds(lambda: y.copy_(x), 9)
+    print(f"ceilings: {flops / 1e12:.1f} TFLOP/s in bfloat16, {rate / 1e9:.0f} GB/s")
+    return flops, rate
+
+
+def logprobs():
+    flops, _ = ceilings()
+    for n, d, v in [(64, 32, 512)] if TINY else [(4096, 896, 151936), (4096, 3584, 152064)]:
+        bench.errors(d, v)
+        bench.logprobs(n, d, v)
+        torch.manual_seed(0)
+        hidden = torch.randn(n, d, device=bench.DEVICE, dtype=torch.bfloat16).requires_grad_()
+        weight = (0.05 * torch.randn(v, d, device=bench.DEVICE)).bfloat16().requires_grad_()
+        targets = torch.randint(0, v, (n,), device=bench.DEVICE)
+        took = bench.seconds(
+            lambda h=hidden, w=weight, t=targets: bench.linear_logprobs(h, w, t).sum().backward(), 5
         )
+        # Four products of 2 N d V each: forward, its recomputation, two gradients.
+        share = 8 * n * d * v / took / flops
+        print(f"  d {d}, V {v}: {took * 1e3:.1f} ms, {share:.0%} of the ceiling")
 
+
+def tree():
+    bench.tree(HALF_B, ((8, 20),) if TINY else ((8, 20), (20, 30)))
+
+
+def sampler():
+    bench.sampler(HALF_B, (16,) if TINY else (256, 512))
+    _, rate = ceilings()
+    with tempfile.TemporaryDirectory() as folder:
+        bench.random_model(folder, HALF_B)
+        decoding(bench.LM(folder), rate, batch=16 if TINY else 256, prompt=16, new=80)
+
+
+def decoding(lm, rate: float, batch: int, prompt: int, new: int):
+    """A decoding step reads every weight once, and the keys and values of every row so far."""
+    stop, lm.eos = lm.eos, [len(lm.head)]  # no row ends early
+    prefixes = bench.Prefixes(lm, [bench.Tree([[5] * prompt], [-1], [True])])
+    rows = [(0, 0, i, new) for i in range(batch)]
+    size = lm.head.element_size()
+    weights = sum(p.numel() for p in lm.model.parameters()) * size
+    kept = batch * dapo.row_bytes(lm.config, prompt + new // 2, size)
+    for graphs in (True, False):
+        lm.graphs = graphs and bench.CUDA
+        took = bench.seconds(lambda: bench.draw(lm, None, rows, batch=batch, prefixes=prefixes), 2)
+        share = (weights + kept) * new / took / rate
+        print(f"  batch {batch}, prompt {prompt}, {new} new, CUDA graphs {graphs}: "
+              f"{batch * new / took:.0f} tokens/s, {share:.0%} of the bandwidth")  # fmt: skip
+    lm.eos = stop
+
+
+def peak(f) -> tuple[float, float]:
+    """(seconds, GB that were allocated at most) of f()."""
+    if bench.CUDA:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    begin = time.perf_counter()
+    f()
+    if bench.CUDA:
+        torch.cuda.synchronize()
+    most = torch.cuda.max_memory_allocated() if bench.CUDA else 0
+    return time.perf_counter() - begin, most / 1e9
+
+
+def long_tree(tokens: int):
+    """A prompt, and responses of 8 steps that fill a pack of `tokens`."""
+    step = tokens // 32
+    ids, parent = [[5] * step], [-1]
+    for v in range(1, 31):
+        ids.append([5 + v] * step)
+        parent.append(0 if v % 8 == 1 else v - 1)
+    return bench.Tree(ids, parent, [True] * 31)
+
+
+def big():
+    """Decoding and a training pass of a 7B model whose weights are bfloat16, as FSDP2's layers are."""
+    flops, rate = ceilings()
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        bench.random_model(folder, SEVEN_B)
+        lm = bench.LM(folder)
+        count = sum(p.numel() for p in lm.model.parameters())
+        print(f"a model of {count / 1e9:.2f}B parameters ({time.perf_counter() - begin:.0f} s)")
+        if bench.CUDA:
+            torch.cuda.reset_peak_memory_stats()
+        for batch, prompt, new in [(16, 8, 16)] if TINY else [(256, 512, 256), (64, 512, 128)]:
+            decoding(lm, rate, batch, prompt, new)
+        if bench.CUDA:
+            most = torch.cuda.max_memory_allocated() / 1e9
+            found = dapo.memory(lm.model.config, 768, TOKENS, 256, 1, False)["sampling"]
+            print(f"  sampling took {most:.1f} GB, computed {sum(found.values()) / 1e9:.1f}")
+            torch.cuda.empty_cache()
+        (pack,) = bench.pack_trees([long_tree(TOKENS)], TOKENS)
+        lm.checkpoint_layers()
+
+        def forward_backward():
+            bench.step_logprobs(lm, pack).square().mean().backward()
+
+        for flex in (None, False):
+            lm.flex = flex if bench.CUDA else False
+            lm.model.zero_grad(set_to_none=True)
+            first, _ = peak(forward_backward)  # compiles, and makes the gradients
+            held = torch.cuda.memory_allocated() / 1e9 if bench.CUDA else 0
+            took, most = peak(forward_backward)
+            share = 8 * count * TOKENS / took / flops  # forward twice, two gradients
+            print(f"  training pass of {TOKENS} tokens, flex {bool(lm.flex)}: {took:.2f} s (first {first:.0f}), "
+                  f"{TOKENS / took:.0f} tokens/s, {share:.0%} of the ceiling, "
+                  f"{most - held:.1f} GB beside weights and gradients")  # fmt: skip
+        found = dapo.memory(lm.model.config, 768, TOKENS, 256, 8, False)["training"]
+        found = {part: size / 1e9 for part, size in found.items()}
+        print(f"  computed beside them: {sum(list(found.values())[2:]):.1f} GB")
+
+
+def training():
+    """`fit` of a 1.5B model on packs of 8,192 tokens, two a step, checkpointed layers."""
+    for offload in (False, True):
+        subprocess.run([sys.executable, __file__, "fit", str(int(offload)), *sys.argv[1:]], check=True)
+
+
+def one_training(offload: bool):
+    with tempfile.TemporaryDirectory() as folder:
+        bench.random_model(f"{folder}/model", ONE_AND_A_HALF_B)
+        dapo.join(offload)
+        lm = bench.LM(f"{folder}/model", train=True)
+        if offload:
+            dapo.shard(lm, offload=True)
+        tree = long_tree(TOKENS)
+        packs = bench.pack_trees([tree, tree], TOKENS)
+        calls = []
+
+        def loss(pack):
+            calls.append(time.perf_counter())
+            return 0.5 * bench.step_logprobs(lm, pack).mean().square(), {}
+
+        def run():
+            make_packs = lambda batch: [(pack,) for pack in packs]
+            dapo.fit({"actor": lm.model}, [[0, 1]] * 5, make_packs, loss, Path(f"{folder}/work"), 1e-6, 99)
+
+        took, most = peak(run)
+        steps = [json.loads(x)["seconds"] for x in open(f"{folder}/work/timing.jsonl")]
+        losses = [json.loads(x)["loss"] for x in open(f"{folder}/work/metrics.jsonl")]
+        found = dapo.memory(lm.model.config, 0, TOKENS, 0, 1, offload)["training"]
+        step = sorted(steps)[len(steps) // 2]
+        print(f"1.5B, offload {offload}: {step:.2f} s a step of {2 * TOKENS} tokens ({2 * TOKENS / step:.0f} "
+              f"tokens/s), first {steps[0]:.0f} s, {took:.0f} s with the checkpoint; {most:.1f} GB of the card, computed "
+              f"{sum(found.values()) / 1e9:.1f}; losses {losses[0]:.4f} to {losses[-1]:.4f}")  # fmt: skip
+        dapo.leave()
+
+
+# ------------------------------------------------------------ the stages
+
+
+def run_sh(folder: str, recipe: dict):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, **recipe, "PATH": path, "RUN": f"{folder}/run"}
+    subprocess.run(["bash", ROOT / "run.sh"], check=True, env=env)
+
+
+def pipeline():
+    """run.sh with a random model: every stage on this device."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench.random_model(f"{folder}/model", HALF_B)
+        recipe = {"BASE": f"{folder}/model", "ITERATIONS": "1", "PROBLEMS": "64"}
+        recipe |= {"SAMPLE": "--n1 8 --n 2", "LABEL": "--m 4", "LENGTH": "--max_new 32"}
+        recipe |= {"CRITIC": "--lr 1e-5 --offload", "EVALUATE": "--samples 2"}
+        recipe |= {"ACTOR": "--gap 0 --lr 1e-6 --beta 0.1 --batch 256"}
+        run_sh(folder, recipe)
+
+
+def demo():
+    with tempfile.TemporaryDirectory() as folder:
+        run_sh(folder, {"ITERATIONS": "1"} if TINY else {})
+
+
+PARTS = (correctness, logprobs, tree, sampler, big, training, pipeline, demo)
 
 if __name__ == "__main__":
-    tiny = "--tiny" in sys.argv
-    if not (tiny or bench.CUDA):
+    if not (TINY or bench.CUDA):
         sys.exit("no CUDA here; --tiny shows that the script works")
+    if sys.argv[1] == "heads":
+        one_correctness(*json.loads(sys.argv[2]))
+        sys.exit()
+    if sys.argv[1] == "fit":
+        one_training(bool(int(sys.argv[2])))
+        sys.exit()
     name = torch.cuda.get_device_name() if bench.CUDA else "CPU"
     print(f"{name}, torch {torch.__version__}, transformers {bench.hf.__version__}")
-    sizes = {**bench.SMALL, "vocab_size": 512} if tiny else HALF_B
-    correctness()
-    checkpointing(sizes, 512 if tiny else 8192)
-    flops, rate = ceilings(256, 16) if tiny else ceilings()
-    shapes = [(64, 32, 512)] if tiny else [(4096, 896, 151936), (4096, 3584, 152064)]
-    for shape in shapes:
-        bench.errors(*shape[1:])
-        bench.logprobs(*shape)
-        logprob_share(flops, *shape)
-    bench.tree(sizes)
-    bench.sampler(sizes, (16,) if tiny else (256, 512))
-    sampler_share(rate, sizes, 16 if tiny else 256)
-    pipeline(sizes)
-    pipeline(sizes if tiny else ONE_AND_A_HALF_B, "--offload")
+    wanted = [word for word in sys.argv[1:] if word != "--tiny"]
+    for part in PARTS:
+        if wanted and part.__name__ not in wanted:
+            continue
+        begin = time.perf_counter()
+        try:
+            part()
+        except Exception:
+            traceback.print_exc(file=sys.stdout)
+            print(f"FAILED: {part.__name__}")
+        if bench.CUDA:
+            torch.cuda.empty_cache()
+        print(f"({part.__name__}: {time.perf_counter() - begin:.0f} s)", flush=True)

@@ -134,7 +134,8 @@ def random_model(folder, sizes=SMALL):
     eos = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
     sizes = {"vocab_size": len(tokenizer), "tie_word_embeddings": True, **eos, **sizes}
     torch.manual_seed(0)
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes)).to(torch.bfloat16 if CUDA else None)
+    with torch.device(DEVICE):  # seven billion numbers take minutes on a CPU
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes)).to(torch.bfloat16 if CUDA else None)
     model.generation_config = hf.GenerationConfig(**eos)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -157,7 +158,7 @@ def pairs_tree(steps, width, length, prompt=80):
     return Tree(ids, parent, score)
 
 
-def tree(sizes=SMALL):
+def tree(sizes=SMALL, shapes=((8, 20), (20, 30))):
     with tempfile.TemporaryDirectory() as folder:
         random_model(folder, sizes)
         lm = LM(folder)
@@ -168,7 +169,7 @@ def tree(sizes=SMALL):
         plain = hf.AutoModelForCausalLM.from_pretrained(
             folder, attn_implementation="sdpa", dtype=lm.head.dtype
         ).to(DEVICE)
-        for steps, length in ((8, 20), (20, 30)):
+        for steps, length in shapes:
             one = pairs_tree(steps, 8, length)
 
             def packed(one=one, budget=8192):
