@@ -40,6 +40,7 @@ if TINY:
     HALF_B = ONE_AND_A_HALF_B = SEVEN_B = {**bench.SMALL, "vocab_size": 512}
 TOKENS = 512 if TINY else 8192  # of a pack
 HEADS = ((4, 4, 64), (4, 2, 64), (14, 2, 64), (16, 2, 64), (32, 8, 128))  # query, key/value, size
+HEADS += ((4, 2, 32, "dynamic"),)  # rotary embeddings that cannot be recorded
 
 
 # ------------------------------------------------------------ is every CUDA path right?
@@ -50,16 +51,18 @@ def correctness():
     runs = []
     for heads in HEADS:
         words = [sys.executable, __file__, "heads", json.dumps(heads)]
-        runs.append(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+        runs.append(subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "2"}))
     for run in runs:
-        print(run.communicate()[0].decode(), end="")
+        if run.wait():
+            raise RuntimeError(f"{run.args} failed")
 
 
-def one_correctness(heads: int, groups: int, size: int):
+def one_correctness(heads: int, groups: int, size: int, rope="default"):
     """The largest errors of this device's paths, for one count of heads."""
     rng = random.Random(0)
     sizes = {**bench.SMALL, "hidden_size": size * heads, "vocab_size": 512}
-    sizes |= {"num_attention_heads": heads, "num_key_value_heads": groups}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": groups, "num_hidden_layers": 2}
+    sizes["rope_parameters"] = {"rope_type": rope, "rope_theta": 10000.0, "factor": 2.0}
     title = f"  {heads}/{groups} heads of {size}"
     with tempfile.TemporaryDirectory() as folder:
         bench.random_model(folder, sizes)
@@ -76,14 +79,19 @@ def one_correctness(heads: int, groups: int, size: int):
                   f"{angle:.7f} ({seconds:.0f} s)")  # fmt: skip
         rows = [(0, 0, i, 24 + i) for i in range(48)]
         tree = bench.Tree([[5, 6, 7, 8]], [-1], [True])
-        drawn = []
-        for device, graphs in (("cpu", False), (bench.DEVICE, True), (bench.DEVICE, False)):
-            lm = bench.LM(folder, device=device, dtype="float32")
-            lm.graphs &= graphs
-            drawn.append(bench.draw(lm, [tree], rows))
-        same = sum(a == b for a, b in zip(drawn[0], drawn[1])) / len(rows)
-        print(f"{title}, float32: {same:.0%} of the draws are the CPU's; without CUDA graphs they "
-              f"are the same: {drawn[1] == drawn[2]}")  # fmt: skip
+        drawn, recorded, on_cpu = {}, {}, bench.LM(folder, device="cpu", dtype="float32")
+        for dtype in ("float32", "bfloat16"):
+            for graphs in (True, False):
+                lm = bench.LM(folder, device=bench.DEVICE, dtype=dtype)
+                lm.graphs &= graphs
+                drawn[graphs] = bench.draw(lm, [tree], rows)
+                recorded[graphs] = lm.graphs
+            print(f"{title}, {dtype}, rotary {rope}: recorded as CUDA graphs: {recorded[True]}, draws the same as "
+                  f"without: {drawn[True] == drawn[False]}")  # fmt: skip
+            if dtype == "float32":
+                wanted = bench.draw(on_cpu, [tree], rows)
+                same = sum(a == b for a, b in zip(wanted, drawn[True])) / len(rows)
+                print(f"{title}, float32, rotary {rope}: {same:.0%} of the draws are the CPU's")
 
 
 def scores(lm, trees, double=False):
@@ -230,7 +238,9 @@ def big():
 def training():
     """`fit` of a 1.5B model on packs of 8,192 tokens, two a step, checkpointed layers."""
     for offload in (False, True):
-        subprocess.run([sys.executable, __file__, "fit", str(int(offload)), *sys.argv[1:]], check=True)
+        subprocess.run(
+            [sys.executable, __file__, "fit", str(int(offload)), *sys.argv[1:]], check=True
+        )
 
 
 def one_training(offload: bool):
@@ -250,11 +260,20 @@ def one_training(offload: bool):
 
         def run():
             make_packs = lambda batch: [(pack,) for pack in packs]
-            dapo.fit({"actor": lm.model}, [[0, 1]] * 5, make_packs, loss, Path(f"{folder}/work"), 1e-6, 99)
+            dapo.fit(
+                {"actor": lm.model},
+                [[0, 1]] * 5,
+                make_packs,
+                loss,
+                Path(f"{folder}/work"),
+                1e-6,
+                99,
+            )
 
         took, most = peak(run)
-        steps = [json.loads(x)["seconds"] for x in open(f"{folder}/work/timing.jsonl")]
-        losses = [json.loads(x)["loss"] for x in open(f"{folder}/work/metrics.jsonl")]
+        timing, metrics = Path(f"{folder}/work/timing.jsonl"), Path(f"{folder}/work/metrics.jsonl")
+        steps = [json.loads(line)["seconds"] for line in timing.read_text().splitlines()]
+        losses = [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
         found = dapo.memory(lm.model.config, 0, TOKENS, 0, 1, offload)["training"]
         step = sorted(steps)[len(steps) // 2]
         print(f"1.5B, offload {offload}: {step:.2f} s a step of {2 * TOKENS} tokens ({2 * TOKENS / step:.0f} "
@@ -291,14 +310,14 @@ def demo():
 PARTS = (correctness, logprobs, tree, sampler, big, training, pipeline, demo)
 
 if __name__ == "__main__":
-    if not (TINY or bench.CUDA):
-        sys.exit("no CUDA here; --tiny shows that the script works")
-    if sys.argv[1] == "heads":
+    if sys.argv[1:2] == ["heads"]:
         one_correctness(*json.loads(sys.argv[2]))
         sys.exit()
-    if sys.argv[1] == "fit":
+    if sys.argv[1:2] == ["fit"]:
         one_training(bool(int(sys.argv[2])))
         sys.exit()
+    if not (TINY or bench.CUDA):
+        sys.exit("no CUDA here; --tiny shows that the script works")
     name = torch.cuda.get_device_name() if bench.CUDA else "CPU"
     print(f"{name}, torch {torch.__version__}, transformers {bench.hf.__version__}")
     wanted = [word for word in sys.argv[1:] if word != "--tiny"]
@@ -308,7 +327,7 @@ if __name__ == "__main__":
         begin = time.perf_counter()
         try:
             part()
-        except Exception:
+        except Exception:  # noqa: BLE001  the other parts go on
             traceback.print_exc(file=sys.stdout)
             print(f"FAILED: {part.__name__}")
         if bench.CUDA:
