@@ -128,6 +128,7 @@ def draw_tokens(logits, key, position, temperature: float) -> torch.Tensor:
 
 COLUMNS = 128  # of the cache, that one CUDA graph serves
 
+
 class CacheView:
     """Keys and values of B rows, allocated once; row b has written columns 0 .. length[b] - 1."""
 
