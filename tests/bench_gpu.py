@@ -6,9 +6,11 @@
   tree, sampler  tree packing and the sampler on a 0.5B model with random weights, against their rivals
   big            a 7B model: decoding, a training pass by flex_attention and by the gathered form, memory
   training       `fit` of a 1.5B model, as it is and with --offload: seconds a step, memory against model.memory
-  pipeline       run.sh with a random 0.5B model; `demo`: run.sh as it is
+  pipeline       run.sh with a random 0.5B model
+  demo           run.sh as it is, only where it is named
 
-Parts run in this order; one that fails says so and the others go on. With `--tiny` the figures mean nothing.
+Parts run in this order, in about ten minutes on an H100; one that fails says so and the others go on. With `--tiny` the figures
+mean nothing.
 """
 
 import json
@@ -299,7 +301,7 @@ def demo():
         run_sh(folder, {"ITERATIONS": "1"} if TINY else {})
 
 
-PARTS = (correctness, logprobs, tree, sampler, big, training, pipeline, demo)
+PARTS = (correctness, logprobs, tree, sampler, big, training, pipeline)
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["heads"]:
@@ -313,8 +315,8 @@ if __name__ == "__main__":
     name = torch.cuda.get_device_name() if bench.CUDA else "CPU"
     print(f"{name}, torch {torch.__version__}, transformers {bench.hf.__version__}")
     wanted = [word for word in sys.argv[1:] if word != "--tiny"]
-    for part in PARTS:
-        if wanted and part.__name__ not in wanted:
+    for part in (*PARTS, demo):
+        if part.__name__ not in (wanted or [part.__name__ for part in PARTS]):
             continue
         begin = time.perf_counter()
         try:
