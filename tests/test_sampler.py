@@ -6,8 +6,9 @@ import pytest
 import torch
 import transformers as hf
 
+import sample
 from model import LM, Tree, UserError
-from sample import Prefixes, draw, draw_key, draw_tokens, uniforms
+from sample import Prefixes, Slots, draw, draw_key, draw_tokens, uniforms
 
 MASK = 2**64 - 1
 
@@ -78,6 +79,42 @@ def test_draws_depend_on_prefix_and_key_alone(peaked, crowd):
     assert (
         draw_rows(peaked, Prefixes(peaked, trees, budget=20), rows) == drawn
     )  # trees cut into packs
+
+
+class Replayed:
+    """A CUDA graph as the CPU can have one: the same kernels on the tensors of the time of recording."""
+
+    def __init__(self, slots, width):
+        self.slots, self.width, self.tensors = slots, width, self.addresses(slots)
+
+    @staticmethod
+    def addresses(slots):
+        found = [slots.cache.keys[0].data_ptr(), slots.cache.values[-1].data_ptr()]
+        for name in ("row", "alive", "key", "room", "new", "out", "token", "length", "stop"):
+            found.append(getattr(slots, name).data_ptr())
+        return found
+
+    def replay(self):
+        assert self.addresses(self.slots) == self.tensors, "a graph knows the old tensors alone"
+        self.slots.step_of_width(self.width)
+
+
+def test_replayed_steps_draw_the_same(peaked, crowd, monkeypatch):
+    prefixes, _, rows = crowd
+    drawn, recorded = draw_rows(peaked, prefixes, rows), []
+
+    def record(slots, width):
+        recorded.append((slots.size, width))
+        slots.graphs[width] = Replayed(slots, width)
+
+    monkeypatch.setattr(Slots, "record", record)
+    monkeypatch.setattr(sample, "COLUMNS", 16)
+    monkeypatch.setattr(peaked, "graphs", True)
+    for batch in (16, 64, 1000):
+        recorded.clear()
+        assert draw_rows(peaked, prefixes, rows, batch=batch) == drawn, batch
+        assert len(recorded) == len(set(recorded)) > 2  # several widths, and each recorded once
+    assert len({size for size, _ in recorded}) > 1  # and anew for a smaller batch
 
 
 def test_a_longer_room_only_adds(peaked, crowd):
