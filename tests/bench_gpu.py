@@ -79,7 +79,7 @@ def one_correctness(heads: int, groups: int, size: int, rope="default"):
             angle = torch.nn.functional.cosine_similarity(gradient, exact[1], dim=0)
             print(f"{title}, {dtype}, {way}: log-probs off by {far:.1e}, cosine of the gradients "
                   f"{angle:.7f} ({seconds:.0f} s)")  # fmt: skip
-        rows = [(0, 0, i, 24 + i) for i in range(48)]
+        rows = [(0, 0, i, 24 + 3 * i) for i in range(48)]  # past one graph's columns
         tree = bench.Tree([[5, 6, 7, 8]], [-1], [True])
         drawn, recorded, on_cpu = {}, {}, bench.LM(folder, device="cpu", dtype="float32")
         for dtype in ("float32", "bfloat16"):
@@ -97,7 +97,7 @@ def one_correctness(heads: int, groups: int, size: int, rope="default"):
 
 
 def scores(lm, trees, double=False):
-    """(log-probs, gradient of their mean square) on the CPU in float64."""
+    """(log-probs, gradient of their mean square); double: computed in float64."""
     if double:
         lm.model.double()
     packs = bench.pack_trees(trees, 2048)
