@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import sys
 import zipfile
 from collections import Counter
@@ -275,15 +276,55 @@ def _run(script, flags, folder, point, call, full, log):
     os._exit(code)
 
 
+def forks():
+    """Processes forked from one that has the libraries loaded: a fresh one would take seconds to start."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["prepare", "transformers.models.llama.modeling_llama", "safetensors.torch"]
+    )
+    return context
+
+
+def _rank(script, flags, folder, environment, first, log):
+    os.chdir(folder)
+    os.environ.update(environment)
+    if first:
+        first()
+    code, out, err = stage(script, flags)
+    log.write_text(json.dumps({"out": out, "err": err}))
+    os._exit(code)
+
+
+def together(folder: Path, script: str, processes: int, more="", first=None) -> list[dict]:
+    """Run a stage in several processes, as torchrun does; first: called in each before it.
+
+    -> what each said, {"code", "out", "err"}; one that dies is not noticed by the others.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = []
+    for rank in range(processes):
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        log = folder.parent / f"{folder.name}.{rank}.log"
+        arguments = (script, f"{FLAGS[script]} {more}", folder, environment, first, log)
+        process = forks().Process(target=_rank, args=arguments)
+        process.start()
+        running.append((process, log))
+    said = []
+    for process, log in running:
+        process.join()
+        said.append({"code": process.exitcode, **json.loads(log.read_text())})
+    return said
+
+
 class Child:
-    """Runs stages in processes forked from one that has the libraries loaded; `log` is what the last one said."""
+    """Runs a stage in a process of its own that may die; `log` is what the last one said."""
 
     def __init__(self, folder: Path):
         self.folder, self.file = folder, folder.parent / f"{folder.name}.log"
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(
-            ["prepare", "transformers.models.llama.modeling_llama", "safetensors.torch"]
-        )
+        self.context = forks()
 
     def __call__(self, script, point=None, call=None, timeout=None, full=False) -> int:
         """-> exit code; -9: killed. timeout: seconds after which it is killed from outside."""
