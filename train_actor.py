@@ -74,6 +74,7 @@ class Settings:
     by_draws: bool = flag("a pair weighs as often as it was drawn, not each the same", False)
     likelihood: float = flag("weight of right steps' likelihood beside eq. 12", 0.0)
     gap: float = flag("states with max A - min A below this are left out", 0.1)
+    may_stay: bool = flag("where no state passes --gap, write the actor as it is: no error", False)
     beta: float = flag("strength of the KL to pi_ref", 0.01)
     lr: float = flag("peak learning rate", 5e-7)
     passes: int = flag("passes over the pairs", 1)
@@ -286,8 +287,10 @@ def stage(s: Settings):
             states, count = states + len(line["states"]), count + len(pairs(line))
     print(f"B.1: {states} states with gap >= {s.gap}, {count} pairs")
     if not chosen:
-        wrong = f"no state's advantages differ by --gap {s.gap}"
-        raise UserError(f"{s.trees}: {wrong}; lower it, or label more")
+        nothing = f"{s.trees}: no state's advantages differ by --gap {s.gap}"
+        if not s.may_stay:
+            raise UserError(f"{nothing}; lower it, or label more; in small iterations --may_stay")
+        print(f"{nothing}; the actor stays as it is")
     reference_logprobs(lm, chosen, lines, s.budget)
     table = Path(f"{s.out}.advantages.jsonl")
     if rank() == 0:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import toy
+from safetensors.torch import load_file
 
 import model
 from model import LM, UserError, fit, replace
@@ -425,3 +426,10 @@ def test_model_that_never_ends(work):
     assert all(not x["finished"] and x["reward"] == 0 and len(x["ids"]) == 10 for x in responses)
     code, _, err = toy.stage("train_actor.py", toy.ACTOR)
     assert code == 2 and "no state" in err and err.count("\n") == 1
+    code, out, err = toy.stage("train_actor.py", f"{toy.ACTOR} --may_stay --force")
+    assert code == 0 and "the actor stays as it is" in out, err
+    start, end = [load_file(work / name / "model.safetensors") for name in ("tiny", "run/actor")]
+    assert start.keys() == end.keys() and all(start[key].equal(end[key]) for key in start)
+    assert (work / "run" / "actor.advantages.jsonl").read_bytes() == b""
+    said = toy.together(work, "train_actor.py", 2, "--may_stay --force")
+    assert [one["code"] for one in said] == [0, 0], said
