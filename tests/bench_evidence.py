@@ -295,7 +295,7 @@ STYLE = {  # method: what the figure calls it, colour, line
     "rft_online": ("rejection sampling, online", "C9", "-"),
 }
 PAIRS = [("dapo", rival) for rival in STYLE if rival != "dapo"]
-READ = (6_250, 12_500, 25_000)  # tokens at which the tables are read
+READ = (6_250, 12_500, 25_000, 50_000)  # tokens at which the tables are read
 
 
 def curves(rows: list[dict]) -> dict:
