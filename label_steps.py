@@ -10,10 +10,10 @@ Writes: trees.jsonl, a step tree a problem (node 0: the prompt; tokens: generate
       "labelled": true}]}
 
 Samples choose the states, completions measure them (without --whole_draws). A kept response was
-kept because of its outcome, so its own steps come in with no draw, no n and no win. A completion from s counts in n and
-wins of s; then it walks down: as long as its next step leads to another kept state, that node's
-draws, n and wins go up too; the first step that leaves the kept responses becomes (or meets) a
-leaf, which is counted, and the walk ends. So a completion is an unbiased draw at every state that
+kept because of its outcome, so its own steps come in with no draw, no n and no win. A completion
+from s counts in n and wins of s; then it walks down: as long as its next step leads to another
+kept state, that node's draws, n and wins go up too; the first step that leaves the kept responses
+becomes (or meets) a leaf, which is counted, and the walk ends. So a completion is an unbiased draw at every state that
 it passes, and the children's draws of a labelled state sum to its n.
 
 Departures from the paper:

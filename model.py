@@ -653,7 +653,7 @@ def _matmul32(a, b, in_bfloat16: bool):
 
 
 def _largest_block(x) -> tuple[int, int]:
-    """(tokens, vocabulary) of the logits that exist at once: the CPU's best; CUDA's one that was tried."""
+    """(tokens, vocabulary) of the logits that exist at once: the CPU's best, the one CUDA ran with."""
     return (4096, 8192) if on_cuda(x) else (2048, 2048)
 
 
@@ -851,7 +851,9 @@ def own_share(items: list) -> list[tuple]:
     process must run equally many passes, and the result of this one is not used."""
     share = [(item, True) for item in items[rank() :: world()]]
     missing = -(-len(items) // world()) - len(share)
-    return share + [(item, False) for item in items[:1] * missing]
+    if missing:  # never of no items at all
+        share += [(items[0], False)] * missing
+    return share
 
 
 def gathered(items: list) -> list:

@@ -258,15 +258,16 @@ def one_training(how: str):
         def loss(pack):
             return 0.5 * bench.step_logprobs(lm, pack).mean().square(), {}
 
+        batches, work = [[0, 1]] * 5, Path(folder) / "work"
+
         def run():
-            batches, work = [[0, 1]] * 5, Path(f"{folder}/work")
             make_packs = lambda batch: [(pack,) for pack in packs]
             dapo.fit({"actor": lm.model}, batches, make_packs, loss, work, lr=1e-6, save_minutes=99)
 
         _, most = peak(run)
-        timing, metrics = Path(f"{folder}/work/timing.jsonl"), Path(f"{folder}/work/metrics.jsonl")
-        steps = [json.loads(line)["seconds"] for line in timing.read_text().splitlines()]
-        losses = [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
+        timing, metrics = (work / "timing.jsonl").read_text(), (work / "metrics.jsonl").read_text()
+        steps = [json.loads(line)["seconds"] for line in timing.splitlines()]
+        losses = [json.loads(line)["loss"] for line in metrics.splitlines()]
         found = dapo.memory(lm.model.config, 0, TOKENS, 0, 1, offload)["training"]
         step = sorted(steps)[len(steps) // 2]
         print(f"1.5B, {how}: {step:.2f} s a step of {2 * TOKENS} tokens ({2 * TOKENS / step:.0f} "
