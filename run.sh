@@ -42,8 +42,47 @@ ITERATIONS=${ITERATIONS-1}
 PROBLEMS=${PROBLEMS-0} # 0: all of them in each iteration
 REPLAY=${REPLAY-1}     # the critic goes on learning on the trees of so many iterations, the newest last
 LENGTH=${LENGTH-}
-LAUNCH=${LAUNCH-python}
+LAUNCH=${LAUNCH-stage} # what starts the training stages
 PORT=${PORT-8000} # of the server that ENGINE starts
+
+# Python needs 6 seconds to import torch and transformers, and many a stage of the embedded model works for one or two.
+# So one process imports them, and every stage is a fork of it. (With a GPU or on a Mac, which do not bear a fork, a stage
+# is a process of its own.) It reads commands, a line with the number of their words and then a line a word, and answers
+# each with its exit code.
+serve_stages='
+import os, runpy, subprocess, sys
+import matplotlib.figure, torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+codes = os.fdopen(3, "w")
+forks = sys.platform == "linux" and not torch.cuda.is_available()
+while words := sys.stdin.readline():
+    command = [sys.stdin.readline().rstrip("\n") for _ in range(int(words))]
+    if not forks:
+        code = subprocess.run([sys.executable, *command], stdin=subprocess.DEVNULL).returncode
+    elif child := os.fork():
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    else:
+        codes.close()
+        sys.argv = command
+        runpy.run_path(command[0], run_name="__main__")
+        sys.exit()
+    print(code if code >= 0 else 128 - code, file=codes, flush=True)  # as a shell counts signals
+'
+pipes=$(mktemp -d)
+mkfifo "$pipes/commands" "$pipes/codes"
+python -c "$serve_stages" < "$pipes/commands" 3> "$pipes/codes" &
+exec 4> "$pipes/commands" 5< "$pipes/codes"
+rm -r "$pipes"
+
+# Run a stage: `stage sample.py FLAGS` does what `python sample.py FLAGS` does.
+stage() {
+  local code
+  printf '%s\n' $# "$@" >&4
+  read -r code <&5
+  return "$code"
+}
+trap 'read -r -t 5 <&5 || true; exit 130' INT # Ctrl-C reaches the stage too: wait for what it says last
 
 # Start a server of model $1 and wait until it answers, if ENGINE is set.
 start_engine() {
@@ -72,7 +111,7 @@ end_engine() {
 headline() { printf '\n== %s\n' "$*"; }
 
 headline "Problems and base model"
-python prepare.py --out "$RUN" --seed "$SEED" ${TASK:+--task "$TASK"} ${TRAIN:+--train "$TRAIN"} ${TEST:+--test "$TEST"} \
+stage prepare.py --out "$RUN" --seed "$SEED" ${TASK:+--task "$TASK"} ${TRAIN:+--train "$TRAIN"} ${TEST:+--test "$TEST"} \
   ${BASE:+--no_make_base} ${PREPARE-}
 actor=${BASE:-$RUN/base}
 if [ -z "${BASE-}" ] && [ ! -d "$actor" ]; then
@@ -82,15 +121,15 @@ fi
 critic=${CRITIC_MODEL:-$actor} trees=()
 headline "Iteration 0: evaluate the base model"
 start_engine "$actor"
-python evaluate.py --actor "$actor" --problems "$RUN/test.jsonl" --out "$RUN/iter0/eval.jsonl" ${SERVER:+--server "$SERVER"} \
+stage evaluate.py --actor "$actor" --problems "$RUN/test.jsonl" --out "$RUN/iter0/eval.jsonl" ${SERVER:+--server "$SERVER"} \
   $LENGTH ${EVALUATE-}
 for i in $(seq "$ITERATIONS"); do
   it=$RUN/iter$i
   headline "Iteration $i, A.1: sample responses"
-  python sample.py --actor "$actor" --problems "$RUN/train.jsonl" --out "$it/samples.jsonl" --seed "$SEED$i" \
+  stage sample.py --actor "$actor" --problems "$RUN/train.jsonl" --out "$it/samples.jsonl" --seed "$SEED$i" \
     --first $(((i - 1) * PROBLEMS)) --limit "$PROBLEMS" ${SERVER:+--server "$SERVER"} $LENGTH ${SAMPLE-}
   headline "Iteration $i, A.2: label their steps"
-  python label_steps.py --actor "$actor" --problems "$RUN/train.jsonl" --samples "$it/samples.jsonl" \
+  stage label_steps.py --actor "$actor" --problems "$RUN/train.jsonl" --samples "$it/samples.jsonl" \
     --out "$it/trees.jsonl" --seed "$SEED$i" ${SERVER:+--server "$SERVER"} $LENGTH ${LABEL-}
   end_engine
   headline "Iteration $i, A.3: train the critic"
@@ -103,12 +142,12 @@ for i in $(seq "$ITERATIONS"); do
   actor=$it/actor critic=$it/critic
   headline "Iteration $i: evaluate"
   start_engine "$actor"
-  python evaluate.py --actor "$actor" --problems "$RUN/test.jsonl" --out "$it/eval.jsonl" \
+  stage evaluate.py --actor "$actor" --problems "$RUN/test.jsonl" --out "$it/eval.jsonl" \
     --against "$RUN/iter0/eval.jsonl" ${SERVER:+--server "$SERVER"} $LENGTH ${EVALUATE-}
 done
 end_engine
 headline "Report"
-python evaluate.py --report "$RUN"
+stage evaluate.py --report "$RUN"
 headline "Next, on the same trees: no gap, so that every step trains (README.md has more to change)"
 cat << END
 python train_actor.py --actor ${BASE:-$RUN/base} --trees $RUN/iter1/trees.jsonl --critic $RUN/iter1/critic --out $RUN/all/actor \\

@@ -232,14 +232,25 @@ def test_text_and_colours_of_pictures():
 # ---------------------------------------------------------------- run.sh
 
 
-def run_sh(tmp_path, **variables) -> list[list[str]]:
-    """The commands that run.sh starts, with a python that only says what it was asked to do."""
-    fake = tmp_path / "bin" / "python"
-    fake.parent.mkdir(exist_ok=True)
-    fake.write_text("#!/bin/sh\necho CALL \"$@\"\n")  # fmt: skip
-    fake.chmod(0o755)
-    env = {"PATH": f"{fake.parent}{os.pathsep}{os.environ['PATH']}", "RUN": f"{tmp_path}/run"}
-    done = subprocess.run(["bash", ROOT / "run.sh"], env=env | variables, capture_output=True,
+def run_sh(tmp_path, stage="print('CALL', *sys.argv)", gpu=False, **variables) -> list[list[str]]:
+    """The commands of a copy of run.sh, whose stages only say what they were asked to do.
+
+    Empty modules stand for the libraries that it imports before the first stage.
+    """
+    folder = tmp_path / "copy"
+    (folder / "matplotlib").mkdir(parents=True, exist_ok=True)
+    (folder / "matplotlib" / "figure.py").touch()
+    (folder / "torch.py").write_text(f"class cuda:\n    is_available = lambda: {gpu}\n")
+    (folder / "transformers.py").write_text("AutoTokenizer = LlamaForCausalLM = None\n")
+    shutil.copy(ROOT / "run.sh", folder)
+    for script in ("prepare", "sample", "label_steps", "train_critic", "train_actor", "evaluate"):
+        (folder / f"{script}.py").write_text(f"import os, sys\n{stage}\n")
+    python = tmp_path / "bin" / "python"
+    if not python.exists():
+        python.parent.mkdir()
+        python.symlink_to(sys.executable)
+    env = {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", "RUN": f"{tmp_path}/run"}
+    done = subprocess.run(["bash", folder / "run.sh"], env=env | variables, capture_output=True,
                           text=True, check=True)  # fmt: skip
     assert done.stderr == ""
     return [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("CALL")]
@@ -283,6 +294,26 @@ def test_run_sh_has_the_papers_settings_but_for_the_demo(tmp_path):
     with pytest.raises(subprocess.CalledProcessError) as stopped:
         run_sh(tmp_path, TRAIN="math:a", TEST="math500:b")
     assert stopped.value.returncode == 2 and "give BASE" in stopped.value.stderr
+
+
+def test_run_sh_forks_its_stages_and_ends_with_the_first_that_fails(tmp_path):
+    (tmp_path / "run" / "base").mkdir(parents=True)
+    who = "print('CALL', os.getppid(), os.getpid(), *sys.argv)"
+    calls = run_sh(tmp_path, who, RUN=f"{tmp_path}/a b", PREPARE="--tests 'x", BASE="b")
+    parents, stages = {call[0] for call in calls}, {call[1] for call in calls}
+    assert len(parents) == 1 and len(stages) == len(calls) == 8
+    assert "--tests 'x" in " ".join(calls[0]) and f"--out {tmp_path}/a b" in " ".join(calls[0])
+    assert not parents & {call[1] for call in run_sh(tmp_path, who, gpu=True)}
+    for ending, code in (
+        ("sys.exit(2)", 2),
+        ("os.kill(os.getpid(), 9)", 137),
+        ("raise OSError", 1),
+    ):
+        for gpu in (False, True):
+            with pytest.raises(subprocess.CalledProcessError) as stopped:
+                run_sh(tmp_path, f"print('CALL', flush=True); {ending}", gpu)
+            assert stopped.value.returncode == code
+            assert stopped.value.stdout.count("CALL") == 1
 
 
 def test_no_library_draws_bars_while_models_are_saved_and_loaded(folder, tmp_path):
