@@ -10,11 +10,14 @@ correlation, siblings: the critic's, on held-out states of the row's own trees, 
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -34,7 +37,7 @@ import label_steps
 import sample
 import train_actor
 import train_critic
-from model import LM
+from model import LM, pack_hidden
 from prepare import each_record, read_jsonl
 
 CRITIC, ACTOR = PAPER["critic"], PAPER["actor"]
@@ -51,11 +54,17 @@ ACTORS = {  # rows that train the actor anew on the same trees with the same cri
     "all draws in place of unique actions": f"{ACTOR} --by_draws",
     "kept steps too": f"{ACTOR} --kept_steps",
     "likelihood 1": f"{ACTOR} --likelihood 1",
+    "kappa 4; beta 0.1": f"{ACTOR.replace('0.05', '0.1')} --kappa 4",
+    "kappa 4; beta 0.025": f"{ACTOR.replace('0.05', '0.025')} --kappa 4",
+    "kappa 0; beta 0.1": f"{ACTOR.replace('0.05', '0.1')} --kappa 0",
+    "kappa 0; beta 0.025": f"{ACTOR.replace('0.05', '0.025')} --kappa 0",
 }
-CRITICS = {  # rows that train critic and actor anew on the same trees
-    "critic: all states": f"{CRITIC} --states all",
-    "critic: half of the loss at every token": f"{CRITIC} --token_share 0.5",
-    "critic: both": f"{CRITIC} --states all --token_share 0.5",
+BOTH = f"{CRITIC} --states all --token_share 0.5"
+CRITICS = {  # rows that train critic and actor anew on the same trees: flags of both
+    "critic: all states": (f"{CRITIC} --states all", ACTOR),
+    "critic: half of the loss at every token": (f"{CRITIC} --token_share 0.5", ACTOR),
+    "critic: both": (BOTH, ACTOR),
+    "critic: both; kappa 4": (BOTH, f"{ACTOR} --kappa 4"),
 }
 LABELS = {  # rows that label the same samples anew: m completions; --kappa 4 in all of them
     "m 2; kappa 4": "--m 2",
@@ -64,6 +73,62 @@ LABELS = {  # rows that label the same samples anew: m completions; --kappa 4 in
     "whole draws; m 0; kappa 4": "--m 0 --whole_draws",
     "whole draws; m 4; kappa 4": "--m 4 --whole_draws",
 }
+
+
+def pair_loss(logit, target, weight, pack):
+    """Sum over pairs of sibling states of (MC_i - MC_j) * -log sigmoid(logit_i - logit_j), MC_i > MC_j.
+
+    logit, target, weight (M,): of the pack's states; a pair has the smaller weight of the two.
+    """
+    above = pack.prev[(pack.node >= 0) & (pack.node != pack.node[pack.prev])]  # parent's last token
+    siblings = (above[:, None] == above) & (above >= 0)  # roots are not siblings
+    better = siblings & (target[:, None] > target)
+    i, j = better.nonzero(as_tuple=True)
+    part = torch.minimum(weight[i], weight[j]) * (target[i] - target[j])
+    return (part * F.softplus(logit[j] - logit[i])).sum()
+
+
+@contextlib.contextmanager
+def with_pair_loss():
+    """Critics are trained with the loss on pairs of siblings beside eq. 15."""
+    usual = train_critic.critic_loss
+
+    def loss(lm, head, pack, target, weight, token_share):
+        logit = head(pack_hidden(lm, pack).float())[pack.last, 0]
+        pairs = pair_loss(logit, target, weight, pack)
+        return usual(lm, head, pack, target, weight, token_share) + pairs
+
+    train_critic.critic_loss = loss
+    yield
+    train_critic.critic_loss = usual
+
+
+def half_of(trees: Path, which: int) -> Path:
+    """Every other problem of the trees, as trees.jsonl with a manifest of its own."""
+    half = trees.with_name(f"half{which}.jsonl")
+    lines = trees.read_bytes().splitlines(keepends=True)
+    half.write_bytes(b"".join(lines[which::2]))
+    manifest = Path(f"{trees}.manifest.json").read_text()
+    Path(f"{half}.manifest.json").write_text(manifest)
+    return half
+
+
+@contextlib.contextmanager
+def cross_fitted(critics: list[Path]):
+    """V of every other problem by the critic that has not seen it: critics[i] saw half i."""
+    usual = train_actor.tree_values
+
+    def values(lm, head, records, retokenise, budget):
+        found = [None] * len(records)
+        for i, critic in enumerate(critics):
+            other = slice(1 - i, None, 2)
+            lm, head = train_critic.load_critic(critic)
+            found[other] = usual(lm, head, records[other], retokenise, budget)
+        return found
+
+    train_actor.tree_values = values
+    yield
+    train_actor.tree_values = usual
 
 
 def main(args):
@@ -115,8 +180,26 @@ def main(args):
     tokens = draw(first, "--m 4")
     for name, flags in ACTORS.items():
         row(name, first, CRITIC if name == first else "", flags, tokens)
-    for name, flags in CRITICS.items():
-        row(name, first, flags, ACTOR, tokens)
+    for name, (critic, actor) in CRITICS.items():
+        row(name, first, critic, actor, tokens)
+    with with_pair_loss():
+        row("critic: both, and pairs of siblings", first, BOTH, ACTOR, tokens)
+        row(
+            "critic: both, and pairs of siblings; kappa 4",
+            first,
+            BOTH,
+            f"{ACTOR} --kappa 4",
+            tokens,
+        )
+    name = "critic: both; kappa 4; cross-fitted by halves"
+    if (name, args.seed) not in there:
+        trees, halves = work / first / "trees.jsonl", []
+        for i in (0, 1):
+            halves.append(work / name / f"critic{i}")
+            call(train_critic, BOTH + seed, trees=half_of(trees, i), held_out=half_of(trees, 1 - i),
+                 critic_model=run / "base", out=halves[i])  # fmt: skip
+        with cross_fitted(halves):
+            row(name, first, BOTH, f"{ACTOR} --kappa 4", tokens)
     clean = next(path for path in (folder / "clean").iterdir() if path.name.startswith("math-6-6"))
     name = "critic from another model (the clean one)"
     row(name, first, CRITIC, ACTOR, tokens, critic_model=clean)
