@@ -18,6 +18,8 @@ Methods, each in iterations by the stages that users run, but for the two online
     dapo        run.sh's recipe: the samples are whole trees, the likelihood of right steps stands beside eq. 12
     labels      the same with two completions of every state
     regression  the same as dapo without the likelihood term
+    counts      the same as dapo without a critic: kappa 0, so a step that was drawn once in its state has no advantage
+    critic      the same as dapo with Q = V: kappa inf
     outcome     whole responses: outcome minus mean for A, and the likelihood of right responses beside it
     rft         rejection sampling: that likelihood alone (so much of it that the regression is nothing beside it)
     paper       run.sh's RECIPE=paper: labels of kept states, Q = V, first steps; in smaller iterations than there
@@ -78,6 +80,9 @@ METHODS = {
     "dapo": OURS,
     "labels": OURS | {"label": "--whole_draws --m 2"},
     "regression": OURS | {"actor": OURS["actor"].replace("--likelihood 1 ", "")},
+    "counts": OURS
+    | {"actor": OURS["actor"].replace("--kappa 4 --value_draws 1", "--kappa 0"), "critic": ""},
+    "critic": OURS | {"actor": OURS["actor"].replace("--kappa 4", "--kappa inf")},
     "outcome": OURS
     | WHOLE
     | {"actor": f"{OUTCOME} --beta 0.005 --likelihood 1 --lr 2e-4 --passes 4"},
@@ -193,12 +198,13 @@ def rounds(run: Path, work: Path, max_new: int, settings: dict, seed: int):
             for record in each_record(trees[-1]):
                 size += len(record["prompt_ids"]) + sum(len(n["ids"]) for n in record["nodes"])
             sizes = [*sizes, size][-settings["replay"] :]
+            given["trees"] = trees[-1]
+        if settings["critic"]:
             several = ",".join(str(path) for path in trees)
             flags = f"{settings['critic']} --seed {seed}"
             call(train_critic, flags, trees=several, critic_model=critic, out=it / "critic")
             trained += passes(settings["critic"]) * sum(sizes)
-            given |= {"trees": trees[-1], "critic": it / "critic"}
-            critic = it / "critic"
+            given["critic"] = critic = it / "critic"
         call(train_actor, f"{settings['actor']} --seed {seed}", **given)
         trained += passes(settings["actor"]) * size
         sampled += sampled_tokens(it)
@@ -288,6 +294,8 @@ STYLE = {  # method: what the figure calls it, colour, line
     "dapo": ("DAPO, run.sh's recipe", "C3", "o-"),
     "labels": ("the same with completions", "C1", "o-"),
     "regression": ("the same without the likelihood term", "C8", "o-"),
+    "counts": ("the same without a critic, κ = 0", "C5", "o-"),
+    "critic": ("the same with Q = V, κ = ∞", "C6", "o-"),
     "outcome": ("outcome advantages and likelihood", "C2", "s--"),
     "rft": ("rejection sampling", "C4", "s--"),
     "paper": ("DAPO, the paper's recipe", "C7", "o-"),
