@@ -39,7 +39,7 @@ from model import (
     Progress,
     UserError,
     flag,
-    gathered,
+    from_all,
     join,
     rank,
     replace,
@@ -209,7 +209,7 @@ def stage(s: Settings):
             def process(chunk: list[dict]) -> list[dict]:
                 """Each process answers every world()-th problem."""
                 mine = answer(lm, critic, chunk[rank() :: world()], s, progress, server)
-                answered = {line["id"]: line for line in gathered(mine)}
+                answered = {line["id"]: line for line in from_all(mine)}
                 progress.update(len(chunk))
                 return [answered[p["id"]] for p in chunk]
 

@@ -12,9 +12,10 @@ Writes: trees.jsonl, a step tree a problem (node 0: the prompt; tokens: generate
 Samples choose the states, completions measure them (without --whole_draws). A kept response was
 kept because of its outcome, so its own steps come in with no draw, no n and no win. A completion
 from s counts in n and wins of s; then it walks down: as long as its next step leads to another
-kept state, that node's draws, n and wins go up too; the first step that leaves the kept responses
-becomes (or meets) a leaf, which is counted, and the walk ends. So a completion is an unbiased draw at every state that
-it passes, and the children's draws of a labelled state sum to its n.
+kept state, that node's draws, n and wins go up too. The first step that leaves the kept responses
+leads to a leaf, made if it is not there yet; it is counted, and the walk ends. So a completion is
+an unbiased draw at every state that it passes, and the children's draws of a labelled state sum to
+its n.
 
 Departures from the paper:
  1. States that several kept responses share are labelled once.
@@ -35,7 +36,16 @@ from pathlib import Path
 from model import LM, Progress, UserError, flag, record_tree
 from prepare import Stage, actor_facts, each_record, main, misfit, read_jsonl, sha256
 from reward import grade_ids
-from sample import REWARD, Prefixes, Server, draw, draw_key, each_sample, work_through
+from sample import (
+    REWARD,
+    Prefixes,
+    Server,
+    draw,
+    draw_key,
+    each_sample,
+    prefixes_fit,
+    work_through,
+)
 
 
 @dataclass(frozen=True)
@@ -219,13 +229,16 @@ def label(lm: LM, problems: list[dict], trees: list[StepTree], s: Settings, prog
     Shallow states come first, since their completions count at the deeper states that they pass.
     -> how much was done, by name.
     """
-    done = Counter()
-    levels = [tree.levels() for tree in trees]
     prefix_trees = []
     for tree in trees:
         nodes = {"prompt_ids": tree.prompt_ids, "nodes": tree.nodes}
         prefix_trees.append(record_tree(nodes, list(tree.to_label)))
-    prefixes = None
+    if not server and len(trees) > 1 and not prefixes_fit(lm, prefix_trees):
+        half = len(trees) // 2
+        done = label(lm, problems[:half], trees[:half], s, progress, server)
+        return done + label(lm, problems[half:], trees[half:], s, progress, server)
+    done, prefixes = Counter(), None
+    levels = [tree.levels() for tree in trees]
     if not server:
         prefixes = Prefixes(lm, prefix_trees)  # once for all levels
         done["prefilled"] += prefixes.tokens

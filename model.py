@@ -176,7 +176,9 @@ class LM:
 
     def _read_tokenizer(self):
         """breaks[id]: the token's text has a line break; blank[id]: white space or special."""
-        eos = self.generation.eos_token_id or self.tokenizer.eos_token_id
+        eos = self.generation.eos_token_id
+        if eos is None or eos == []:
+            eos = self.tokenizer.eos_token_id
         if eos is None:
             raise UserError(f"{self.path}: no EOS; add eos_token_id to generation_config.json")
         self.eos = sorted({eos} if isinstance(eos, int) else set(eos))
@@ -230,12 +232,9 @@ class LM:
             if ("drop" in name) and isinstance(value, float) and value:
                 wrong = f"{name} is {value} in its config"
                 raise UserError(f"{self.path}: {wrong}; set it to 0.0 there")
-        from transformers.modeling_layers import GradientCheckpointingLayer  # takes seconds
-
         again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        for layer in self.model.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.forward = functools.partial(again, layer.forward)
+        for layer in decoder_layers(self.model):
+            layer.forward = functools.partial(again, layer.forward)
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of a user message: by chat template if there is one, else plain; one BOS."""
@@ -308,6 +307,13 @@ class LM:
             self.model.generation_config.do_sample = True
         self.model.save_pretrained(folder, state_dict=state)
         self.tokenizer.save_pretrained(folder)
+
+
+def decoder_layers(model) -> list[torch.nn.Module]:
+    """The layers of a Hugging Face decoder, which one calls `layers` and another `h`."""
+    from transformers.modeling_layers import GradientCheckpointingLayer  # takes seconds
+
+    return [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
 
 
 # ------------------------------------------------------------ tree packing
@@ -606,15 +612,15 @@ def flex_agrees(lm: LM) -> bool:
                 with torch.enable_grad():  # whoever asks first may not need gradients
                     out = view(0, *inputs, size**-0.5)
                     found.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
-            for gathered, fused in zip(*found):
-                gathered, fused = gathered.detach().float(), fused.detach().float()
-                difference = float((gathered - fused).abs().max())
-                if not difference <= tolerance * max(1.0, float(gathered.abs().max())):
+            for expected, fused in zip(*found):
+                expected, fused = expected.detach().float(), fused.detach().float()
+                difference = float((expected - fused).abs().max())
+                if not difference <= tolerance * max(1.0, float(expected.abs().max())):
                     raise ValueError(f"{tokens} tokens differ by {difference:.1g}")
     except Exception as e:  # noqa: BLE001  whatever a GPU's software does, numbers are right
         reason = str(e).strip().split("\n")[0]
         if rank() == 0:
-            wrong = f"{lm.path}: flex_attention is not used, a slower form is ({reason})"
+            wrong = f"{lm.path}: flex_attention is not used, a slower and larger form is ({reason})"
             print(f"warning: {wrong}", file=sys.stderr)
         return False
     return True
@@ -856,7 +862,7 @@ def own_share(items: list) -> list[tuple]:
     return share
 
 
-def gathered(items: list) -> list:
+def from_all(items: list) -> list:
     """The items of all processes, joined."""
     if world() == 1:
         return items
@@ -897,7 +903,7 @@ def shard(lm: LM, head: torch.nn.Module | None = None, offload: bool = False):
     flags = {"mesh": mesh, "offload_policy": place}
     precise = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32)
     flags["reshard_after_forward"] = not offload  # offloaded weights go up once a step, not a pack
-    for layer in lm.decoder.layers:
+    for layer in decoder_layers(lm.model):
         fully_shard(layer, mp_policy=precise, **flags)
     fully_shard(lm.model, mp_policy=precise, **flags)
     lm.model.with_weights = types.MethodType(lambda model, function: function(), lm.model)
@@ -1177,8 +1183,6 @@ def summed(sums: dict[str, float]) -> dict[str, float]:
     if world() == 1:
         return sums
     numbers = torch.tensor(list(sums.values()), dtype=torch.float64)
-    if dist.get_backend() == "nccl":
-        numbers = numbers.cuda()
     dist.all_reduce(numbers)
     return dict(zip(sums, numbers.tolist()))
 
@@ -1197,7 +1201,7 @@ def memory(config, columns: int, tokens: int, rows: int, cards: int, offload: bo
     config = config.get_text_config()
     count = sum(p.numel() for p in model.parameters())
     layers, width, vocabulary = config.num_hidden_layers, config.hidden_size, config.vocab_size
-    layer = sum(p.numel() for p in model.base_model.layers[0].parameters())
+    layer = sum(p.numel() for p in decoder_layers(model)[0].parameters())
     inner = getattr(config, "intermediate_size", None) or 4 * width
     heads, _, size = head_sizes(config)
     sizes = heads * size
@@ -1227,9 +1231,14 @@ def memory(config, columns: int, tokens: int, rows: int, cards: int, offload: bo
         "layers' inputs": wide * (layers + 2) * tokens * width,  # the last norm keeps two more
         "one layer, or blocks of the vocabulary": max(one_layer, blocks),
     }
+    # Each process reads the whole model, which is then sharded.
+    loading = {} if alone else {"the whole weights, in float32": 4 * count}
+    host = {"weights of every process, as they are loaded": 4 * count * cards}
+    if offload and cards <= 4:
+        host = {"weights, gradients, moments": 16 * count}
     disk = {"two checkpoints and a third": 3 * 12 * count, "the model folder": 4 * count}
-    host = {"weights, gradients, moments": 16 * count} if offload else {}
-    return {"sampling": sampling, "training": training, "host": host, "disk": disk}
+    parts = {"sampling": sampling, "loading to train": loading, "training": training}
+    return parts | {"host": host, "disk": disk}
 
 
 def require_memory(path: str, tokens: int, offload: bool, card: float | None = None):
@@ -1239,17 +1248,26 @@ def require_memory(path: str, tokens: int, offload: bool, card: float | None = N
         card = torch.cuda.mem_get_info()[1]
     if card is None:
         return
-    config = transformers.AutoConfig.from_pretrained(path)
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+    except Exception as e:
+        reason = str(e).strip().split("\n")[0]
+        raise UserError(f"{path}: not a model folder ({reason})") from e
     found = memory(config, 0, tokens, 0, world(), offload)
-    need, host = sum(found["training"].values()), sum(found["host"].values())
-    if need > 0.92 * card:
-        other = "a smaller --budget" if offload else "torchrun with more cards, --offload"
-        each = f"{need / 1e9:.0f} GB of each card, which has {card / 1e9:.0f}"
-        raise UserError(f"{path}: training needs {each}; mend it by {other}")
+    for stage, mend in (
+        ("training", "a smaller --budget" if offload else "torchrun with more cards, --offload"),
+        ("loading to train", "cards of more memory"),
+    ):
+        need = sum(found[stage].values())
+        if need > 0.92 * card:
+            each = f"{need / 1e9:.0f} GB of each card, which has {card / 1e9:.0f}"
+            raise UserError(f"{path}: {stage} needs {each}; mend it by {mend}")
+    host = sum(found["host"].values())
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if host > have:
-        wrong = f"--offload needs {host / 1e9:.0f} GB of the host's memory, which has"
-        raise UserError(f"{path}: {wrong} {have / 1e9:.0f}; mend it by torchrun with more cards")
+        wrong = f"training needs {host / 1e9:.0f} GB of the host's memory, which has"
+        mend = "torchrun with more cards" if offload else "fewer cards"
+        raise UserError(f"{path}: {wrong} {have / 1e9:.0f}; mend it by {mend}")
 
 
 def print_memory(arguments: list[str]):
@@ -1272,12 +1290,13 @@ def print_memory(arguments: list[str]):
             if not parts or (offload and stage in ("sampling", "disk")):
                 continue
             total = sum(parts.values()) / 1e9
-            title = f"{stage}, --offload" if offload and stage == "training" else stage
+            title = f"{stage}, --offload" if offload else stage
             listed = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items())
             verdict = ""
-            if stage in ("sampling", "training"):
+            if stage not in ("host", "disk"):
                 fits = total < 0.92 * s.memory  # the rest: kernels, fragments
                 help = {"sampling": "--batch is lowered to what fits"}
+                help["loading to train"] = "cards of more memory"
                 help["training"] = "more cards, --offload, or a smaller --budget"
                 verdict = " fits" if fits else f" does not fit: {help[stage]}"
             print(f"  {title}: {total:.1f}{verdict} ({listed})")

@@ -21,6 +21,7 @@ right).
 import argparse
 import ast
 import base64
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -474,8 +475,9 @@ def main(stage, settings_class, doc: str):
     except ConnectionError as e:  # of a server
         code, line = 1, f"error: {e}; nothing is lost, the same command goes on"
     except OSError as e:
+        room = "make room, " if e.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         where = e.filename or settings.out
-        code, line = 1, f"error: {where}: {e.strerror}; make room, the same command goes on"
+        code, line = 1, f"error: {where}: {e.strerror or e}; {room}the same command goes on"
     except KeyboardInterrupt:
         again = shlex.join(a for a in sys.argv if a != "--force")
         code, line = 130, f"stopped; to go on: python {again}"

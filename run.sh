@@ -46,17 +46,20 @@ LAUNCH=${LAUNCH-stage} # what starts the training stages
 PORT=${PORT-8000} # of the server that ENGINE starts
 
 # Python needs 6 seconds to import torch and transformers, and many a stage of the embedded model works for one or two.
-# So one process imports them, and every stage is a fork of it. (With a GPU or on a Mac, which do not bear a fork, a stage
-# is a process of its own.) It reads commands, a line with the number of their words and then a line a word, and answers
-# each with its exit code.
+# So one process imports them and forks for every stage. (With a GPU or on a Mac, which do not bear a fork, a stage is a
+# process of its own, as with LAUNCH.) It reads commands, a line with the number of their words and then a line a word,
+# and answers each with its exit code. Ctrl-C, to which bash makes a process behind it deaf, ends it after the stage.
 serve_stages='
-import os, runpy, subprocess, sys
+import os, runpy, signal, subprocess, sys
+
+stopped = []
+signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
 import matplotlib.figure, torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 codes = os.fdopen(3, "w")
 forks = sys.platform == "linux" and not torch.cuda.is_available()
-while words := sys.stdin.readline():
+while not stopped and (words := sys.stdin.readline()):
     command = [sys.stdin.readline().rstrip("\n") for _ in range(int(words))]
     if not forks:
         code = subprocess.run([sys.executable, *command], stdin=subprocess.DEVNULL).returncode
@@ -64,6 +67,10 @@ while words := sys.stdin.readline():
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     else:
         codes.close()
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if stopped:
+            raise KeyboardInterrupt
         sys.argv = command
         runpy.run_path(command[0], run_name="__main__")
         sys.exit()
@@ -79,17 +86,21 @@ rm -r "$pipes"
 stage() {
   local code
   printf '%s\n' $# "$@" >&4
-  read -r code <&5
+  read -r code <&5 || code=1
+  if [ "$code" -gt 128 ] && [ "$code" != 130 ]; then
+    echo "error: run.sh: signal $((code - 128)) ended $1 (9: perhaps for want of memory); the same command goes on" >&2
+  fi
   return "$code"
 }
-trap 'read -r -t 5 <&5 || true; exit 130' INT # Ctrl-C reaches the stage too: wait for what it says last
+# On Ctrl-C, which the stage gets too, wait for what it says last.
+trap 'exec 4>&-; read -r <&5 || true; exit 130' INT
 
 # Start a server of model $1 and wait until it answers, if ENGINE is set.
 start_engine() {
   if [ -z "${ENGINE-}" ]; then return; fi
   SERVER=http://127.0.0.1:$PORT
   mkdir -p "$RUN"
-  $ENGINE "$1" --port "$PORT" > "$RUN/engine.log" 2>&1 &
+  $ENGINE "$1" --port "$PORT" > "$RUN/engine.log" 2>&1 4>&- 5<&- &
   engine=$!
   trap 'kill $engine 2> /dev/null || true' EXIT
   until python -c "import urllib.request as r; r.urlopen('$SERVER/v1/models')" 2> /dev/null; do

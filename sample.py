@@ -166,12 +166,17 @@ class CacheView:
         return out.reshape(query.shape)
 
 
+def free_memory() -> int:
+    """Bytes of the GPU that nothing uses, those that torch has set aside included."""
+    free, _ = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
 def rows_that_fit(lm: LM, columns: int, wanted: int) -> int:
     """How many rows of the key/value cache to decode at once: `wanted`, or as many as fit."""
     if lm.device != "cuda":
         return wanted
-    free, _ = torch.cuda.mem_get_info()
-    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    free = free_memory()
     each = row_bytes(lm.config, columns, lm.head.element_size())
     logits = 20 * lm.config.vocab_size  # of a row in float32; probabilities and sums in float64
     fit = int(0.8 * free / (each + logits)) // 16 * 16
@@ -182,6 +187,14 @@ def rows_that_fit(lm: LM, columns: int, wanted: int) -> int:
 
 
 # ------------------------------------------------------------ continuations of trees' states
+
+
+def prefixes_fit(lm: LM, trees: list[Tree]) -> bool:
+    """Do the trees' Prefixes take at most half of the memory? The rest is for the rows."""
+    if lm.device != "cuda":
+        return True
+    tokens = sum(len(ids) for tree in trees for ids in tree.ids)
+    return tokens * row_bytes(lm.config, 1, lm.head.element_size()) <= free_memory() / 2
 
 
 class Prefixes:
@@ -195,6 +208,10 @@ class Prefixes:
         self.path, self.tokens = {}, 0
         hidden, layers_of_packs = [], []
         for pack in pack_trees(trees, budget, align=BLOCK):
+            longest = int(pack.pos.max()) + 1
+            if longest > lm.max_length:
+                wrong = f"a prompt or prefix has {longest} tokens, the context is {lm.max_length}"
+                raise UserError(f"{lm.path}: {wrong}; leave long problems out")
             view = TreeView(pack, lm.device, remember=True)
             hidden.append(pack_hidden(lm, pack, view))
             layers_of_packs.append(view.layers)
@@ -264,7 +281,10 @@ class Slots:
         self.room[free] = numbers([self.rows[r][3] for r in seated])
         self.length[free] = numbers([len(path) for path in paths])
         last = numbers([path[-1] for path in paths])
-        self.write(free, _at_least_16(self.lm.logits, self.prefixes.hidden[last]))
+        logits = _at_least_16(self.lm.logits, self.prefixes.hidden[last])
+        if logits.isnan().any():
+            raise UserError(f"{self.lm.path}: a logit is no number; train it anew")
+        self.write(free, logits)
 
     def write(self, slot, logits):
         """Draw the next token of these slots and write it down where the row is alive."""
@@ -418,6 +438,10 @@ class Fault(Exception):
     """A server's answer that cannot be used, for a reason that may pass."""
 
 
+class NoTokenIds(Fault):
+    """What a server says that cannot return token ids."""
+
+
 class Server:
     """Draws by OpenAI-compatible servers that take and return token ids (vLLM, SGLang).
 
@@ -449,12 +473,11 @@ class Server:
         """Refuse a server that serves another model, or gives no token ids."""
         try:
             self._name_of_model(url)
-        except (OSError, http.client.HTTPException, ValueError, LookupError, Fault) as e:
-            raise ConnectionError(f"{url}: no list of models ({e}); is the server up?") from e
-        try:
             self._complete(url, [self.lm.eos[0]], 1, 1, 0.0)
-        except Fault as e:
+        except NoTokenIds as e:
             raise UserError(f"{url}: {e}; a server that returns token ids is needed") from e
+        except (OSError, http.client.HTTPException, ValueError, LookupError, Fault) as e:
+            raise ConnectionError(f"{url}: {e}; is the server up?") from e
 
     def _name_of_model(self, url: str) -> str:
         """What the server calls the actor: it is known by its path, or by its weights' fingerprint."""
@@ -503,7 +526,7 @@ class Server:
             ids, echoed = choice.get("token_ids"), choice.get("prompt_token_ids")
             echoed = answer.get("prompt_token_ids") if echoed is None else echoed
             if not isinstance(ids, list) or not isinstance(echoed, list):
-                raise Fault("its answers have no token ids")
+                raise NoTokenIds("its answers have no token ids")
             if echoed != prompt:
                 raise Fault("it answered another prompt than it was sent")
             if choice.get("finish_reason") == "stop" and not (ids and ids[-1] in self.lm.eos):

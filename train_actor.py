@@ -43,7 +43,7 @@ from model import (
     UserError,
     fit,
     flag,
-    gathered,
+    from_all,
     join,
     own_share,
     pack_trees,
@@ -198,7 +198,7 @@ def reference_logprobs(lm: LM, records: list[dict], lines: list[dict], budget: i
     for pack, is_used in own_share(pack_trees(trees, budget, align=BLOCK)):
         logp = step_logprobs(lm, pack).tolist()
         found += zip(pack.owner, logp) if is_used else ()
-    for (t, v), logp in gathered(found):
+    for (t, v), logp in from_all(found):
         if not math.isfinite(logp):
             raise UserError(f"{lm.path}: log-prob is {logp} in problem {records[t]['id']}")
         actions[t][v]["logp_ref"] = logp

@@ -42,7 +42,7 @@ from model import (
     UserError,
     fit,
     flag,
-    gathered,
+    from_all,
     join,
     own_share,
     pack_hidden,
@@ -110,7 +110,7 @@ def tree_values(lm: LM, head, records: list[dict], retokenise: bool, budget: int
     for pack, is_used in own_share(pack_trees(trees, budget)):
         value = torch.sigmoid(step_values(lm, head, pack)).tolist()
         found += zip(pack.owner, value) if is_used else ()
-    for (t, v), value in gathered(found):
+    for (t, v), value in from_all(found):
         if not np.isfinite(value):
             wrong = f"V is {value} in problem {records[t]['id']}"
             raise UserError(f"{lm.path}: {wrong}; train it anew")

@@ -1,6 +1,8 @@
 """Every kernel against its slow, obvious twin: float64, loops, one forward a pair, Hugging Face's own attention."""
 
+import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -529,7 +531,7 @@ def test_the_memory_command(build, capsys):
     path = build(hf.LlamaConfig, {"num_key_value_heads": 2}, BIGGER)
     model.print_memory([str(path), "--cards", "8", "--memory", "80"])
     out = capsys.readouterr().out
-    assert out.count(" fits (") == 3 and "does not fit" not in out
+    assert out.count(" fits (") == 5 and "does not fit" not in out
     model.print_memory([str(path), "--memory", "0.001"])
     assert "does not fit: more cards, --offload, or a smaller --budget" in capsys.readouterr().out
     model.require_memory(path, 8192, False)  # no card, no refusal
@@ -538,6 +540,8 @@ def test_the_memory_command(build, capsys):
         model.require_memory(path, 8192, False, 1e6)
     with pytest.raises(UserError, match="--budget"):
         model.require_memory(path, 8192, True, 1e6)
+    with pytest.raises(UserError, match="no/such: not a model folder"):
+        model.require_memory("no/such", 8192, False, 80e9)
 
 
 @pytest.mark.parametrize("name", ["llama, GQA, tied", "qwen2, MQA, biases"])
@@ -960,10 +964,31 @@ def test_auc_counts_ties_as_half(monkeypatch, rng):
     assert found["auc"] == pytest.approx(above / total)
 
 
+GPT2 = (hf.GPT2Config, {}, {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256})
+
+
+def test_layers_are_found_whatever_a_model_calls_them(build, models):
+    for path in (models("llama, GQA, tied"), build(*GPT2)):
+        lm = LM(path, device="cpu")
+        assert len(model.decoder_layers(lm.model)) == lm.config.num_hidden_layers
+        model.require_memory(path, 8192, False, 80e9)
+
+
+def test_an_eos_of_id_0_is_one(build, tmp_path):
+    """generation_config.json says where responses end, also where it says 0."""
+    shutil.copytree(build(hf.LlamaConfig, {"num_key_value_heads": 2}), tmp_path / "m")
+    file = tmp_path / "m" / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 0}))
+    words = hf.AutoTokenizer.from_pretrained(tmp_path / "m")
+    words.eos_token = words.convert_ids_to_tokens(5)
+    words.save_pretrained(tmp_path / "m")
+    assert LM(tmp_path / "m", device="cpu").eos == [0]
+
+
 def test_dropout_is_off_in_training(build):
     """A policy that flips coins has no log-ratio of exactly 0 at step 0."""
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "resid_pdrop": 0.3}
-    lm = LM(build(hf.GPT2Config, {}, sizes), train=True, device="cpu")
+    kind, fields, sizes = GPT2
+    lm = LM(build(kind, fields, sizes | {"resid_pdrop": 0.3}), train=True, device="cpu")
     (pack,) = pack_trees(forest(100)[:2], 9999)
     assert torch.equal(step_logprobs(lm, pack), step_logprobs(lm, pack))
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -232,26 +233,31 @@ def test_text_and_colours_of_pictures():
 # ---------------------------------------------------------------- run.sh
 
 
-def run_sh(tmp_path, stage="print('CALL', *sys.argv)", gpu=False, **variables) -> list[list[str]]:
-    """The commands of a copy of run.sh, whose stages only say what they were asked to do.
+def copy_of_run_sh(tmp_path, stage="print('CALL', *sys.argv)", gpu=False) -> dict:
+    """run.sh beside stages that only say what they were asked to do -> arguments of subprocess.
 
-    Empty modules stand for the libraries that it imports before the first stage.
+    Empty modules stand for the libraries that run.sh imports before the first stage.
     """
-    folder = tmp_path / "copy"
+    folder, python = tmp_path / "copy", tmp_path / "bin" / "python"
     (folder / "matplotlib").mkdir(parents=True, exist_ok=True)
     (folder / "matplotlib" / "figure.py").touch()
     (folder / "torch.py").write_text(f"class cuda:\n    is_available = lambda: {gpu}\n")
     (folder / "transformers.py").write_text("AutoTokenizer = LlamaForCausalLM = None\n")
     shutil.copy(ROOT / "run.sh", folder)
     for script in ("prepare", "sample", "label_steps", "train_critic", "train_actor", "evaluate"):
-        (folder / f"{script}.py").write_text(f"import os, sys\n{stage}\n")
-    python = tmp_path / "bin" / "python"
+        (folder / f"{script}.py").write_text(f"import os, signal, sys\n{stage}\n")
     if not python.exists():
         python.parent.mkdir()
         python.symlink_to(sys.executable)
     env = {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", "RUN": f"{tmp_path}/run"}
-    done = subprocess.run(["bash", folder / "run.sh"], env=env | variables, capture_output=True,
-                          text=True, check=True)  # fmt: skip
+    return {"args": ["bash", folder / "run.sh"], "env": env, "text": True}
+
+
+def run_sh(tmp_path, *copied, **variables) -> list[list[str]]:
+    """The commands that run.sh starts."""
+    how = copy_of_run_sh(tmp_path, *copied)
+    how["env"] |= variables
+    done = subprocess.run(**how, capture_output=True, check=True)
     assert done.stderr == ""
     return [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("CALL")]
 
@@ -298,12 +304,13 @@ def test_run_sh_has_the_papers_settings_but_for_the_demo(tmp_path):
 
 def test_run_sh_forks_its_stages_and_ends_with_the_first_that_fails(tmp_path):
     (tmp_path / "run" / "base").mkdir(parents=True)
-    who = "print('CALL', os.getppid(), os.getpid(), *sys.argv)"
+    who = "print('CALL', os.getppid(), os.getpid(), sys.orig_argv[1], *sys.argv)"
     calls = run_sh(tmp_path, who, RUN=f"{tmp_path}/a b", PREPARE="--tests 'x", BASE="b")
-    parents, stages = {call[0] for call in calls}, {call[1] for call in calls}
-    assert len(parents) == 1 and len(stages) == len(calls) == 8
+    parents, stages, started = {c[0] for c in calls}, {c[1] for c in calls}, {c[2] for c in calls}
+    assert len(parents) == 1 and len(stages) == len(calls) == 8 and started == {"-c"}
     assert "--tests 'x" in " ".join(calls[0]) and f"--out {tmp_path}/a b" in " ".join(calls[0])
-    assert not parents & {call[1] for call in run_sh(tmp_path, who, gpu=True)}
+    for _, _, started, script, *_ in run_sh(tmp_path, who, True):
+        assert started == script
     for ending, code in (
         ("sys.exit(2)", 2),
         ("os.kill(os.getpid(), 9)", 137),
@@ -314,6 +321,23 @@ def test_run_sh_forks_its_stages_and_ends_with_the_first_that_fails(tmp_path):
                 run_sh(tmp_path, f"print('CALL', flush=True); {ending}", gpu)
             assert stopped.value.returncode == code
             assert stopped.value.stdout.count("CALL") == 1
+            said = "error: run.sh: signal 9 ended prepare.py" in stopped.value.stderr
+            assert said == (code == 137)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_run_sh_waits_for_the_stage_that_ctrl_c_stops(tmp_path, gpu):
+    stage = "try:\n    print('CALL', flush=True)\n    signal.pause()\nexcept KeyboardInterrupt:\n"
+    stage += "    print('last words', file=sys.stderr)\n    sys.exit(130)"
+    how = copy_of_run_sh(tmp_path, stage, gpu)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(**how, **pipes, start_new_session=True) as running:
+        for line in running.stdout:
+            if line == "CALL\n":
+                break
+        os.killpg(running.pid, signal.SIGINT)  # as a terminal does
+        out, err = running.communicate()  # until nothing of it lives that could write
+    assert running.returncode == 130 and err == "last words\n" and "CALL" not in out
 
 
 def test_no_library_draws_bars_while_models_are_saved_and_loaded(folder, tmp_path):

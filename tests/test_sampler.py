@@ -313,3 +313,23 @@ def test_more_than_the_context_is_refused(peaked):
     for row in [(0, 1, 1, 9), (0, 0, 1, 29)]:
         with pytest.raises(UserError, match=r"129.*128"):
             draw_rows(peaked, prefixes, [(0, 0, 1, 2), row])
+
+
+def test_a_prompt_longer_than_learned_positions_is_refused(folder, tmp_path):
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64}
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    made = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=len(tokenizer), **sizes, **ends))
+    made.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    lm, tree = LM(tmp_path, device="cpu"), Tree([[5] * 100], [-1], [True])
+    with pytest.raises(UserError, match=r"100.*64"):
+        sample.draw(lm, [tree], [(0, 0, 1, 4)])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_logit_that_is_no_number_is_refused(peaked, temperature, monkeypatch):
+    broken = lambda hidden: torch.full((len(hidden), peaked.config.vocab_size), torch.nan)
+    monkeypatch.setattr(peaked, "logits", broken)
+    with pytest.raises(UserError, match="no number"):
+        sample.draw(peaked, [Tree([[5, 6]], [-1], [True])], [(0, 0, 1, 4)], temperature)

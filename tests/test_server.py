@@ -268,6 +268,14 @@ def test_a_server_that_is_not_there(work, capsys):
     assert code == 1 and "is the server up" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("fault", ["500", "hangs"])
+def test_a_fault_of_the_first_answer_may_pass(fault, work, capsys):
+    with serving(Stub(LM("tiny"), "tiny", always=fault)) as url:
+        code, err = run(sample, f"{toy.SAMPLE} --server {url}", capsys)
+    assert code == 1 and "is the server up" in err and "same command" in err
+    assert err.count("\n") == 1
+
+
 def test_a_prompt_that_a_server_refuses_is_said_at_once(work):
     class Refuses(Handler):
         def do_POST(self):

@@ -4,6 +4,7 @@ import json
 import random
 import sys
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -423,6 +424,24 @@ def test_samples_of_the_stage(labelled):
             assert r["reward"] <= right
             seen.update(right=r["reward"], cut=not r["finished"], steps=len(r["ends"]) > 2)
     assert min(seen["right"], seen["cut"], seen["steps"]) > 3, seen
+
+
+def test_a_card_with_less_memory_makes_the_same_trees(labelled, monkeypatch):
+    """Problems are labelled a few at a time where the keys and values of all are too many."""
+    run, sizes = Path(labelled[0].path).parent, []
+
+    def fit(lm, trees):
+        sizes.append(len(trees))
+        return len(trees) <= 8
+
+    monkeypatch.setattr(label_steps, "prefixes_fit", fit)
+    monkeypatch.setattr(sys, "argv", ["label_steps.py"])
+    where = {"actor": str(run / "base"), "problems": str(run / "train.jsonl"), "max_new": 10}
+    few = run / "few.jsonl"
+    where |= {"samples": str(run / "samples.jsonl"), "out": str(few)}
+    label_steps.stage(label_steps.Settings(**where, m=6))
+    assert few.read_bytes() == (run / "trees.jsonl").read_bytes()
+    assert max(sizes) > 8 and sum(size <= 8 for size in sizes) > 1
 
 
 def test_trees_of_the_stage(labelled):
