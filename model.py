@@ -1241,6 +1241,14 @@ def memory(config, columns: int, tokens: int, rows: int, cards: int, offload: bo
     return parts | {"host": host, "disk": disk}
 
 
+def config_of(path: str):
+    try:
+        return transformers.AutoConfig.from_pretrained(path)
+    except Exception as e:
+        reason = str(e).strip().split("\n")[0]
+        raise UserError(f"{path}: not a model folder ({reason})") from e
+
+
 def require_memory(path: str, tokens: int, offload: bool, card: float | None = None):
     """Refuse training that cannot fit, before anything is loaded. card: bytes of one, by default
     this machine's; without one nothing is refused."""
@@ -1248,11 +1256,7 @@ def require_memory(path: str, tokens: int, offload: bool, card: float | None = N
         card = torch.cuda.mem_get_info()[1]
     if card is None:
         return
-    try:
-        config = transformers.AutoConfig.from_pretrained(path)
-    except Exception as e:
-        reason = str(e).strip().split("\n")[0]
-        raise UserError(f"{path}: not a model folder ({reason})") from e
+    config = config_of(path)
     found = memory(config, 0, tokens, 0, world(), offload)
     for stage, mend in (
         ("training", "a smaller --budget" if offload else "torchrun with more cards, --offload"),
@@ -1282,7 +1286,7 @@ def print_memory(arguments: list[str]):
     parser.add_argument("--tokens", type=int, default=8192, help="of a pack, --budget")
     parser.add_argument("--rows", type=int, default=256, help="decoded at once, --batch")
     s = parser.parse_args(arguments)
-    config = transformers.AutoConfig.from_pretrained(s.model)
+    config = config_of(s.model)
     print(f"{s.model}, GB on each of {s.cards} card(s) of {s.memory:.0f} GB")
     for offload in (False, True):
         found = memory(config, s.columns, s.tokens, s.rows, s.cards, offload)
@@ -1303,4 +1307,8 @@ def print_memory(arguments: list[str]):
 
 
 if __name__ == "__main__":
-    print_memory(sys.argv[1:])
+    try:
+        print_memory(sys.argv[1:])
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

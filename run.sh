@@ -8,14 +8,19 @@
 #   RUN=runs/gsm8k BASE=path/or/hub-id TRAIN=gsm8k:train.jsonl TEST=gsm8k:test.jsonl bash run.sh
 #                                                     # your model and data, with the paper's settings
 #
-# Each stage has a variable for its flags (SAMPLE, LABEL, CRITIC, ACTOR, EVALUATE, and LENGTH for all that draw); a stage
-# without one keeps its own defaults, the paper's. Started again, the run goes on where it stopped.
+# Each stage has a variable for its flags (PREPARE, SAMPLE, LABEL, CRITIC, ACTOR, EVALUATE, and LENGTH for all that draw);
+# a stage without one keeps its own defaults, the paper's. ITERATIONS: how many; PROBLEMS: new ones in each; REPLAY: the
+# critic goes on learning on the trees of so many iterations. Started again, the run goes on where it stopped.
 # A GPU box:  LAUNCH="torchrun --nproc-per-node 8" trains on eight cards; ENGINE="vllm serve" starts a server with each
 # actor for sampling, labelling and evaluation, and ends it before training; SERVER=http://... uses one that is there.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 SEED=${SEED-0}
+if [ -n "${RECIPE-}" ] && { [ "$RECIPE" != paper ] || [ -n "${BASE-}${TRAIN-}" ]; }; then
+  echo "error: run.sh: RECIPE=$RECIPE; wanted paper, or none; with your model or data every default is the paper's" >&2
+  exit 2
+fi
 if [ -z "${BASE-}${TRAIN-}" ]; then # what the embedded model of 0.5M parameters needs instead of the paper's settings
   RUN=${RUN-runs/demo}
   LENGTH=${LENGTH-"--max_new 64"}
@@ -40,7 +45,7 @@ fi
 RUN=${RUN-runs/own}
 ITERATIONS=${ITERATIONS-1}
 PROBLEMS=${PROBLEMS-0} # 0: all of them in each iteration
-REPLAY=${REPLAY-1}     # the critic goes on learning on the trees of so many iterations, the newest last
+REPLAY=${REPLAY-1}
 LENGTH=${LENGTH-}
 LAUNCH=${LAUNCH-stage} # what starts the training stages
 PORT=${PORT-8000} # of the server that ENGINE starts

@@ -225,9 +225,10 @@ def calibration(v: np.ndarray, mc: np.ndarray) -> tuple[float, list[dict]]:
     return float(error / len(v)), bins
 
 
-def siblings(records: list[dict], value: list[list[float]]) -> tuple[float, int]:
+def siblings(records: list[dict], value: list[list[float]]) -> tuple[float | None, int]:
     """Of the pairs of actions of one state whose MC differ by at least 0.5, the share that V (at an
-    end: the reward) puts in the right order, a tie being half; and how many pairs. 0.5 is chance.
+    end: the reward) puts in the right order, a tie being half; and how many pairs. 0.5 is chance,
+    None: there is no pair.
 
     Only actions with n >= 4 count, or ends. MC 1, .75, .25 and V .9, .4, .5: pairs (1, .25) right,
     (.75, .25) wrong -> (0.5, 2)
@@ -243,7 +244,7 @@ def siblings(records: list[dict], value: list[list[float]]) -> tuple[float, int]
                 if abs(mc - other_mc) >= 0.5:
                     pairs += 1
                     right += 0.5 if v == other_v else (mc > other_mc) == (v > other_v)
-    return float(right / max(1, pairs)), pairs
+    return right / pairs if pairs else None, pairs
 
 
 def measure(lm, head, records: list[dict], retokenise: bool, budget: int, constant: float) -> dict:
@@ -318,7 +319,7 @@ def stage(s: Settings):
     out.start()
     train(lm, head, training, retokenise, s, out.work)
     metrics = measure(lm, head, testing, retokenise, s.budget, wins / n)
-    print(json.dumps({k: round(v, 4) for k, v in metrics.items() if k != "bins"}))
+    print(json.dumps({k: v and round(v, 4) for k, v in metrics.items() if k != "bins"}))
 
     def write(folder):
         lm.save(folder)

@@ -13,7 +13,7 @@ test problem, for paired tests. The prefixes of completions are prefilled once a
 
 Levels (the base models share one clean model a level; the seed fixes their misreadings, the problems and all draws):
     short    2 to 4 relations, one wording: the demo        worded   6 relations, each line in one of 32 wordings
-    code     functions of 2 to 4 operations                 sparse   as worded, but the base is right in 2 % of its draws
+    code     functions of 2 to 4 operations                 sparse   as worded, but the base is right in 1 % of its draws
 Methods, each in iterations by the stages that users run, but for the two online ones:
     dapo        run.sh's recipe: the samples are whole trees, the likelihood of right steps stands beside eq. 12
     labels      the same with two completions of every state
@@ -365,7 +365,9 @@ def plot(path: Path):
             seeds = found.get((level, method))
             if not seeds:
                 continue
-            every = [points[1:] for points in seeds.values()]  # without the base
+            every = []
+            for points in seeds.values():  # without the base, which has drawn nothing
+                every.append([point for point in points if point[0] > 1])
             tokens, middle, low, high = [], [], [], []
             for i in range(max(map(len, every))):
                 here = [points[i] for points in every if len(points) > i]

@@ -171,7 +171,8 @@ def main(args):
         greedy, rights = evaluate(LM(trained / "actor"), test, max_new)
         line = {"row": name, "seed": args.seed, "greedy": round(greedy, 4)}
         line |= {"t1": round(sum(rights) / 4 / len(test), 4), "tokens": tokens}
-        line |= {k: round(measured[k], 3) for k in ("correlation", "siblings")}
+        for key in ("correlation", "siblings"):  # None: there was no pair of siblings
+            line[key] = None if measured[key] is None else round(measured[key], 3)
         with out.open("a") as f:
             f.write(json.dumps(line) + "\n")
         print(line, flush=True)
@@ -231,9 +232,10 @@ def table(path: Path):
     for line in read_rows(path):
         rows.setdefault(line["row"], []).append(line)
     print(
-        "| one thing changed | seeds | tokens | greedy | T = 1 | against the first row | critic: correlation, siblings |"
+        "| one thing changed | seeds | tokens | greedy | T = 1 | points more than the first row, by seed "
+        "| critic's correlation | siblings |"
     )
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| --- " * 8 + "|")
     first = {line["seed"]: line["t1"] for line in rows["the paper's recipe"]}
     for name, lines in rows.items():
         cells = [name, str(len(lines)), f"{np.mean([line['tokens'] for line in lines]):,.0f}"]
@@ -241,14 +243,9 @@ def table(path: Path):
             cells.append(mean_sd([line[key] for line in lines], 100, 1))
         gains = [100 * (line["t1"] - first[line["seed"]]) for line in lines]
         cells.append(", ".join(f"{gain:+.1f}" for gain in gains))
-        known = [line for line in lines if "correlation" in line]
-        cells.append(
-            ", ".join(
-                f"{np.mean([line[k] for line in known]):.2f}" for k in ("correlation", "siblings")
-            )
-            if known
-            else ""
-        )
+        for name in ("correlation", "siblings"):
+            known = [line[name] for line in lines if line.get(name) is not None]
+            cells.append(f"{np.mean(known):.2f}" if known else "")
         print(f"| {' | '.join(cells)} |")
 
 

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -965,6 +966,24 @@ def test_auc_counts_ties_as_half(monkeypatch, rng):
 
 
 GPT2 = (hf.GPT2Config, {}, {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256})
+
+
+def test_the_critic_s_numbers_by_hand():
+    """The worked numbers of the docstrings."""
+    array = np.array
+    assert train_critic.auc(array([0.9, 0.2]), array([1, 0])) == 1
+    assert train_critic.auc(array([0.9, 0.5, 0.5]), array([0, 1, 0])) == 0.25
+    error, bins = train_critic.calibration(array([0.91, 0.95, 0.2]), array([1, 0.8, 0.1]))
+    assert error == pytest.approx(0.16 / 3) and [b["states"] for b in bins] == [1, 2]
+    assert bins[1] == pytest.approx({"states": 2, "value": 0.93, "mc": 0.9})
+    wins, value = [0, 4, 3, 1], [0.5, 0.9, 0.4, 0.5]
+    nodes = [{"parent": 0, "reward": None, "n": 4, "wins": w} for w in wins]
+    assert train_critic.siblings([{"nodes": nodes}], [value]) == (0.5, 2)
+    assert train_critic.siblings([{"nodes": nodes[:2]}], [value]) == (None, 0)
+    ends = [nodes[0], nodes[1] | {"reward": 1, "n": 1, "wins": 1}, nodes[3] | {"n": 3}]
+    assert train_critic.siblings([{"nodes": ends}], [value]) == (None, 0)  # 3 draws are too few
+    ends[2] |= {"n": 4}
+    assert train_critic.siblings([{"nodes": ends}], [[0.5, 1.0, 1.0]]) == (0.5, 1)  # a tie is half
 
 
 def test_layers_are_found_whatever_a_model_calls_them(build, models):

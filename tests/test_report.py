@@ -300,6 +300,10 @@ def test_run_sh_has_the_papers_settings_but_for_the_demo(tmp_path):
     with pytest.raises(subprocess.CalledProcessError) as stopped:
         run_sh(tmp_path, TRAIN="math:a", TEST="math500:b")
     assert stopped.value.returncode == 2 and "give BASE" in stopped.value.stderr
+    for variables in ({"RECIPE": "papr"}, {"RECIPE": "paper", "BASE": "model"}):
+        with pytest.raises(subprocess.CalledProcessError) as stopped:
+            run_sh(tmp_path, **variables)
+        assert stopped.value.returncode == 2 and "wanted paper" in stopped.value.stderr
 
 
 def test_run_sh_forks_its_stages_and_ends_with_the_first_that_fails(tmp_path):
