@@ -205,7 +205,8 @@ NO_UNIT = (
 # What may stand before a value: x=, f(x)=, (x,y)= or x\in
 NAME = r"(?:[A-Za-z](?:\([a-z]\))?|\([a-z](?:,[a-z])+\))(?:=|\\in(?![a-z]) ?)(?!.*[=<>])"
 # Of rule 5; a hyphen within a word is no minus, and math-verify would read on after "answer" only.
-LITERAL = r"-?\d[\dA-Z.]*_\w+|(?:[A-Za-z' .]|(?<=[a-z]{2})-(?=[a-z]{2}))+|.*(?:\d:\d|(?<!_)\d \d|(?i:answer)).*"
+LITERAL = r"-?[\dA-F.]*\d[\dA-F.]*_\w+|(?:[A-Za-z' .]|(?<=[a-z]{2})-(?=[a-z]{2}))+|.*(?:\d:\d|(?<!_)\d \d|(?i:answer)).*"
+HUNDREDS = r"[1-9]\d\d(?!\d)"
 TEXT = r"\\(?:text\w*|mbox|mathrm|mathbf)\s*\{"
 # What `normalise` rewrites, in this order: (pattern, replacement). tests/test_math_grader.py has a
 # before and an after for each row.
@@ -214,13 +215,14 @@ REWRITES = [
     (r"(?<!\\)\\[()\[\]]|\\(?:displaystyle|left|right)(?![a-zA-Z])|^\s*(?:=|\\approx)", ""),
     # Dollars: "$18" is money and is marked so, "$18$" is mathematics.
     (r"^(-?)\$(?=[\d.,]+$)", r"\1\\$"),
+    (r"(?<!\\)\$\s*,\s*\$", ", "),
     (r"(?<!\\)\$", ""),
     # Thin spaces and braces between thousands: 10{,}000, 10,\!000 and 10\,000.
     (r"(?:\{,\}|,\s*\\!\s*|(?<=\d)\\,)(?=\d{3})|\\!", ""),
     # Spacing commands.
     (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-z])", " "),
-    # Lists: "and", "or" and semicolons are commas.
-    (rf",?\s*(?:{TEXT}[\s,]*(?:and|or)\s*\}}|\b(?:and|or)\b)\s*,?|;", ","),
+    # Lists: "and", "or" and semicolons are commas; a space after them says: none between thousands.
+    (rf",?\s*(?:{TEXT}[\s,]*(?:and|or)\s*\}}|\b(?:and|or)\b)\s*,?|;|,\s+(?={HUNDREDS})", ", "),
     # Text and units: ASDiv's "9 (apples)", \text{cm}; money, percent and degrees are units too.
     (r"(?<=\d) +\( *([A-Za-z][A-Za-z' /.-]*)\)$", r"\\text{\1}"),
     (rf"{TEXT}([^{{}}]*)\}}", lambda m: f" {UNITS.get(m[1].strip(), m[1])} "),
@@ -238,12 +240,12 @@ REWRITES = [
     (r"(\d)[eE]([+-]?\d+)(?!\w)", r"\1\\cdot 10^{\2}"),
     # Minerva's np.arcsin(10/13); the base of a number.
     (r"\bnp\.", r"\\"),
-    (r"_\{(\w+)\}", r"_\1"),
+    (r"\b([\dA-F]*\d[\dA-F]*) ?_\{(\w+)\}", r"\1_\2"),
     # Commas between thousands.
     (r"^-?\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", "")),
     # White space where nothing needs it, and what ends a sentence.
     (r"\s+", " "),
-    (r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])|[.,]+$", ""),
+    (rf"(?<![A-Za-z0-9,]) |(?<=,) (?!{HUNDREDS})| (?![A-Za-z0-9])|[.,]+$", ""),
     # The letter of a choice; words in any case.
     (r"^\(([A-Z])\)$", r"\1"),
     (r"^[A-Za-z' .-]{2,}$", lambda m: m[0].casefold()),
@@ -314,7 +316,7 @@ def split_parts(answer: str) -> tuple[str, list[str]]:
         plain = kind or outer[1] == r"\{" or (outer[1] == "(" and len(parts) == 1)
         return (kind if plain else outer[1] + outer[3]), parts
     cuts = [-1, *(i for i, c in enumerate(answer) if c == "," and depth[i] == 0), len(answer)]
-    parts = [answer[i + 1 : j] for i, j in pairwise(cuts)]
+    parts = [answer[i + 1 : j].strip() for i, j in pairwise(cuts)]
     return "", [p for part in parts for p in sorted({part.replace(r"\pm", s) for s in "+-"})]
 
 
@@ -363,6 +365,9 @@ class MathVerifier:
             worker.stdout.readline()  # "ready"; starting is not the answer's time
             self.worker = worker
         exact = [re.sub(r"(\d*)\.(\d+)", as_fraction, side) for side in (gold, answer)]
+        # i is an index beside "_", else the imaginary unit, of which math-verify makes two symbols.
+        i = r"(?<![a-zA-Z\\])i(?![a-zA-Z])"
+        exact = [side if "_" in side else re.sub(i, " I ", side) for side in exact]
         began = time.monotonic()
         verdict, _ = self.worker.ask(exact, self.left_s)
         self.left_s -= time.monotonic() - began
