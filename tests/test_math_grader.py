@@ -239,6 +239,16 @@ def test_a_slow_answer_is_timed_out_and_the_next_is_graded():
     many = ", ".join(["9^{9^{9^9}}"] * 20)
     assert grade_math(", ".join("1" * 20), f"#### {many}", verifier)[0] == "timed out"
     assert time.monotonic() - began < 60
+    assert not verifier.known
+    assert grade_math(r"2\sqrt2", r"#### \sqrt8", verifier)[0] == "right"
+    verifier.close()
+
+
+def test_a_busy_machine_times_no_answer_out():
+    verifier = MathVerifier(limit_s=1.0)
+    assert grade_math("2x", "#### x+x", verifier)[0] == "right"
+    verifier.worker.send_signal(signal.SIGSTOP)
+    threading.Timer(2, verifier.worker.send_signal, (signal.SIGCONT,)).start()
     assert grade_math(r"2\sqrt2", r"#### \sqrt8", verifier)[0] == "right"
     verifier.close()
 
@@ -252,6 +262,7 @@ def test_a_worker_that_dies_is_an_error_or_replaced():
     assert grade_math(r"3\sqrt2", r"#### \sqrt{18}", verifier)[0] == "right"
     threading.Timer(0.5, verifier.worker.kill).start()
     assert grade_math("1", "#### 9^{9^{9^9}}", verifier)[0] == "error"
+    assert "error" not in verifier.known.values()
     assert grade_math(r"2\sqrt2", r"#### \sqrt8", verifier)[0] == "right"
     verifier.close()
 
