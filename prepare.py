@@ -1039,6 +1039,14 @@ def livecodebench(row: dict) -> dict:
     }
 
 
+OWN = {  # what the tests of a user's line have, by kind
+    "call": {"entry": str, "inputs": [list], "outputs": list},
+    "stdin": {"inputs": [str], "outputs": [str]},
+    "assert": {"entry": str, "code": str},
+}
+LIMITS = {"setup": str, "atol": int | float, "seconds": int | float, "megabytes": int}
+
+
 def own(row: dict) -> dict:
     """A user's line: an answer, or tests."""
     tests = row.get("tests")
@@ -1048,19 +1056,20 @@ def own(row: dict) -> dict:
         raise LeftOut("its tests are no JSON object")
     if unknown := tests.keys() - TESTS.keys():
         raise LeftOut(f"tests have no field {', '.join(sorted(unknown))}")
-    kind = tests.get("kind", TESTS["kind"])
-    needed = "code" if kind == "assert" else "inputs"
-    if kind not in ("call", "stdin", "assert") or not tests.get(needed):
-        raise LeftOut("no tests")
     tests = TESTS | tests
-    if kind != "assert" and misfit(tests, {"inputs": list, "outputs": list}):
-        raise LeftOut("its inputs and outputs are no lists")
-    if kind != "assert" and len(tests["inputs"]) != len(tests["outputs"]):
+    shape = OWN.get(str(tests["kind"]), {"kind": None})
+    if empty := [name for name in shape if name != "outputs" and not tests[name]]:
+        raise LeftOut(f"its tests have no {empty[0]}")
+    if bad := misfit(tests, shape | LIMITS):
+        raise LeftOut(f"its tests' {bad} does not fit kind {tests['kind']}")
+    if "inputs" in shape and len(tests["inputs"]) != len(tests["outputs"]):
         raise LeftOut("it has not as many outputs as inputs")
-    if kind != "stdin" and not tests["entry"]:
-        raise LeftOut("its tests name no entry")
-    if misfit(tests, dict.fromkeys(("atol", "seconds", "megabytes"), int | float)):
-        raise LeftOut("its atol, seconds or megabytes is no number")
+    if not (0 < tests["seconds"] < math.inf and tests["megabytes"] > 0 and tests["atol"] >= 0):
+        raise LeftOut("its seconds and megabytes must be above 0, its atol not below")
+    try:
+        compile(f"{tests['setup']}\n{tests['code']}", "tests", "exec")
+    except SyntaxError as error:
+        raise LeftOut(f"its setup or code is no Python: {error.msg}") from None
     return {"prompt": row["prompt"], "domain": "code", "tests": tests}
 
 

@@ -18,10 +18,12 @@ Rules for math answers, in order:
 A problem with `tests` is a program to write, and all tests must pass. Its tests are of one of three
 kinds (further fields and their defaults: `TESTS`):
 
-    {"kind": "call", "entry": "f", "inputs": [[1, 2]], "outputs": [3]}      f(1, 2) returns 3, an int
+    {"kind": "call", "entry": "f", "inputs": [[1, 2]], "outputs": [3]}      f(1, 2) returns 3 or 3.0
     {"kind": "stdin", "inputs": ["1 2\n"], "outputs": ["3\n"]}              it prints 3; white space
                                                                             does not count
     {"kind": "assert", "entry": "f", "code": "assert f(1, 2) == 3"}         sees what f returns
+
+In assert tests f takes positional arguments only, and an exception of f ends them.
 
 The sandbox (Linux, standard library). The tests stay in a judge process. A program runs in another,
 a candidate, which gets the inputs one by one and returns plain values that the judge compares:
@@ -322,7 +324,7 @@ def split_parts(answer: str) -> tuple[str, list[str]]:
 
 def math_worker() -> None:
     """Reads [gold, answer, seconds of CPU time], writes [verdict, seconds left]."""
-    # Unhandled, SIGALRM and SIGPROF end the process even inside C code: no orphan outlives the trainer.
+    # Unhandled, SIGALRM and SIGPROF end the process even inside C code: no orphan is left.
     signal.alarm(60)
     resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
     from latex2sympy2_extended import NormalizationConfig
