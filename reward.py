@@ -282,7 +282,8 @@ def normalise(answer: str) -> str:
 
 
 def exact_number(answer: str) -> Fraction | None:
-    r"""Value of an integer, a decimal, a/b, a mixed number or 4.5 \times 10^{33}; else None."""
+    r"""Value of an integer, a decimal, a/b, a mixed number or 4.5 \times 10^{33}, in any spelling
+    that `normalise` knows; else None."""
     answer = re.sub(r"^([+-]?)(?=10\^)", r"\g<1>1\\cdot ", normalise(answer))
     answer = re.sub(r"\\cdot 10\^(?:\{([+-]?\d{1,4})\}|(\d))$", r"e\1\2", answer)
     answer = re.sub(r"\\frac\{([^{}]+)\}\{([^{}]+)\}$", r" \1/\2", answer)
@@ -457,9 +458,6 @@ for _ in range(CPUS):
 #     trainer ---- judge: holds the tests, compares ---- zygote: holds nothing, forks
 #                    |                                      |
 #                    +------ inputs in, values out ----- candidate: runs the program
-#
-# A candidate gets inputs one by one and never holds an expected value: nothing that it prints,
-# patches, raises or forges is a pass, only the right values are.
 
 TESTS = {  # the fields of a problem's tests, and what holds where one is not given
     "kind": "call",  # or "stdin", or "assert"
