@@ -55,7 +55,7 @@ from prepare import (
     read_manifest,
     tokenizer_facts,
 )
-from reward import exact_number, normalise
+from reward import MAX_ANSWER, exact_number, normalise, split_unit
 from sample import Server, respond, work_through
 from train_critic import load_critic, tree_values
 
@@ -105,11 +105,15 @@ def pass_at(k: int, n: int, right: int) -> float:
 
 
 def majority(sampled: list[dict]) -> bool:
-    """Is the most frequent answer right? Equal numbers are one answer, however they are written."""
+    """Is the most frequent answer right? Equal numbers are one answer, with a unit or without."""
 
     def vote(response):
-        value = exact_number(response["prediction"])
-        return normalise(response["prediction"]) if value is None else value
+        answer = response["prediction"]
+        if len(answer) > MAX_ANSWER:
+            return answer
+        answer, _ = split_unit(normalise(answer))
+        value = exact_number(answer)
+        return answer if value is None else value
 
     answered = [response for response in sampled if response["prediction"]]
     votes = Counter(vote(response) for response in answered)
@@ -233,6 +237,10 @@ def stage(s: Settings):
             f"{name}: greedy {row['accuracy']:.1%} {percents(row['interval'])}{sampled}, "
             f"n {row['n']}, cut off {row['cut_off']:.1%}, unparsed {row['unparsed']:.1%}"
         )
+        if other:
+            greedy = row["against"]["greedy"]
+            gain = f"{greedy['difference']:+.1%} {percents(greedy['interval'], '+')}"
+            print(f"  greedy {gain}, p {greedy['p']:.2g}, against {s.against}")
 
 
 def answer(lm: LM, critic, problems: list[dict], s: Settings, progress, server) -> list[dict]:
@@ -440,7 +448,7 @@ def draw_report(run: Path, rows: dict[str, dict]) -> Figure:
     critic.set(title="critic on held-out states", xlabel="V(s)", ylabel="MC(s), the success rate")
     pairs.set(title="advantages of the pairs", xlabel="A(s, a)", ylabel="pairs", yscale="log")
     ratios.set(title="mean log-ratio in training", xlabel="step", ylabel="log π / π_ref")
-    trained = [*rows][1:]
+    trained = [name for name in rows if name != "iter0"]
     shown = sorted({0, len(trained) // 2, len(trained) - 1}) if trained else []
     for k, i in enumerate(shown):
         folder, style = run / trained[i], {"color": f"C{k}", "label": f"iteration {trained[i][4:]}"}
@@ -593,7 +601,7 @@ def short(text: str, most: int) -> str:
 
 
 def visible(text: str) -> str:
-    """The text with control characters, lone surrogates and the like as a question mark."""
+    """The text with control characters, lone surrogates and the like as U+FFFD."""
     return "".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text)
 
 

@@ -89,8 +89,8 @@ def sha256(path: Path) -> str:
         return digest("\n".join(lines))
     memory, stat = path.parent / ".sha256.json", path.stat()
     try:
-        known = json.loads(memory.read_text())
-    except (OSError, ValueError):
+        known = dict(json.loads(memory.read_text()))
+    except (OSError, TypeError, ValueError):
         known = {}
     mark = [stat.st_size, stat.st_mtime_ns]
     if known.get(path.name, [])[:2] != mark:
@@ -181,7 +181,8 @@ def each_record(path, needs: tuple[str, ...] = ("id",), may_be_empty=False) -> I
                 found = (
                     f"no usable {', '.join(missing)} (found: {', '.join(record) or 'no object'})"
                 )
-                raise UserError(f"{where}: {found}; is this the right file?")
+                sets = " prepare.py makes problems of data sets" if "prompt" in needs else ""
+                raise UserError(f"{where}: {found}; is this the right file?{sets}")
             if record["id"] in ids:
                 raise UserError(f"{where}: the id {record['id']!r} is there twice; make ids unique")
             ids.add(record["id"])
@@ -301,7 +302,9 @@ class Stage:
         old = {} if self.force else read_manifest(self.out)
         if not old:
             return {}
-        old["settings"] = self.defaults | old["settings"]  # a flag younger than it had its default
+        # A flag younger than it had its default; one that is no more is not compared.
+        known = {k: v for k, v in old["settings"].items() if k in self.defaults}
+        old["settings"] = self.defaults | known
         facts = self.manifest.get("facts", old["facts"])  # they come with `begin`
         if found := differences(old, self.manifest | {"facts": facts}):
             raise UserError(f"{self.out}: {found[0]}; --force starts over, or change --out")
@@ -406,7 +409,7 @@ def _checked_input(key: str, path: str) -> str:
     if not Path(path).exists():
         if key in ("actor", "base", "critic_model"):
             return path  # a hub id
-        raise UserError(f"{path}: no such file; check --{key}, or run the stage that writes it")
+        raise UserError(f"{path}: no such file; check the path, or run the stage that writes it")
     found, made = sha256(path), read_manifest(path)
     if made and "output" not in made:
         raise UserError(f"{path}: unfinished; run {made['stage']}.py again with the same flags")
@@ -495,7 +498,7 @@ def check_numbers(settings):
     """Refuse numbers that are negative or not finite, and 0 unless it is the default or has a use."""
     for f in fields(settings):
         value = getattr(settings, f.name)
-        zero = f.name in ("m", "kappa", "gap", "valid_share", "token_share")
+        zero = f.name in "m kappa gap valid_share token_share clean_seed careless".split()  # noqa: SIM905
         good = isinstance(value, bool) or value == f.default or (value == 0 and zero)
         if isinstance(value, int | float) and not (good or 0 < value < math.inf):
             raise UserError(f"--{f.name} {value}: wanted a finite number above 0")
@@ -665,7 +668,7 @@ def demo_problems(
     fewer are without one: where hardly any is, they stay, and their number is printed.
     """
     rng = random.Random("luck")
-    unlucky = sum(not task.check(task.draw(rng, *steps))[1] for _ in range(1000))
+    fair = sum(not task.check(task.draw(rng, *steps))[1] for _ in range(1000))
     rng, problems, seen = random.Random(f"problems {seed}"), {s: [] for s in sizes}, set()
     total = 0
     while any(len(problems[s]) < n for s, n in sizes.items()):
@@ -675,7 +678,7 @@ def demo_problems(
             continue
         seen.add(key)
         goal, lucky = task.check(skeleton)
-        if lucky and unlucky >= 20:
+        if lucky and fair >= 20:
             continue
         total += lucky
         problem = {"id": f"demo/{split}/{len(problems[split])}", "source": "demo"}
@@ -829,7 +832,8 @@ def read_rows(path: str | Path) -> list[dict]:
         try:
             rows += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number + error.lineno - 1}: {error.msg}") from None
+            wanted = "" if whole else "; one JSON object a line is wanted"
+            raise UserError(f"{path}:{number + error.lineno - 1}: {error.msg}{wanted}") from None
         except RecursionError:
             raise UserError(
                 f"{path}:{number}: nested too deeply; is this the right file?"
@@ -870,6 +874,8 @@ def asdiv(row: dict) -> dict:
 
 
 def gsm8k(row: dict) -> dict:
+    if "####" not in row["answer"]:
+        raise LeftOut("no ####")
     return {"prompt": row["question"], "answer": row["answer"].rpartition("####")[2]}
 
 
@@ -1039,6 +1045,14 @@ def livecodebench(row: dict) -> dict:
     }
 
 
+OWN = {  # what the tests of a user's line have, by kind
+    "call": {"entry": str, "inputs": [list], "outputs": list},
+    "stdin": {"inputs": [str], "outputs": [str]},
+    "assert": {"entry": str, "code": str},
+}
+LIMITS = {"setup": str, "atol": int | float, "seconds": int | float, "megabytes": int}
+
+
 def own(row: dict) -> dict:
     """A user's line: an answer, or tests."""
     tests = row.get("tests")
@@ -1048,19 +1062,20 @@ def own(row: dict) -> dict:
         raise LeftOut("its tests are no JSON object")
     if unknown := tests.keys() - TESTS.keys():
         raise LeftOut(f"tests have no field {', '.join(sorted(unknown))}")
-    kind = tests.get("kind", TESTS["kind"])
-    needed = "code" if kind == "assert" else "inputs"
-    if kind not in ("call", "stdin", "assert") or not tests.get(needed):
-        raise LeftOut("no tests")
     tests = TESTS | tests
-    if kind != "assert" and misfit(tests, {"inputs": list, "outputs": list}):
-        raise LeftOut("its inputs and outputs are no lists")
-    if kind != "assert" and len(tests["inputs"]) != len(tests["outputs"]):
+    shape = OWN.get(str(tests["kind"]), {"kind": None})
+    if empty := [name for name in shape if name != "outputs" and not tests[name]]:
+        raise LeftOut(f"its tests have no {empty[0]}")
+    if bad := misfit(tests, shape | LIMITS):
+        raise LeftOut(f"its tests' {bad} does not fit kind {tests['kind']}")
+    if "inputs" in shape and len(tests["inputs"]) != len(tests["outputs"]):
         raise LeftOut("it has not as many outputs as inputs")
-    if kind != "stdin" and not tests["entry"]:
-        raise LeftOut("its tests name no entry")
-    if misfit(tests, dict.fromkeys(("atol", "seconds", "megabytes"), int | float)):
-        raise LeftOut("its atol, seconds or megabytes is no number")
+    if not (0 < tests["seconds"] < math.inf and tests["megabytes"] > 0 and tests["atol"] >= 0):
+        raise LeftOut("its seconds and megabytes must be above 0, its atol not below")
+    try:
+        compile(f"{tests['setup']}\n{tests['code']}", "tests", "exec")
+    except SyntaxError as error:
+        raise LeftOut(f"its setup or code is no Python: {error.msg}") from None
     return {"prompt": row["prompt"], "domain": "code", "tests": tests}
 
 
@@ -1363,6 +1378,7 @@ def clean_model(work: Path, task: Task, s: Settings) -> LM:
     if s.clean and kept.exists():
         return LM(kept, train=True)
     clean = demonstrations(task, seed, s.clean_size, False, steps_of(s), s.wordings)
+    # The misread ones are for their words alone.
     misread = demonstrations(task, seed, 3000, True, steps_of(s), s.wordings)
     tokenizer = build_tokenizer([d[k] for d in clean + misread for k in ("prompt", "response")])
     model, start = new_model(tokenizer, seed), work / "random"

@@ -18,10 +18,12 @@ Rules for math answers, in order:
 A problem with `tests` is a program to write, and all tests must pass. Its tests are of one of three
 kinds (further fields and their defaults: `TESTS`):
 
-    {"kind": "call", "entry": "f", "inputs": [[1, 2]], "outputs": [3]}      f(1, 2) returns 3, an int
+    {"kind": "call", "entry": "f", "inputs": [[1, 2]], "outputs": [3]}      f(1, 2) returns 3 or 3.0
     {"kind": "stdin", "inputs": ["1 2\n"], "outputs": ["3\n"]}              it prints 3; white space
                                                                             does not count
     {"kind": "assert", "entry": "f", "code": "assert f(1, 2) == 3"}         sees what f returns
+
+In assert tests f takes positional arguments only, and an exception of f ends them.
 
 The sandbox (Linux, standard library). The tests stay in a judge process. A program runs in another,
 a candidate, which gets the inputs one by one and returns plain values that the judge compares:
@@ -205,7 +207,8 @@ NO_UNIT = (
 # What may stand before a value: x=, f(x)=, (x,y)= or x\in
 NAME = r"(?:[A-Za-z](?:\([a-z]\))?|\([a-z](?:,[a-z])+\))(?:=|\\in(?![a-z]) ?)(?!.*[=<>])"
 # Of rule 5; a hyphen within a word is no minus, and math-verify would read on after "answer" only.
-LITERAL = r"-?\d[\dA-Z.]*_\w+|(?:[A-Za-z' .]|(?<=[a-z]{2})-(?=[a-z]{2}))+|.*(?:\d:\d|(?<!_)\d \d|(?i:answer)).*"
+LITERAL = r"-?[\dA-F.]*\d[\dA-F.]*_\w+|(?:[A-Za-z' .]|(?<=[a-z]{2})-(?=[a-z]{2}))+|.*(?:\d:\d|(?<!_)\d \d|(?i:answer)).*"
+HUNDREDS = r"[1-9]\d\d(?!\d)"
 TEXT = r"\\(?:text\w*|mbox|mathrm|mathbf)\s*\{"
 # What `normalise` rewrites, in this order: (pattern, replacement). tests/test_math_grader.py has a
 # before and an after for each row.
@@ -214,13 +217,14 @@ REWRITES = [
     (r"(?<!\\)\\[()\[\]]|\\(?:displaystyle|left|right)(?![a-zA-Z])|^\s*(?:=|\\approx)", ""),
     # Dollars: "$18" is money and is marked so, "$18$" is mathematics.
     (r"^(-?)\$(?=[\d.,]+$)", r"\1\\$"),
+    (r"(?<!\\)\$\s*,\s*\$", ", "),
     (r"(?<!\\)\$", ""),
     # Thin spaces and braces between thousands: 10{,}000, 10,\!000 and 10\,000.
     (r"(?:\{,\}|,\s*\\!\s*|(?<=\d)\\,)(?=\d{3})|\\!", ""),
     # Spacing commands.
     (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-z])", " "),
-    # Lists: "and", "or" and semicolons are commas.
-    (rf",?\s*(?:{TEXT}[\s,]*(?:and|or)\s*\}}|\b(?:and|or)\b)\s*,?|;", ","),
+    # Lists: "and", "or" and semicolons are commas; a space after them says: none between thousands.
+    (rf",?\s*(?:{TEXT}[\s,]*(?:and|or)\s*\}}|\b(?:and|or)\b)\s*,?|;|,\s+(?={HUNDREDS})", ", "),
     # Text and units: ASDiv's "9 (apples)", \text{cm}; money, percent and degrees are units too.
     (r"(?<=\d) +\( *([A-Za-z][A-Za-z' /.-]*)\)$", r"\\text{\1}"),
     (rf"{TEXT}([^{{}}]*)\}}", lambda m: f" {UNITS.get(m[1].strip(), m[1])} "),
@@ -238,12 +242,12 @@ REWRITES = [
     (r"(\d)[eE]([+-]?\d+)(?!\w)", r"\1\\cdot 10^{\2}"),
     # Minerva's np.arcsin(10/13); the base of a number.
     (r"\bnp\.", r"\\"),
-    (r"_\{(\w+)\}", r"_\1"),
+    (r"\b([\dA-F]*\d[\dA-F]*) ?_\{(\w+)\}", r"\1_\2"),
     # Commas between thousands.
     (r"^-?\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", "")),
     # White space where nothing needs it, and what ends a sentence.
     (r"\s+", " "),
-    (r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])|[.,]+$", ""),
+    (rf"(?<![A-Za-z0-9,]) |(?<=,) (?!{HUNDREDS})| (?![A-Za-z0-9])|[.,]+$", ""),
     # The letter of a choice; words in any case.
     (r"^\(([A-Z])\)$", r"\1"),
     (r"^[A-Za-z' .-]{2,}$", lambda m: m[0].casefold()),
@@ -278,7 +282,8 @@ def normalise(answer: str) -> str:
 
 
 def exact_number(answer: str) -> Fraction | None:
-    r"""Value of an integer, a decimal, a/b, a mixed number or 4.5 \times 10^{33}; else None."""
+    r"""Value of an integer, a decimal, a/b, a mixed number or 4.5 \times 10^{33}, in any spelling
+    that `normalise` knows; else None."""
     answer = re.sub(r"^([+-]?)(?=10\^)", r"\g<1>1\\cdot ", normalise(answer))
     answer = re.sub(r"\\cdot 10\^(?:\{([+-]?\d{1,4})\}|(\d))$", r"e\1\2", answer)
     answer = re.sub(r"\\frac\{([^{}]+)\}\{([^{}]+)\}$", r" \1/\2", answer)
@@ -314,13 +319,13 @@ def split_parts(answer: str) -> tuple[str, list[str]]:
         plain = kind or outer[1] == r"\{" or (outer[1] == "(" and len(parts) == 1)
         return (kind if plain else outer[1] + outer[3]), parts
     cuts = [-1, *(i for i, c in enumerate(answer) if c == "," and depth[i] == 0), len(answer)]
-    parts = [answer[i + 1 : j] for i, j in pairwise(cuts)]
+    parts = [answer[i + 1 : j].strip() for i, j in pairwise(cuts)]
     return "", [p for part in parts for p in sorted({part.replace(r"\pm", s) for s in "+-"})]
 
 
 def math_worker() -> None:
-    """Reads [gold, answer], writes [verdict, null]."""
-    # Unhandled, SIGALRM ends the process even inside C code: no orphan outlives the trainer.
+    """Reads [gold, answer, seconds of CPU time], writes [verdict, seconds left]."""
+    # Unhandled, SIGALRM and SIGPROF end the process even inside C code: no orphan is left.
     signal.alarm(60)
     resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
     from latex2sympy2_extended import NormalizationConfig
@@ -331,15 +336,18 @@ def math_worker() -> None:
     print("ready", flush=True)
     signal.alarm(0)
     for line in sys.stdin:
-        signal.alarm(10)
+        signal.alarm(60)
+        *texts, seconds = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         sides = []
-        for side in json.loads(line):
+        for side in texts:
             options = (latex, "no_fallback", "first_match")
             sides.append(parse(f"${side}$", *options, parsing_timeout=None))
         gold, answer = sides
         # 30 digits: with the default of 15, 10^{-20} \sqrt{2} is 0.
         right = gold and answer and verify(gold, answer, 6, 30, True, True, None)
-        print(json.dumps(["right" if right else "wrong", None]), flush=True)
+        left, _ = signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(["right" if right else "wrong", left]), flush=True)
         signal.alarm(0)
 
 
@@ -350,7 +358,7 @@ class MathVerifier:
 
     def __init__(self, limit_s: float = 5.0, known: dict | None = None):
         version("math-verify")  # missing: say so here, not in the first verdict
-        self.limit_s = self.left_s = limit_s  # for one answer; a restart adds about a second
+        self.limit_s = self.left_s = limit_s  # of CPU time for one answer; ten times that in all
         self.known = {} if known is None else known  # (gold, answer): verdict
         self.worker = None
 
@@ -363,10 +371,12 @@ class MathVerifier:
             worker.stdout.readline()  # "ready"; starting is not the answer's time
             self.worker = worker
         exact = [re.sub(r"(\d*)\.(\d+)", as_fraction, side) for side in (gold, answer)]
-        began = time.monotonic()
-        verdict, _ = self.worker.ask(exact, self.left_s)
-        self.left_s -= time.monotonic() - began
-        return verdict
+        # i is an index beside "_", else the imaginary unit, of which math-verify makes two symbols.
+        i = r"(?<![a-zA-Z\\])i(?![a-zA-Z])"
+        exact = [side if "_" in side else re.sub(i, " I ", side) for side in exact]
+        verdict, left = self.worker.ask([*exact, self.left_s], 10 * self.left_s)
+        self.left_s = left or 0  # 0: the process has ended
+        return "timed out" if self.worker.returncode == -signal.SIGPROF else verdict
 
     def close(self):
         if self.worker:
@@ -432,7 +442,8 @@ def grade_math(gold: str, text: str, verifier: MathVerifier) -> tuple[str, str |
         verdict = compare(normalise(gold), normalise(prediction), verifier)
     except OSError:  # the worker cannot be started
         return "error", prediction
-    remember(verifier.known, key, verdict)
+    if verdict in ("right", "wrong"):  # the others may be this machine's fault
+        remember(verifier.known, key, verdict)
     return verdict, prediction
 
 
@@ -447,9 +458,6 @@ for _ in range(CPUS):
 #     trainer ---- judge: holds the tests, compares ---- zygote: holds nothing, forks
 #                    |                                      |
 #                    +------ inputs in, values out ----- candidate: runs the program
-#
-# A candidate gets inputs one by one and never holds an expected value: nothing that it prints,
-# patches, raises or forges is a pass, only the right values are.
 
 TESTS = {  # the fields of a problem's tests, and what holds where one is not given
     "kind": "call",  # or "stdin", or "assert"

@@ -105,6 +105,31 @@ OWN = {
 }
 
 
+CALL = OWN["tests"]
+ASSERT = {"kind": "assert", "entry": "f", "code": "assert f(1) == 2"}
+OWN_BROKEN = [
+    ("assert f(1) == 2", "its tests are no JSON object"),
+    (CALL | {"input": []}, "tests have no field input"),
+    (CALL | {"kind": "cal"}, "its tests' kind does not fit kind cal"),
+    ({"kind": "call", "entry": "f"}, "its tests have no inputs"),
+    (CALL | {"entry": None}, "its tests have no entry"),
+    (ASSERT | {"code": ""}, "its tests have no code"),
+    (CALL | {"outputs": None}, "its tests' outputs does not fit kind call"),
+    (CALL | {"inputs": [1]}, "its tests' inputs[0] does not fit kind call"),
+    (CALL | {"outputs": [2, 3]}, "it has not as many outputs as inputs"),
+    (
+        {"kind": "stdin", "inputs": ["1"], "outputs": [1]},
+        "its tests' outputs[0] does not fit kind stdin",
+    ),
+    (CALL | {"seconds": "4"}, "its tests' seconds does not fit kind call"),
+    (CALL | {"megabytes": 64.5}, "its tests' megabytes does not fit kind call"),
+    (CALL | {"seconds": -1}, "its seconds and megabytes must be above 0, its atol not below"),
+    (CALL | {"megabytes": 0}, "its seconds and megabytes must be above 0, its atol not below"),
+    (ASSERT | {"code": "assert f(1) =="}, "its setup or code is no Python: invalid syntax"),
+    (CALL | {"setup": "return 1"}, "its setup or code is no Python: 'return' outside function"),
+]
+
+
 def packed(value):
     return base64.b64encode(zlib.compress(pickle.dumps(value))).decode()
 
@@ -178,23 +203,7 @@ class Harmful:
             LIVE | {"private_test_cases": packed(Harmful())},
             "its private tests ask for builtins.print",
         ),
-        ("jsonl", OWN | {"tests": {"kind": "call", "entry": "f"}}, "no tests"),
-        ("jsonl", OWN | {"tests": OWN["tests"] | {"entry": None}}, "its tests name no entry"),
-        (
-            "jsonl",
-            OWN | {"tests": OWN["tests"] | {"outputs": None}},
-            "its inputs and outputs are no lists",
-        ),
-        (
-            "jsonl",
-            OWN | {"tests": OWN["tests"] | {"outputs": [2, 3]}},
-            "it has not as many outputs as inputs",
-        ),
-        (
-            "jsonl",
-            OWN | {"tests": OWN["tests"] | {"seconds": "4"}},
-            "its atol, seconds or megabytes is no number",
-        ),
+        *[("jsonl", OWN | {"tests": tests}, reason) for tests, reason in OWN_BROKEN],
     ],
 )
 def test_left_out(tmp_path, name, row, reason, capsys):

@@ -88,6 +88,7 @@ LEFT_OUT = [
     ),  # MATH train row 5341
     ("math", {"problem": "p", "solution": "the answer is 5"}, "no box in the solution"),
     ("math", {"problem": "p", "solution": "\\boxed{5"}, "no gold answer"),
+    ("gsm8k", {"question": "p", "answer": "It is 5."}, "no ####"),
     ("olympiadbench", OLYMPIAD | {"final_answer": None}, "no gold answer"),
     ("jsonl", {"prompt": "p", "answer": None}, "no gold answer"),
     ("jsonl", {"prompt": "", "answer": "5"}, "no question"),
@@ -134,6 +135,7 @@ def test_every_format_reads_the_same(file, data, tmp_path):
 
 BROKEN = [
     ("a.jsonl", b'{"prompt": "a", "answer": "1"}\n{"prompt"\n', r"a\.jsonl:2: "),
+    ("a.jsonl", b"prompt,answer\na,1\n", r"a\.jsonl:1: .*; one JSON object a line is wanted"),
     ("a.json", b'[\n{"prompt": "a",\n "answer" 1}]', r"a\.json:3: "),
     ("a.jsonl", b'{"prompt": "\xe9", "answer": "1"}\n', r"a\.jsonl: not UTF-8"),
     ("a.jsonl.gz", gzip.compress(LINES)[:-9], r"a\.jsonl\.gz: not UTF-8"),

@@ -13,6 +13,8 @@ import pytest
 import toy
 from safetensors.torch import load_file, save_file
 
+import prepare
+
 S, L, C = "sample.py", "label_steps.py", "train_critic.py"
 A, E, P = "train_actor.py", "evaluate.py", "prepare.py"
 SAMPLE = "--actor tiny --problems problems.jsonl --out new/samples.jsonl --n1 2 --n 1 --max_new 4"
@@ -281,6 +283,8 @@ TABLE = [
     (P, REAL, "--train rows.jsonl", "NAME:PATH"),
     (P, REAL, "--train jsonl:rows.jsonl,jsonl:rows.jsonl", "the id jsonl/rows/0"),
     (P, REAL, "--train jsonl:nowhere.jsonl", "nowhere.jsonl"),
+    (P, "--out new", "--train jsonl:nowhere.jsonl --test jsonl:rows.jsonl", "check the path"),
+    (S, SAMPLE, "--problems rows.jsonl", "prepare.py makes problems"),
     (P, REAL, "--train gsm8k:rows.jsonl", "question"),
     (P, REAL, "--train jsonl:rows.csv", "rows.csv"),
     (P, REAL, "--train jsonl:empty.jsonl", "empty.jsonl"),
@@ -315,6 +319,10 @@ def test_mistake(script, flags, change, says, ready, monkeypatch):
     assert err.startswith("error: ") and err.count("\n") == 1, err
     assert says in err, err
     assert after == there
+
+
+def test_a_zero_that_has_a_use_is_no_mistake():
+    prepare.check_numbers(prepare.Settings(out="new", clean_seed=0, careless=0.0))
 
 
 @pytest.mark.parametrize("name", ["bom.jsonl", "crlf.jsonl"])

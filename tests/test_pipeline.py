@@ -202,7 +202,10 @@ def test_a_finished_evaluation_is_compared_with_another_actor_at_once(demo, caps
     ]
     flags += ["--problems", demo / "test.jsonl", "--out", last / "eval.jsonl"]
     run(evaluate, *flags, "--against", demo / "iter1" / "eval.jsonl")
-    assert "complete, nothing to do" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "complete, nothing to do" in printed
+    shown = rf"  greedy [+-].+% \[[+-].+%, [+-].+%\], p .+, against {demo}/iter1/eval.jsonl\n"
+    assert re.search(shown, printed)
     assert json.loads((last / "summary.json").read_text())["against"].endswith("iter1/eval.jsonl")
     run(evaluate, *flags, "--against", demo / "iter0" / "eval.jsonl")
     assert (last / "summary.json").read_text() == before

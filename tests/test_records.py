@@ -1,6 +1,7 @@
 """Torn, broken, stale and foreign files; the disk and the numbers that go wrong; exact resume of training."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 import model
 from model import LM, UserError, fit, replace
-from prepare import Stage, differences, dump, read_jsonl
+from prepare import Stage, differences, dump, read_jsonl, sha256
 from train_actor import advantage_states
 from train_critic import load_critic
 
@@ -201,6 +202,7 @@ def test_a_flag_younger_than_the_manifest_had_its_default(work):
     path = work / "run" / "samples.jsonl.manifest.json"
     made = json.loads(path.read_text())
     del made["settings"]["mixed"]
+    made["settings"]["gone"] = 3  # and one that is no more
     path.write_text(json.dumps(made))
     assert toy.stage(S, toy.SAMPLE)[0] == 0
     code, _, err = toy.stage(S, f"{toy.SAMPLE} --mixed")
@@ -260,6 +262,13 @@ def test_changed_output(work):
     path.write_bytes(path.read_bytes().replace(b'"reward": 0', b'"reward": 1', 1))
     code, _, err = toy.stage(S, toy.SAMPLE)
     assert code == 2 and "samples.jsonl: changed since" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{"])
+def test_a_broken_memory_of_hashes_is_made_anew(text, tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / ".sha256.json").write_text(text)
+    assert sha256(tmp_path / "file") == hashlib.sha256(b"x").hexdigest()
 
 
 def test_complete_run_says_so(work, monkeypatch):

@@ -198,6 +198,8 @@ def test_reports_of_less(tmp_path, capsys):
     manifest |= {"code": "", "grader": ""}
     (run / "iter1" / "actor.manifest.json").write_text(json.dumps(manifest))
     assert report(run).count("details") == 10  # its pairs are whole responses, not the trees' steps
+    rows = {"iter1": json.loads((run / "iter1" / "summary.json").read_text())["sets"]["all"]}
+    assert len(evaluate.draw_report(run, rows).axes[1].lines) == 2  # its critic beside the diagonal
     for name in ("train.jsonl", "test.jsonl", "iter0/eval.jsonl"):
         (run / name).unlink()
     assert report(run).count("details") == 0

@@ -69,6 +69,12 @@ CASES = {
     "right": (SQUARE, GOOD, "right"),
     "right, printed": (PRINT, "print(int(input()) ** 2)", "right"),
     "right, asserted": (CHECK, GOOD, "right"),
+    "keyword, asserted": (CHECK | {"code": "assert f(x=2) == 4"}, GOOD, "wrong"),
+    "exception, asserted": (
+        CHECK | {"code": "try: f(2)\nexcept ValueError: pass\nelse: assert False"},
+        "def f(x): raise ValueError",
+        "error",
+    ),
     "noisy prints": (
         SQUARE,
         "def f(x):\n print('x' * 10**6, flush=True)\n return x * x\nprint('passed')",

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 
 import numpy as np
 import pytest
@@ -341,6 +342,11 @@ def test_majority_counts_equal_numbers_as_one_answer():
     sampled = [{"prediction": p, "correct": c} for p, c in [*votes, (None, False)]]
     assert majority(sampled) and not majority(sampled[1:3] + sampled[4:])
     assert not majority([]) and not majority(sampled[-1:])
+    votes = [("$18", True), ("17", False), ("18", True), ("17", False), ("18 dollars", True)]
+    assert majority([{"prediction": p, "correct": c} for p, c in votes])
+    long = {"prediction": "1" + " " * 100_000 + "2", "correct": False}
+    began = time.monotonic()
+    assert not majority([long]) and time.monotonic() - began < 10
 
 
 def test_pass_at():
