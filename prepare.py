@@ -199,7 +199,7 @@ def read_jsonl(path, needs: tuple[str, ...] = ("id",), may_be_empty=False) -> li
 # ------------------------------------------------------------ the machinery of a stage
 
 
-MANIFEST = {"stage": str, "settings": dict, "code": str | dict, "grader": str, "inputs": dict}
+MANIFEST = {"stage": str, "settings": dict, "code": dict, "grader": str, "inputs": dict}
 MANIFEST |= {"facts": dict, "output": str | EllipsisType}  # no output yet: unfinished
 
 
@@ -247,10 +247,8 @@ def code_of(script: str) -> dict[str, str]:
 
 
 def changed_files(old: dict, new: dict) -> list[str]:
-    """Names of the files of code that are not as they were; of an old manifest: the stage's own."""
+    """Names of the files of code that are not as they were."""
     was, now = old["code"], new["code"]
-    if isinstance(was, str):  # made before manifests named files
-        return [f"{new['stage']}.py"]
     return [name for name in sorted({*was, *now}) if was.get(name) != now.get(name)]
 
 
@@ -270,6 +268,7 @@ class Stage:
     """
 
     lock = None  # of the stage that this process runs
+    TRUTH = ("model.py", "reward.py")  # where steps end, and what is right
 
     def __init__(self, script: str, out, settings, inputs: dict):
         self.out, self.inputs, self.force = Path(out), inputs, settings.force
@@ -324,12 +323,17 @@ class Stage:
         expects   {fact: value} that inputs' manifests must agree with, where they state that fact
         """
         for path in self.inputs.values():
-            made = read_manifest(path).get("facts", {})
+            made = read_manifest(path)
             for fact, now in (expects or {}).items():
-                was = made.get(fact, now)
+                was = made.get("facts", {}).get(fact, now)
                 if was != now:
                     wrong = f"made with {fact} {was[:16]}, this run has {now[:16]}"
                     raise UserError(f"{path}: {wrong}; pass that {fact}, or make it anew")
+            if made.get("stage") in ("sample", "label_steps"):
+                other = [f for f in changed_files(made, self.manifest) if f in self.TRUTH]
+                if other:
+                    taken = "its rewards and steps are taken as they are"
+                    print(f"{path}: made with another {', '.join(other)}; {taken}")
         self.manifest["facts"] = facts or {}
         if rank() == 0:
             self._own_folder()
@@ -498,7 +502,15 @@ def check_numbers(settings):
     """Refuse numbers that are negative or not finite, and 0 unless it is the default or has a use."""
     for f in fields(settings):
         value = getattr(settings, f.name)
-        zero = f.name in "m kappa gap valid_share token_share clean_seed careless".split()  # noqa: SIM905
+        zero = f.name in (
+            "m",
+            "kappa",
+            "gap",
+            "valid_share",
+            "token_share",
+            "clean_seed",
+            "careless",
+        )
         good = isinstance(value, bool) or value == f.default or (value == 0 and zero)
         if isinstance(value, int | float) and not (good or 0 < value < math.inf):
             raise UserError(f"--{f.name} {value}: wanted a finite number above 0")
