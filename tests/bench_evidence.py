@@ -327,8 +327,9 @@ def reached(points: list[tuple], share: float) -> float:
 
 
 def point_at(points: list[tuple], budget: float) -> tuple | None:
-    """The last point within a budget (and 10 % of it); None if the curve ends well before."""
-    within = [point for point in points if point[0] <= 1.1 * budget]
+    """The last point within a budget (and 10 % of it), from the first iteration on; None if there is
+    none, or if the curve ends well before."""
+    within = [point for point in points if 1 < point[0] <= 1.1 * budget]
     return within[-1] if within and points[-1][0] >= 0.9 * budget else None
 
 
@@ -381,7 +382,8 @@ def plot(path: Path):
             axis.plot(tokens, middle, line, color=color, lw=2.5, ms=7, label=name)
             axis.fill_between(tokens, low, high, color=color, alpha=0.15, lw=0)
         axis.set_xscale("log")
-        axis.set_xticks([b for b in BUDGETS if b <= axis.get_xlim()[1]])
+        ticks = [b for b in BUDGETS if b <= axis.get_xlim()[1]]
+        axis.set_xticks(ticks[:: 1 + len(ticks) // 6])
         axis.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1000:g}k")
         axis.minorticks_off()
         axis.set_title(level, fontsize=17)
@@ -394,9 +396,9 @@ def plot(path: Path):
         for handle, label in zip(*axis.get_legend_handles_labels()):
             handles.setdefault(label, handle)
     figure.legend(
-        handles.values(), handles.keys(), loc="lower center", ncol=2, fontsize=13, frameon=False
+        handles.values(), handles.keys(), loc="lower center", ncol=3, fontsize=14, frameon=False
     )
-    figure.tight_layout(rect=(0, 0.07 + 0.05 * math.ceil(len(handles) / 2), 1, 1))
+    figure.tight_layout(rect=(0, 0.02 + 0.06 * math.ceil(len(handles) / 3), 1, 1))
     figure.savefig("evidence.png", dpi=80)
 
     shown = " | ".join(f"{budget:,}" for budget in READ)
