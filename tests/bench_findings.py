@@ -38,7 +38,7 @@ import sample
 import train_actor
 import train_critic
 from model import LM, pack_hidden
-from prepare import each_record, read_jsonl
+from prepare import each_record, read_jsonl, sha256
 
 CRITIC, ACTOR = PAPER["critic"], PAPER["actor"]
 SAMPLE = "--n1 8 --n 4 --batch 512 --limit 100"
@@ -108,8 +108,8 @@ def half_of(trees: Path, which: int) -> Path:
     half = trees.with_name(f"half{which}.jsonl")
     lines = trees.read_bytes().splitlines(keepends=True)
     half.write_bytes(b"".join(lines[which::2]))
-    manifest = Path(f"{trees}.manifest.json").read_text()
-    Path(f"{half}.manifest.json").write_text(manifest)
+    manifest = json.loads(Path(f"{trees}.manifest.json").read_text()) | {"output": sha256(half)}
+    Path(f"{half}.manifest.json").write_text(json.dumps(manifest))
     return half
 
 
