@@ -325,7 +325,7 @@ def test_flex_is_used_only_where_it_agrees(models, monkeypatch, capsys):
         assert not model.flex_agrees(lm)
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(
-            f"warning: {lm.path}: flex_attention is not used, a slower form is ("
+            f"warning: {lm.path}: flex_attention is not used, a slower and larger form is ("
         )
 
 

@@ -195,7 +195,7 @@ def test_reports_of_less(tmp_path, capsys):
     assert report(run).count("details") == 20  # the name of before
     settings = {"advantage": "outcome"}
     manifest = {"stage": "train_actor", "settings": settings, "inputs": {}, "facts": {}}
-    manifest |= {"code": "", "grader": ""}
+    manifest |= {"code": {}, "grader": ""}
     (run / "iter1" / "actor.manifest.json").write_text(json.dumps(manifest))
     assert report(run).count("details") == 10  # its pairs are whole responses, not the trees' steps
     rows = {"iter1": json.loads((run / "iter1" / "summary.json").read_text())["sets"]["all"]}
