@@ -73,7 +73,7 @@ def run(folder: Path, script: str, threads: int, how: str) -> tuple[dict, int]:
     flags = [
         f"--{k}={v}"
         for k, v in made["settings"].items()
-        if v not in ("", False) and k not in ("against", "report")
+        if v is not False and v != "" and k not in ("against", "report")
     ]
     words = [w if w.startswith("--") else str(folder / w) for w in inputs.split()]
     with tempfile.TemporaryDirectory() as temporary:
