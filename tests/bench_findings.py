@@ -10,10 +10,10 @@ correlation, siblings: the critic's, on held-out states of the row's own trees, 
 """
 
 import argparse
-import contextlib
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -60,11 +60,10 @@ ACTORS = {  # rows that train the actor anew on the same trees with the same cri
     "kappa 0; beta 0.025": f"{ACTOR.replace('0.05', '0.025')} --kappa 0",
 }
 BOTH = f"{CRITIC} --states all --token_share 0.5"
-CRITICS = {  # rows that train critic and actor anew on the same trees: flags of both
-    "critic: all states": (f"{CRITIC} --states all", ACTOR),
-    "critic: half of the loss at every token": (f"{CRITIC} --token_share 0.5", ACTOR),
-    "critic: both": (BOTH, ACTOR),
-    "critic: both; kappa 4": (BOTH, f"{ACTOR} --kappa 4"),
+CRITICS = {  # rows that train critic and actor anew on the same trees
+    "critic: all states": f"{CRITIC} --states all",
+    "critic: half of the loss at every token": f"{CRITIC} --token_share 0.5",
+    "critic: both": BOTH,
 }
 LABELS = {  # rows that label the same samples anew: m completions; --kappa 4 in all of them
     "m 2; kappa 4": "--m 2",
@@ -88,7 +87,6 @@ def pair_loss(logit, target, weight, pack):
     return (part * F.softplus(logit[j] - logit[i])).sum()
 
 
-@contextlib.contextmanager
 def with_pair_loss():
     """Critics are trained with the loss on pairs of siblings beside eq. 15."""
     usual = train_critic.critic_loss
@@ -98,9 +96,7 @@ def with_pair_loss():
         pairs = pair_loss(logit, target, weight, pack)
         return usual(lm, head, pack, target, weight, token_share) + pairs
 
-    train_critic.critic_loss = loss
-    yield
-    train_critic.critic_loss = usual
+    return mock.patch.object(train_critic, "critic_loss", loss)
 
 
 def half_of(trees: Path, which: int) -> Path:
@@ -113,7 +109,6 @@ def half_of(trees: Path, which: int) -> Path:
     return half
 
 
-@contextlib.contextmanager
 def cross_fitted(critics: list[Path]):
     """V of every other problem by the critic that has not seen it: critics[i] saw half i."""
     usual = train_actor.tree_values
@@ -126,9 +121,7 @@ def cross_fitted(critics: list[Path]):
             found[other] = usual(lm, head, records[other], retokenise, budget)
         return found
 
-    train_actor.tree_values = values
-    yield
-    train_actor.tree_values = usual
+    return mock.patch.object(train_actor, "tree_values", values)
 
 
 def main(args):
@@ -155,8 +148,10 @@ def main(args):
             tokens += sum(len(response["ids"]) for response in record["responses"])
         return tokens
 
-    def row(name, at: str, critic: str, actor: str, tokens: int, start=None, critic_model=None):
-        """Critic of folder `at`, actor, evaluation and a line of --out."""
+    def row(name, at: str, critic: str, actor: str, tokens: int, start=None, critic_model=None,
+            of="the paper's recipe"):  # fmt: skip
+        """Critic of folder `at`, or without flags the one of row `of`; actor, evaluation and a line
+        of --out."""
         if (name, args.seed) in there:
             return
         trees, made, trained = work / at / "trees.jsonl", work / name / "critic", work / name
@@ -164,7 +159,7 @@ def main(args):
             model = critic_model or run / "base"
             call(train_critic, critic + seed, trees=trees, critic_model=model, out=made)
         else:
-            made = work / "the paper's recipe" / "critic"
+            made = work / of / "critic"
         call(train_actor, actor + seed, actor=start or run / "base", trees=trees, critic=made,
              out=trained / "actor")  # fmt: skip
         measured = json.loads(Path(f"{made}.metrics.json").read_text())
@@ -181,17 +176,14 @@ def main(args):
     tokens = draw(first, "--m 4")
     for name, flags in ACTORS.items():
         row(name, first, CRITIC if name == first else "", flags, tokens)
-    for name, (critic, actor) in CRITICS.items():
-        row(name, first, critic, actor, tokens)
+    for name, flags in CRITICS.items():
+        row(name, first, flags, ACTOR, tokens)
+    with_counts = f"{ACTOR} --kappa 4"
+    row("critic: both; kappa 4", first, "", with_counts, tokens, of="critic: both")
+    name = "critic: both, and pairs of siblings"
     with with_pair_loss():
-        row("critic: both, and pairs of siblings", first, BOTH, ACTOR, tokens)
-        row(
-            "critic: both, and pairs of siblings; kappa 4",
-            first,
-            BOTH,
-            f"{ACTOR} --kappa 4",
-            tokens,
-        )
+        row(name, first, BOTH, ACTOR, tokens)
+    row(f"{name}; kappa 4", first, "", with_counts, tokens, of=name)
     name = "critic: both; kappa 4; cross-fitted by halves"
     if (name, args.seed) not in there:
         trees, halves = work / first / "trees.jsonl", []
@@ -200,7 +192,7 @@ def main(args):
             call(train_critic, BOTH + seed, trees=half_of(trees, i), held_out=half_of(trees, 1 - i),
                  critic_model=run / "base", out=halves[i])  # fmt: skip
         with cross_fitted(halves):
-            row(name, first, BOTH, f"{ACTOR} --kappa 4", tokens)
+            row(name, first, "", with_counts, tokens, of="critic: both")
     clean = next(path for path in (folder / "clean").iterdir() if path.name.startswith("math-6-6"))
     name = "critic from another model (the clean one)"
     row(name, first, CRITIC, ACTOR, tokens, critic_model=clean)
@@ -243,8 +235,8 @@ def table(path: Path):
             cells.append(mean_sd([line[key] for line in lines], 100, 1))
         gains = [100 * (line["t1"] - first[line["seed"]]) for line in lines]
         cells.append(", ".join(f"{gain:+.1f}" for gain in gains))
-        for name in ("correlation", "siblings"):
-            known = [line[name] for line in lines if line.get(name) is not None]
+        for key in ("correlation", "siblings"):
+            known = [line[key] for line in lines if line.get(key) is not None]
             cells.append(f"{np.mean(known):.2f}" if known else "")
         print(f"| {' | '.join(cells)} |")
 
