@@ -50,6 +50,11 @@ class UserError(Exception):
     """A user's mistake: one line that says what, where and how to mend; exit code 2."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says, as far as a line of ours has room for it."""
+    return str(error).strip().split("\n")[0]
+
+
 def flag(help: str, default=MISSING):
     """A field of a stage's Settings: its line in --help, and the paper's value."""
     return field(default=default, metadata={"help": help})
@@ -135,8 +140,7 @@ class LM:
                 if (Path(path) / "generation_config.json").exists() or not Path(path).is_dir():
                     self.generation = transformers.GenerationConfig.from_pretrained(path)
         except Exception as e:  # a broken folder raises all kinds; the user needs one line
-            reason = str(e).strip().split("\n")[0]
-            raise UserError(f"{path}: not a model folder with a tokenizer ({reason})") from e
+            raise UserError(f"{path}: not a model folder with a tokenizer ({first_line(e)})") from e
         self._read_tokenizer()
         # Whether flex_attention may do what the gathered form does; None: not tried yet. Stages
         # that only draw never ask, and so need not wait until it is compiled.
@@ -618,9 +622,9 @@ def flex_agrees(lm: LM) -> bool:
                 if not difference <= tolerance * max(1.0, float(expected.abs().max())):
                     raise ValueError(f"{tokens} tokens differ by {difference:.1g}")
     except Exception as e:  # noqa: BLE001  whatever a GPU's software does, numbers are right
-        reason = str(e).strip().split("\n")[0]
         if rank() == 0:
-            wrong = f"{lm.path}: flex_attention is not used, a slower and larger form is ({reason})"
+            wrong = "flex_attention is not used, a slower and larger form is"
+            wrong = f"{lm.path}: {wrong} ({first_line(e)})"
             print(f"warning: {wrong}", file=sys.stderr)
         return False
     return True
@@ -1234,7 +1238,7 @@ def memory(config, columns: int, tokens: int, rows: int, cards: int, offload: bo
     # Each process reads the whole model, which is then sharded.
     loading = {} if alone else {"the whole weights, in float32": 4 * count}
     host = {"weights of every process, as they are loaded": 4 * count * cards}
-    if offload and cards <= 4:
+    if offload and cards <= 4:  # then what training holds there is more
         host = {"weights, gradients, moments": 16 * count}
     disk = {"two checkpoints and a third": 3 * 12 * count, "the model folder": 4 * count}
     parts = {"sampling": sampling, "loading to train": loading, "training": training}
@@ -1242,11 +1246,11 @@ def memory(config, columns: int, tokens: int, rows: int, cards: int, offload: bo
 
 
 def config_of(path: str):
+    """The config of a folder or hub id; UserError if there is none."""
     try:
         return transformers.AutoConfig.from_pretrained(path)
     except Exception as e:
-        reason = str(e).strip().split("\n")[0]
-        raise UserError(f"{path}: not a model folder ({reason})") from e
+        raise UserError(f"{path}: not a model folder ({first_line(e)})") from e
 
 
 def require_memory(path: str, tokens: int, offload: bool, card: float | None = None):

@@ -48,6 +48,7 @@ from model import (
     Tree,
     TreeView,
     UserError,
+    first_line,
     flag,
     grouped_attention,
     on_cuda,
@@ -337,8 +338,8 @@ class Slots:
                 self.step_of_width(width)
             self.graphs[width] = graph
         except RuntimeError as e:
-            reason = str(e).strip().split("\n")[0]
-            print(f"warning: {self.lm.path}: no CUDA graph, slower ({reason})", file=sys.stderr)
+            wrong = f"{self.lm.path}: no CUDA graph, slower ({first_line(e)})"
+            print(f"warning: {wrong}", file=sys.stderr)
             self.lm.graphs = False
 
     def look(self) -> int:
