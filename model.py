@@ -663,8 +663,40 @@ def _matmul32(a, b, in_bfloat16: bool):
 
 
 def _largest_block(x) -> tuple[int, int]:
-    """(tokens, vocabulary) of the logits that exist at once: the CPU's best, the one CUDA ran with."""
-    return (4096, 8192) if on_cuda(x) else (2048, 2048)
+    """(tokens, vocabulary) of the logits that exist at once: what was fast on CPUs, and on an H200."""
+    return (4096, 16384) if on_cuda(x) else (2048, 2048)
+
+
+def _running_sum(z, top, total):
+    """Running maximum (n,), and running sum of exp(logit - maximum), with one more block of logits
+    z (n, v)."""
+    new = torch.maximum(top, z.amax(-1))
+    return new, total * (top - new).exp() + (z - new[:, None]).exp_().sum(-1)
+
+
+def _softmax_times(z, lse, factor, dtype: torch.dtype):
+    """factor * softmax of a block of logits z (n, v), in float32 until it is rounded to dtype."""
+    return ((z - lse[:, None]).exp_().mul_(factor)).to(dtype)
+
+
+@functools.cache
+def _one_kernel(function):
+    """`function`, compiled to a kernel that reads each logit once; only CUDA comes here. Operator by
+    operator most of the time is spent on passes over the logits. Where torch cannot compile, the
+    operators go on, with one line of warning."""
+    compiled = torch.compile(function, dynamic=True)
+
+    def run(*arguments):
+        nonlocal compiled
+        try:
+            return compiled(*arguments)
+        except torch._dynamo.exc.TorchDynamoException as e:
+            wrong = f"log-probs are slower, torch cannot compile here ({first_line(e)})"
+            print(f"warning: {wrong}", file=sys.stderr)
+            compiled = function
+            return function(*arguments)
+
+    return run
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -676,20 +708,18 @@ class _LinearLogprobs(torch.autograd.Function):
         target = torch.zeros_like(top)  # the target's logit
         in_bfloat16, wide = hidden.dtype is torch.bfloat16, _wide(hidden)
         tokens, vocabulary = _largest_block(hidden)
+        running_sum = _one_kernel(_running_sum) if on_cuda(hidden) else _running_sum
         for w, first in _chunks(weight, vocabulary):
             for h, row in _chunks(wide, tokens):
                 z = _times(_matmul32(h, w.T, in_bfloat16), scale)
                 if softcap is not None:
                     z = softcap * torch.tanh(z / softcap)
                 rows = slice(row, row + len(h))
-                new = torch.maximum(top[rows], z.amax(-1))
                 local = targets[rows] - first
                 inside = (local >= 0) & (local < len(w))
                 own = z.gather(1, local.clamp(0, len(w) - 1)[:, None])[:, 0]
                 target[rows] += torch.where(inside, own, 0)
-                total[rows] *= (top[rows] - new).exp()
-                total[rows] += z.sub_(new[:, None]).exp_().sum(-1)
-                top[rows] = new
+                top[rows], total[rows] = running_sum(z, top[rows], total[rows])
         lse = top + total.log()
         ctx.save_for_backward(hidden, weight, targets, lse)
         ctx.scale, ctx.softcap = scale, softcap
@@ -707,21 +737,24 @@ class _LinearLogprobs(torch.autograd.Function):
         grad_w = torch.empty_like(weight) if need_w else None
         in_bfloat16, wide = hidden.dtype is torch.bfloat16, _wide(hidden)
         tokens, vocabulary = _largest_block(hidden)
+        softmax_times = _one_kernel(_softmax_times) if on_cuda(hidden) else _softmax_times
         for w, first in _chunks(weight, vocabulary):
             acc = torch.zeros(w.shape, dtype=lse.dtype, device=w.device) if need_w else None
             for h, row in _chunks(wide, tokens):
                 rows = slice(row, row + len(h))
                 z = _times(_matmul32(h, w.T, in_bfloat16), ctx.scale)
-                slope = ctx.scale
+                slope = grad[rows, None] * ctx.scale  # of logp by the product, but for the softmax
                 if ctx.softcap is not None:
                     t = torch.tanh(z / ctx.softcap)
-                    z, slope = ctx.softcap * t, ctx.scale * (1 - t * t)
-                g = z.sub_(lse[rows, None]).exp_().mul_(-grad[rows, None])  # (n, v)
+                    z, slope = ctx.softcap * t, slope * (1 - t * t)
+                g = softmax_times(z, lse[rows], -slope, wide.dtype)  # (n, v)
+                # The target's own entry is 1 - softmax, in float32 before any rounding.
                 local = targets[rows] - first
                 inside = ((local >= 0) & (local < len(w))).nonzero()[:, 0]
-                # the one-hot, in float32, before any rounding
-                g[inside, local[inside]] += grad[rows][inside]
-                g = _times(g, slope).to(wide.dtype)
+                column = local[inside]
+                own = slope.expand_as(z)[inside, column]
+                minus = (z[inside, column] - lse[rows][inside]).exp() * -own
+                g[inside, column] = (minus + own).to(wide.dtype)
                 if need_h:
                     grad_h[rows] += _matmul32(g, w, in_bfloat16)
                 if need_w:
@@ -1226,7 +1259,7 @@ def memory(config, columns: int, tokens: int, rows: int, cards: int, offload: bo
     one_layer = 4 * tokens * (4 * width + 3 * sizes + 4 * inner)
     # Two blocks of logits and one rounded; the head rounded, its gradient, a block's in float32; of
     # the hidden states copies and gradients.
-    block = min(vocabulary, 8192)
+    block = min(vocabulary, 16384)
     blocks = 10 * min(tokens, 4096) * block + 4 * width * (vocabulary + block)
     blocks += 14 * tokens * width
     training = {

@@ -1,5 +1,6 @@
 """Every kernel against its slow, obvious twin: float64, loops, one forward a pair, Hugging Face's own attention."""
 
+import functools
 import json
 import random
 import shutil
@@ -194,9 +195,12 @@ def test_the_worked_example_of_a_pack():
 
 
 def as_if_on_cuda(monkeypatch, cuda=True):
-    """The one seam between the two devices' forms."""
+    """The one seam between the two devices' forms. What CUDA compiles is traced, and then run by
+    plain operators."""
     for module in (model, sample):
         monkeypatch.setattr(module, "on_cuda", lambda x: cuda)
+    traced = functools.partial(torch.compile, backend="aot_eager", dynamic=True)
+    monkeypatch.setattr(model, "_one_kernel", traced)
 
 
 @pytest.fixture
@@ -377,6 +381,48 @@ def test_cuda_s_products_take_bfloat16_and_give_float32(monkeypatch, softcap):
     for cpu, cuda in zip(*found):
         assert cpu.dtype is cuda.dtype
         torch.testing.assert_close(cuda, cpu, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("scale, softcap", [(1.0, None), (0.7, 2.0)])
+def test_compiled_log_probs_are_the_cpu_s(monkeypatch, scale, softcap):
+    """Twelve sizes of a last block cost few compilations; past torch's limit of 8 it is an error."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    traced = {}
+
+    def one_kernel(function):
+        if function not in traced:
+            traced[function] = torch.compile(function, backend=counter, dynamic=True)
+        return traced[function]
+
+    for n in range(1, 13):
+        hidden, weight, targets = head_inputs(n, 6, 3 * n + 1, torch.float32)
+        found = []
+        for cuda in (False, True):
+            as_if_on_cuda(monkeypatch, cuda)
+            monkeypatch.setattr(model, "_one_kernel", one_kernel)
+            monkeypatch.setattr(model, "_largest_block", lambda x: (5, 7))
+            logp = linear_logprobs(hidden, weight, targets, scale, softcap)
+            found.append([logp, *torch.autograd.grad(logp.square().sum(), [hidden, weight])])
+        for cpu, compiled in zip(*found):
+            torch.testing.assert_close(compiled, cpu)
+    assert len(traced) == 2 and 2 <= counter.frame_count <= 8
+    torch._dynamo.reset()
+
+
+def test_log_probs_where_torch_cannot_compile(monkeypatch, capsys):
+    def fails(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    compiling = functools.partial(torch.compile, backend=fails)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: compiling(function))
+    run = model._one_kernel.__wrapped__(model._softmax_times)
+    z = torch.tensor([[1.0, 3.0]])
+    for _ in range(2):
+        half = run(z, z.logsumexp(-1), torch.tensor([[0.5]]), torch.float32)
+        torch.testing.assert_close(half, 0.5 * z.softmax(-1))
+    torch._dynamo.reset()
+    assert capsys.readouterr().err.count("warning: log-probs are slower") == 1
 
 
 @torch.no_grad()
