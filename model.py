@@ -750,11 +750,12 @@ class _LinearLogprobs(torch.autograd.Function):
                 g = softmax_times(z, lse[rows], -slope, wide.dtype)  # (n, v)
                 # The target's own entry is 1 - softmax, in float32 before any rounding.
                 local = targets[rows] - first
-                inside = ((local >= 0) & (local < len(w))).nonzero()[:, 0]
-                column = local[inside]
-                own = slope.expand_as(z)[inside, column]
-                minus = (z[inside, column] - lse[rows][inside]).exp() * -own
-                g[inside, column] = (minus + own).to(wide.dtype)
+                inside = ((local >= 0) & (local < len(w)))[:, None]
+                column = local.clamp(0, len(w) - 1)[:, None]
+                own = slope.expand_as(z).gather(1, column)  # (n, 1)
+                entry = (z.gather(1, column) - lse[rows, None]).exp() * -own + own
+                entry = torch.where(inside, entry.to(wide.dtype), g.gather(1, column))
+                g.scatter_(1, column, entry)
                 if need_h:
                     grad_h[rows] += _matmul32(g, w, in_bfloat16)
                 if need_w:
