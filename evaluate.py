@@ -56,7 +56,7 @@ from prepare import (
     tokenizer_facts,
 )
 from reward import MAX_ANSWER, exact_number, normalise, split_unit
-from sample import Server, respond, work_through
+from sample import Server, alone, respond, work_through
 from train_critic import load_critic, tree_values
 
 # ------------------------------------------------------------ statistics
@@ -200,6 +200,8 @@ def stage(s: Settings):
     # --against is no setting of eval.jsonl: a finished evaluation is compared anew at no cost
     out = Stage("evaluate.py", s.out, dataclasses.replace(s, against=""), inputs)
     if not out.complete:
+        if s.server:
+            alone("evaluate.py --server")
         join()
         lm = LM(s.actor, dtype=s.dtype, weights=not s.server)
         server = Server(s.server, lm) if s.server else None

@@ -40,6 +40,7 @@ from sample import (
     REWARD,
     Prefixes,
     Server,
+    alone,
     draw,
     draw_key,
     each_sample,
@@ -149,26 +150,27 @@ class StepTree:
     def count_draw(self, v: int, ids: list[int], cut, reward: float):
         """Count one draw at node v, a completion or response, and at every state that it passes.
 
-        cut: LM.step_ends. It looks a token ahead (a blank line joins the step before it), so a state
-        is passed if its tokens begin the draw, whatever the draw's own cut is: only then is each
-        draw an unbiased one at each state.
+        cut: LM.step_ends. A blank line joins the step before it, so where "a\\n" and "a\\n\\n" are both
+        states, a draw "a\\n\\nb" passes both, though its own cut takes the second alone. It counts at
+        both: only if every draw counts at each state whose tokens begin it, is it an unbiased one
+        there. New states are made along the draw's own cut only.
         """
-        waiting = [(v, ids, True)]  # node, what is drawn from there, is it by the draw's own cut
+        waiting = [(v, ids, True)]  # node, what is drawn from there, did the own cut lead there
         while waiting:
-            v, ids, own = waiting.pop()
+            v, ids, by_own_cut = waiting.pop()
             self._count(v, reward)
             end = cut(ids)[0]
             last = end == len(ids)
             child = self.step(v, ids[:end], reward if last else None)
             self.nodes[child]["draws"] += 1
-            if self.whole_draws and own and not last:
+            if self.whole_draws and by_own_cut and not last:
                 self._follow(child)
             if last or not self.followed[child]:
                 self._count(child, reward)
             for u in reversed(self.followed_below[v]):
                 size = len(self.nodes[u]["ids"])
                 if size < len(ids) and ids[:size] == self.nodes[u]["ids"]:
-                    waiting.append((u, ids[size:], own and u == child))
+                    waiting.append((u, ids[size:], by_own_cut and u == child))
 
     def _count(self, v: int, reward: float):
         self.nodes[v]["n"] += 1
@@ -268,6 +270,7 @@ def label(lm: LM, problems: list[dict], trees: list[StepTree], s: Settings, prog
 
 
 def stage(s: Settings):
+    alone("label_steps.py")
     if s.m == 0 and not s.whole_draws:
         raise UserError("--m 0: nothing would be counted; wanted 1 or more, or --whole_draws")
     needs = ("id", "prompt", "answer or tests")

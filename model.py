@@ -23,6 +23,7 @@ import shutil
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import MISSING, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -50,9 +51,14 @@ class UserError(Exception):
     """A user's mistake: one line that says what, where and how to mend; exit code 2."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error of a library says, as far as a line of ours has room for it."""
     return str(error).strip().split("\n")[0]
+
+
+def cause(error) -> str:
+    """What went wrong in the first process that torch.distributed.checkpoint found failing."""
+    return first_line(next(iter(error.failures.values()))[0])
 
 
 def flag(help: str, default=MISSING):
@@ -137,8 +143,10 @@ class LM:
                 self.generation = self.model.generation_config
             else:
                 self.generation = transformers.GenerationConfig.from_model_config(self.config)
-                if (Path(path) / "generation_config.json").exists() or not Path(path).is_dir():
+                with suppress(OSError):  # many a model has no generation_config.json
                     self.generation = transformers.GenerationConfig.from_pretrained(path)
+        except torch.OutOfMemoryError as e:
+            raise UserError(f"{path}: the weights do not fit on this GPU, or others use it") from e
         except Exception as e:  # a broken folder raises all kinds; the user needs one line
             raise UserError(f"{path}: not a model folder with a tokenizer ({first_line(e)})") from e
         self._read_tokenizer()
@@ -214,6 +222,8 @@ class LM:
         for _, v in pack.owner:
             alone = tree._replace(score=[False, v == 1, v == 2])
             apart.append(step_logprobs(self, *pack_trees([alone], 99)))
+        if not together.isfinite().all():
+            raise UserError(f"{self.path}: its log-probs are no numbers; train it anew")
         if not torch.allclose(together, torch.cat(apart), atol=0.5 if self.in_bfloat16 else 1e-3):
             raise UserError(f"{self.path}: {kind} ignores a tree mask, so it cannot be used")
         ids, pos = pack.ids[None].to(self.device), pack.pos[None].to(self.device)
@@ -394,10 +404,10 @@ def pack_trees(trees: list[Tree], budget: int, align: int = 1) -> list[Pack]:
     """
     pieces = [(t, run) for t, tree in enumerate(trees) for run in _fragments(tree, budget)]
     sizes = [sum(len(trees[t].ids[v]) for v, _ in run) for t, run in pieces]
-    groups, size = [], budget
+    groups, size = [], budget  # "full", so that the first piece opens a group
     for i in sorted(range(len(pieces)), key=lambda i: -sizes[i]):
         room = -(-sizes[i] // align) * align
-        if size + room > budget or not groups:
+        if size + room > budget:
             groups.append([])
             size = 0
         groups[-1].append(pieces[i])
@@ -580,10 +590,10 @@ def _flex():
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     # Beyond its limit of recompilations torch would run flex_attention unfused, with all scores in
-    # memory (8.6 GB at 8,192 tokens), and say nothing.
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    compiled = functools.partial(torch.compile, dynamic=True)
-    return compiled(flex_attention), compiled(create_block_mask)
+    # memory (8.6 GB at 8,192 tokens), and say nothing. fullgraph makes that an error, in the
+    # backward pass's own threads too.
+    fused = torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    return fused, torch.compile(create_block_mask, dynamic=True)
 
 
 def head_sizes(config) -> tuple[int, int, int]:
@@ -1023,6 +1033,9 @@ class Checkpoints:
 
     def __init__(self, work: Path, modules: dict, optimiser):
         self.work, self.modules, self.optimiser = work, modules, optimiser
+        if rank() == 0:
+            for half in work.glob("step-*.new"):  # a kill while it was written
+                shutil.rmtree(half) if half.is_dir() else half.unlink()
         self.sharded = any(is_sharded(module) for module in modules.values())
         files, folders = sorted(work.glob("step-*.pt")), sorted(work.glob("step-*.dcp"))
         self.saved = folders if self.sharded else files
@@ -1055,7 +1068,10 @@ class Checkpoints:
 
             path = Path(f"{path}.dcp")
             beside = Path(f"{path}.new")
-            dcp.save(self._sharded_state() | {"step": step}, checkpoint_id=beside)
+            try:
+                dcp.save(self._sharded_state() | {"step": step}, checkpoint_id=beside)
+            except dcp.CheckpointException as e:  # no Exception: it would pass every handler
+                raise OSError(errno.EIO, f"not written ({cause(e)})", str(path)) from e
             if rank() == 0:
                 put_in_place(beside, path)
         else:
@@ -1099,7 +1115,10 @@ class Checkpoints:
         from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
         state = self._sharded_state() | {"step": 0}
-        dcp.load(state, checkpoint_id=path)
+        try:
+            dcp.load(state, checkpoint_id=path)
+        except dcp.CheckpointException as e:
+            raise RuntimeError(cause(e)) from e
         for key, module in self.modules.items():
             module.load_state_dict(state["modules"][key])
         together = torch.nn.ModuleDict(self.modules)
@@ -1207,13 +1226,13 @@ def give_back_whole_weights(modules: dict):
 
 
 def synchronise(modules: dict, last: bool):
-    """Sharded gradients are summed over the processes with a step's last pack, and until then the
-    offloaded weights stay on the card."""
+    """With --offload weights and gradients stay on the card until a step's last pack. Otherwise the
+    gradients of each pack are summed over the processes at once: kept whole until the last pack
+    they would take 4 bytes a parameter of every card."""
     for module in modules.values():
-        if is_sharded(module):
+        if is_sharded(module) and module.reshards_late:
             module.set_requires_gradient_sync(last)
-            if module.reshards_late:
-                module.set_reshard_after_backward(last)
+            module.set_reshard_after_backward(last)
 
 
 def summed(sums: dict[str, float]) -> dict[str, float]:
@@ -1234,8 +1253,11 @@ def memory(config, columns: int, tokens: int, rows: int, cards: int, offload: bo
     columns: of a row of the key/value cache (prompt and response); tokens of a pack; rows decoded
     at once. Training is in bfloat16 with checkpointed layers.
     """
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+    except ValueError as e:
+        raise UserError(f"{config.model_type}: no language model with a decoder alone") from e
     config = config.get_text_config()
     count = sum(p.numel() for p in model.parameters())
     layers, width, vocabulary = config.num_hidden_layers, config.hidden_size, config.vocab_size
@@ -1324,6 +1346,8 @@ def print_memory(arguments: list[str]):
     parser.add_argument("--tokens", type=int, default=8192, help="of a pack, --budget")
     parser.add_argument("--rows", type=int, default=256, help="decoded at once, --batch")
     s = parser.parse_args(arguments)
+    if min(s.cards, s.memory, s.columns, s.tokens, s.rows) <= 0:
+        raise UserError("model.py: a number is not above 0")
     config = config_of(s.model)
     print(f"{s.model}, GB on each of {s.cards} card(s) of {s.memory:.0f} GB")
     for offload in (False, True):

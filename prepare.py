@@ -64,6 +64,7 @@ from model import (
     pack_trees,
     rank,
     replace,
+    require_memory,
     shard,
     step_logprobs,
     wait_for_all,
@@ -403,6 +404,8 @@ class Stage:
             self.append([])
         self.manifest["output"] = sha256(self.out)
         self.start()
+        for checkpoint in self.work.rglob("step-*"):  # of a 8B model 96 GB each
+            shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()
         self.lock.close()
         wait_for_all()
         print(f"{self.out}: written, {time.perf_counter() - self.began:.0f} s")
@@ -770,6 +773,8 @@ def new_model(tokenizer, seed: int, layers: int = 3, width: int = 128):
 
 # ------------------------------------------------------------ fine-tuning on demonstrations
 
+DEMO_PACK = 8192  # tokens of a pack
+
 
 def demo_tree(lm: LM, demo: dict) -> Tree:
     """A demonstration as a tree of two nodes, prompt and response, both scored."""
@@ -783,7 +788,7 @@ def fine_tune(lm: LM, trees: list[Tree], work: Path, lr, batch, passes, seed, pr
     def make_packs(rows):
         chosen = [trees[r] for r in rows]
         weight = sum(prompt_weight * len(t.ids[0]) + len(t.ids[1]) for t in chosen)
-        return [(pack, weight) for pack in pack_trees(chosen, 8192)]
+        return [(pack, weight) for pack in pack_trees(chosen, DEMO_PACK)]
 
     def loss(pack, weight):
         logp = step_logprobs(lm, pack)  # (M,)
@@ -1365,6 +1370,7 @@ def tune_base(out: Stage, demos: list[dict], folder: Path, s: Settings):
     if not chosen:
         raise UserError(f"{s.demos}: no demonstration is left beside held-out questions; add some")
     print(f"{len(chosen)} demonstrations; {len(demos) - len(chosen)} are of held-out questions")
+    require_memory(s.base, DEMO_PACK, s.offload)
     lm = LM(s.base, train=True, dtype=s.dtype)
     shard(lm, offload=s.offload)
     trees = [demo_tree(lm, d) for d in chosen]

@@ -124,7 +124,8 @@ def grade_ids(lm: LM, problems: list[dict], responses: list[list[int]], unsafe: 
     return graded
 
 
-CPUS = len(os.sched_getaffinity(0))  # that this process may use
+# CPUs that this process may use; only Linux says which.
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 REMEMBERED = 1 << 18  # verdicts
 _graders, _starting = ThreadPoolExecutor(CPUS), threading.Lock()
 

@@ -12,7 +12,8 @@
 # a stage without one keeps its own defaults, the paper's. ITERATIONS: how many; PROBLEMS: new ones in each; REPLAY: the
 # critic goes on learning on the trees of so many iterations. Started again, the run goes on where it stopped.
 # A GPU box:  LAUNCH="torchrun --nproc-per-node 8" trains on eight cards; ENGINE="vllm serve" starts a server with each
-# actor for sampling, labelling and evaluation, and ends it before training; SERVER=http://... uses one that is there.
+# actor for sampling, labelling and evaluation, and ends it before training; SERVER=http://... uses one that is there (each
+# iteration's actor must be served there in turn: run.sh stops where another is, and goes on). CRITIC_MODEL: the first critic's start.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -120,15 +121,30 @@ start_engine() {
 # End it, so that training has the memory: only a process that has ended frees all of it.
 end_engine() {
   if [ -z "${ENGINE-}" ]; then return; fi
-  kill $engine
+  kill $engine 2> /dev/null || true
   wait $engine || true
+  trap - EXIT
+}
+
+# Evaluate an actor: by the server, or here, on all cards.
+evaluate() {
+  if [ -n "${SERVER-}" ]; then
+    stage evaluate.py --server "$SERVER" "$@"
+  else
+    $LAUNCH evaluate.py "$@"
+  fi
 }
 
 headline() { printf '\n== %s\n' "$*"; }
 
 headline "Problems and base model"
-stage prepare.py --out "$RUN" --seed "$SEED" ${TASK:+--task "$TASK"} ${TRAIN:+--train "$TRAIN"} ${TEST:+--test "$TEST"} \
-  ${BASE:+--no_make_base} ${PREPARE-}
+eval "prepare=(${PREPARE-})" # which may hold words in quotes, as of --instruction
+case "${PREPARE-}" in
+  *--demos*) fine_tune=$LAUNCH ;;
+  *) fine_tune=stage ;;
+esac
+$fine_tune prepare.py --out "$RUN" --seed "$SEED" ${TASK:+--task "$TASK"} ${TRAIN:+--train "$TRAIN"} ${TEST:+--test "$TEST"} \
+  ${BASE:+--no_make_base} ${prepare[@]+"${prepare[@]}"}
 actor=${BASE:-$RUN/base}
 if [ -z "${BASE-}" ] && [ ! -d "$actor" ]; then
   echo "error: run.sh: no model for these problems; give BASE=path/or/hub-id, or PREPARE=\"--base MODEL --demos NAME:PATH\"" >&2
@@ -137,8 +153,7 @@ fi
 critic=${CRITIC_MODEL:-$actor} trees=()
 headline "Iteration 0: evaluate the base model"
 start_engine "$actor"
-stage evaluate.py --actor "$actor" --problems "$RUN/test.jsonl" --out "$RUN/iter0/eval.jsonl" ${SERVER:+--server "$SERVER"} \
-  $LENGTH ${EVALUATE-}
+evaluate --actor "$actor" --problems "$RUN/test.jsonl" --out "$RUN/iter0/eval.jsonl" $LENGTH ${EVALUATE-}
 for i in $(seq "$ITERATIONS"); do
   it=$RUN/iter$i
   headline "Iteration $i, A.1: sample responses"
@@ -158,8 +173,8 @@ for i in $(seq "$ITERATIONS"); do
   actor=$it/actor critic=$it/critic
   headline "Iteration $i: evaluate"
   start_engine "$actor"
-  stage evaluate.py --actor "$actor" --problems "$RUN/test.jsonl" --out "$it/eval.jsonl" \
-    --against "$RUN/iter0/eval.jsonl" ${SERVER:+--server "$SERVER"} $LENGTH ${EVALUATE-}
+  evaluate --actor "$actor" --problems "$RUN/test.jsonl" --out "$it/eval.jsonl" --against "$RUN/iter0/eval.jsonl" \
+    $LENGTH ${EVALUATE-}
 done
 end_engine
 headline "Report"

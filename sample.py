@@ -55,6 +55,7 @@ from model import (
     pack_hidden,
     pack_trees,
     row_bytes,
+    world,
 )
 from prepare import (
     Stage,
@@ -108,17 +109,23 @@ def draw_key(*what) -> int:
 
 def uniforms(key: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """splitmix64: a uniform in [0, 1), (B,) float64, for each key and position, (B,) int64."""
+
+    def shifted(z, bits: int):  # as an unsigned number: >> of an int64 repeats the sign
+        return (z >> bits) & ((1 << (64 - bits)) - 1)
+
     z = key + (position + 1) * -0x61C8864680B583EB  # the golden ratio's bits; int64 wraps around
-    z = (z ^ ((z >> 30) & (1 << 34) - 1)) * -0x40A7B892E31B1A47
-    z = (z ^ ((z >> 27) & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
-    z = z ^ ((z >> 31) & (1 << 33) - 1)
-    return ((z >> 12) & (1 << 52) - 1).double() * 2.0**-52
+    z = (z ^ shifted(z, 30)) * -0x40A7B892E31B1A47
+    z = (z ^ shifted(z, 27)) * -0x6B2FB644ECCEEE15
+    z = z ^ shifted(z, 31)
+    return shifted(z, 12).double() * 2.0**-52
 
 
 def draw_tokens(logits, key, position, temperature: float) -> torch.Tensor:
-    """Inverse-CDF draw from the whole distribution, (B, V) -> (B,); temperature 0 is greedy."""
+    """Inverse-CDF draw from the whole distribution, (B, V) -> (B,); temperature 0 is greedy. V,
+    which no token is, where a logit is no number."""
     if temperature == 0:
-        return logits.argmax(-1)
+        top, token = logits.max(-1)
+        return token.masked_fill_(top.isnan(), logits.shape[-1])
     cdf = (logits / temperature).softmax(-1).double().cumsum(-1)
     # u < cdf[-1], so a token of probability 0 is never drawn
     u = uniforms(key, position)[:, None] * cdf[:, -1:]
@@ -136,9 +143,10 @@ class CacheView:
     def __init__(self, layers: int, shape: tuple[int, ...], dtype: torch.dtype, device: str):
         rows, groups, columns, size = shape
         columns += -columns % 8  # CUDA's fused kernels want such widths
-        empty = functools.partial(torch.zeros, (rows, groups, columns, size))  # (B, G, T, D)
-        self.keys = [empty(dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [empty(dtype=dtype, device=device) for _ in range(layers)]
+        # Zeros: a masked column counts 0 times its value, which for a NaN left in memory is NaN.
+        zeros = functools.partial(torch.zeros, (rows, groups, columns, size))  # (B, G, T, D)
+        self.keys = [zeros(dtype=dtype, device=device) for _ in range(layers)]
+        self.values = [zeros(dtype=dtype, device=device) for _ in range(layers)]
 
     def at(self, length: torch.Tensor, width: int):
         """The next token of a row goes to column `length` and sees columns 0 .. length < width."""
@@ -251,8 +259,9 @@ class Slots:
         self.out = zeros(size, max(row[3] for row in rows))  # (B, longest room) what it has drawn
         self.token = zeros(size)  # the last of them
         self.length = zeros(size)  # tokens before that one: its columns of the cache
-        self.stop = torch.zeros(max(len(lm.head), max(lm.eos) + 1), dtype=torch.bool)
-        self.stop[lm.eos] = True  # (V,) is this token an end
+        # Is this token an end (V + 1,): V, which no token is, is drawn where a logit is no number.
+        self.stop = torch.zeros(max(len(lm.head), max(lm.eos)) + 1, dtype=torch.bool)
+        self.stop[[*lm.eos, len(lm.head)]] = True
         self.stop = self.stop.to(lm.device)
         self.graphs = {}  # width of the cache: the kernels of a step, on a GPU
 
@@ -282,10 +291,7 @@ class Slots:
         self.room[free] = numbers([self.rows[r][3] for r in seated])
         self.length[free] = numbers([len(path) for path in paths])
         last = numbers([path[-1] for path in paths])
-        logits = _at_least_16(self.lm.logits, self.prefixes.hidden[last])
-        if logits.isnan().any():
-            raise UserError(f"{self.lm.path}: a logit is no number; train it anew")
-        self.write(free, logits)
+        self.write(free, _at_least_16(self.lm.logits, self.prefixes.hidden[last]))
 
     def write(self, slot, logits):
         """Draw the next token of these slots and write it down where the row is alive."""
@@ -293,7 +299,7 @@ class Slots:
         token = draw_tokens(logits, self.key[slot], self.new[slot], self.temperature)
         column = self.new[slot].clamp(max=self.out.shape[1] - 1)
         self.out[slot, column] = torch.where(alive, token, self.out[slot, column])
-        self.token[slot] = token
+        self.token[slot] = token.clamp(max=len(self.lm.head) - 1)
         self.new[slot] += alive
         self.alive[slot] = alive & ~self.stop[token] & (self.new[slot] < self.room[slot])
 
@@ -354,6 +360,8 @@ class Slots:
         for r, n, ids in zip(
             self.row[done].tolist(), self.new[done].tolist(), self.out[done].tolist()
         ):
+            if ids[n - 1] >= len(self.lm.head):
+                raise UserError(f"{self.lm.path}: a logit is no number; train it anew")
             ended.append((r, ids[:n]))
         self.row[done] = -1
         return ended
@@ -410,9 +418,10 @@ def draw(
     while True:
         # 1. Look how many rows live. On a GPU that waits for its work, so it is done now and then.
         live = slots.look()
+        # A tenth of the slots pays for seating rows, a quarter for shrinking the batch.
         free_enough = live <= (0.9 if waiting else 0.75) * slots.size
         # 2. Finished rows hand in their tokens, once a good part of the slots is free.
-        if live == 0 or free_enough:
+        if free_enough:
             for r, ids in slots.finished():
                 results[r] = ids
                 if progress is not None:
@@ -421,7 +430,7 @@ def draw(
         if live == 0 and not waiting:
             return results
         # 4. Waiting rows take the free slots; one may end with its first token, so look again.
-        if waiting and (live == 0 or free_enough):
+        if waiting and free_enough:
             slots.seat(waiting)
             continue
         # 5. When none waits, the batch gets smaller.
@@ -443,6 +452,11 @@ class NoTokenIds(Fault):
     """What a server says that cannot return token ids."""
 
 
+# Of the connection, and of answers that hold anything else than what was asked for.
+FAULTS = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError)
+FAULTS += (Fault,)
+
+
 class Server:
     """Draws by OpenAI-compatible servers that take and return token ids (vLLM, SGLang).
 
@@ -459,6 +473,8 @@ class Server:
 
     def __init__(self, urls: str, lm: LM):
         self.lm, self.faults, self.names, self.contexts = lm, {}, {}, {}
+        if wrong := [url for url in urls.split(",") if "://" not in url]:
+            raise UserError(f"--server {wrong[0]}: wanted a URL such as http://127.0.0.1:8000")
         end = lm.tokenizer.eos_token_id
         if end is not None and end not in lm.eos:  # here such a response would go on
             wrong = f"a server ends responses at the tokenizer's EOS too, {end}"
@@ -477,7 +493,7 @@ class Server:
             self._complete(url, [self.lm.eos[0]], 1, 1, 0.0)
         except NoTokenIds as e:
             raise UserError(f"{url}: {e}; a server that returns token ids is needed") from e
-        except (OSError, http.client.HTTPException, ValueError, LookupError, Fault) as e:
+        except FAULTS as e:
             raise ConnectionError(f"{url}: {e}; is the server up?") from e
 
     def _name_of_model(self, url: str) -> str:
@@ -555,9 +571,11 @@ class Server:
                     self._name_of_model(url)
                 # At temperature 0 a request for several is refused.
                 asked = min(self.most if temperature else 1, count - len(drawn))
-                drawn += self._complete(url, prompt, asked, room, temperature)
-                self.faults[url] = 0
-            except (OSError, http.client.HTTPException, ValueError, LookupError, Fault) as e:
+                more = self._complete(url, prompt, asked, room, temperature)
+                if not more:
+                    raise Fault("it draws tokens that the tokenizer does not have")
+                drawn, self.faults[url] = drawn + more, 0
+            except FAULTS as e:
                 failed, self.faults[url] = failed + 1, self.faults[url] + 1
                 rest = time.monotonic() + self.pause * 2 ** min(self.faults[url] - 1, 6)
                 if failed >= self.tries:
@@ -621,6 +639,14 @@ def work_through(todo: Iterable, process, out: Stage, server: Server | None, chu
 # ------------------------------------------------------------ the stage
 
 
+def alone(script: str):
+    """Refuse torchrun: several cards sample by an engine, which shares out the work itself."""
+    if world() > 1:
+        raise UserError(
+            f"{script}: runs as one process; for several cards start a --server on them"
+        )
+
+
 @dataclass(frozen=True)
 class Settings:
     actor: str = flag("Hugging Face folder or hub id of the current policy")
@@ -672,6 +698,7 @@ def respond(lm: LM, problems: list[dict], count: int, stage: str, s, **how) -> l
 
 
 def stage(s: Settings):
+    alone("sample.py")
     if not 1 <= s.n <= s.n1:
         raise UserError(f"--n {s.n}: wanted 1 <= n <= n1 = {s.n1}")
     problems = read_jsonl(Path(s.problems), needs=("id", "prompt", "answer or tests"))

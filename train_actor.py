@@ -56,7 +56,16 @@ from model import (
     step_logprobs,
     whole_batches,
 )
-from prepare import Stage, dump, fingerprint, main, sha256, tokenizer_facts
+from prepare import (
+    Stage,
+    dump,
+    each_record,
+    fingerprint,
+    main,
+    read_manifest,
+    sha256,
+    tokenizer_facts,
+)
 from sample import each_sample
 from train_critic import load_critic, tree_values
 
@@ -96,12 +105,17 @@ def actor_loss(logp, logp_ref, adv, beta: float):
 
 
 def likelihood_loss(logp, share_right):
-    """-share_right * log pi for each pair (M,): no part of the paper. share_right (M,): of the draws
-    that took the step how many ended right.
+    """-share_right * log pi for each pair (M,): no part of the paper. share_right (M,): right_share.
 
     logp -1.5, share_right .5 -> .75
     """
     return -share_right * logp
+
+
+def right_share(node: dict) -> float:
+    """Of the draws that took this step how many ended right. A kept response's last step may be
+    undrawn, but its reward is known."""
+    return node["wins"] / max(1, node["n"]) if node["reward"] is None else node["reward"]
 
 
 def action_values(record: dict, value: list[float] | None, kappa: float):
@@ -157,6 +171,25 @@ def advantage_states(
 def rounded(x) -> float:
     """A number as advantages.jsonl holds it."""
     return round(float(x), 6)
+
+
+def advantages(records: list[dict], values: list, s: Settings) -> list[dict]:
+    """The lines of advantages.jsonl, still without logp_ref: of problems with a state to learn from."""
+    lines, states = [], 0
+    for record, value in zip(records, values):
+        q = action_values(record, value, s.kappa)
+        found = advantage_states(record, q, s.gap, s.kept_steps, value, s.value_draws)
+        if found:
+            lines.append({"id": record["id"], "states": found})
+            states += len(found)
+    count = sum(len(pairs(line)) for line in lines)
+    print(f"B.1: {states} states with gap >= {s.gap}, {count} pairs")
+    if not lines:
+        nothing = f"{s.trees}: no state's advantages differ by --gap {s.gap}"
+        if not s.may_stay:
+            raise UserError(f"{nothing}; lower it, or label more; in small iterations --may_stay")
+        print(f"{nothing}; the actor stays as it is")
+    return lines
 
 
 def outcome_record(sample: dict) -> dict:
@@ -225,7 +258,7 @@ def train(lm: LM, records: list[dict], lines: list[dict], s: Settings, work: Pat
                 adv.append(action["adv"])
                 logp_ref.append(action["logp_ref"])
                 share.append(weight(node) / total)
-                share_right.append(node["wins"] / max(1, node["n"]))
+                share_right.append(right_share(node))
             items.append((pack, torch.tensor([adv, logp_ref, share, share_right])))
         return items
 
@@ -266,9 +299,13 @@ def stage(s: Settings):
     if not by_steps:
         records = [outcome_record(r) for r in records]
 
-    # B.1
+    # B.1, unless an earlier start came to its end
+    table, lines = Path(f"{s.out}.advantages.jsonl"), None
+    known = read_manifest(s.out).get("advantages")
+    if known and table.exists() and sha256(table) == known:
+        lines = list(each_record(table, may_be_empty=True))
     values = [None] * len(records)
-    if by_steps and s.kappa > 0:
+    if lines is None and by_steps and s.kappa > 0:
         lm.model.cpu()  # a GPU holds one after the other
         critic, head = load_critic(s.critic, dtype=s.dtype)
         retokenise = tokenizer_facts(critic)["tokenizer"] != facts["tokenizer"]
@@ -276,30 +313,18 @@ def stage(s: Settings):
         del critic, head
         lm.model.to(lm.device)
     shard(lm, offload=s.offload)
-    chosen, lines, states, count = [], [], 0, 0
-    for record, value in zip(records, values):
-        q = action_values(record, value, s.kappa)
-        found = advantage_states(record, q, s.gap, s.kept_steps, value, s.value_draws)
-        line = {"id": record["id"], "states": found}
-        if line["states"]:
-            chosen.append(record)
-            lines.append(line)
-            states, count = states + len(line["states"]), count + len(pairs(line))
-    print(f"B.1: {states} states with gap >= {s.gap}, {count} pairs")
-    if not chosen:
-        nothing = f"{s.trees}: no state's advantages differ by --gap {s.gap}"
-        if not s.may_stay:
-            raise UserError(f"{nothing}; lower it, or label more; in small iterations --may_stay")
-        print(f"{nothing}; the actor stays as it is")
-    reference_logprobs(lm, chosen, lines, s.budget)
-    table = Path(f"{s.out}.advantages.jsonl")
+    of_id = {record["id"]: record for record in records}
+    if lines is None:
+        lines = advantages(records, values, s)
+        reference_logprobs(lm, [of_id[line["id"]] for line in lines], lines, s.budget)
+        if rank() == 0:
+            replace(table, lambda p: p.write_bytes(b"".join(dump(line) for line in lines)))
     if rank() == 0:
-        replace(table, lambda p: p.write_bytes(b"".join(dump(line) for line in lines)))
         out.manifest["advantages"] = sha256(table)
     out.start()
 
     # B.2
-    train(lm, chosen, lines, s, out.work)
+    train(lm, [of_id[line["id"]] for line in lines], lines, s, out.work)
     out.finish(lm.save)
 
 

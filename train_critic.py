@@ -18,8 +18,8 @@ Departures from the paper:
  2. --token_share 0.5 reads V at every token of a step for half of the loss (`critic_loss`): a small
     critic learns from that what a step's last token alone teaches slowly.
  3. --batch counts the nodes that train, in whole problems. At the paper's settings a problem has
-    about 900, of which 120 are labelled states: with --states all 4096 nodes hold about the 512
-    states of the paper's batch, and either way its run takes about 1,650 steps.
+    about 900 nodes, 120 of them labelled states, and a run takes about 1,650 steps of 512 states.
+    With --states all give --batch 4096: so many nodes hold about as many labelled states.
  4. Small models need more than one pass over the states.
 """
 
@@ -152,8 +152,10 @@ def split_by_hash(records: list[dict]) -> tuple[list[dict], list[dict]]:
 def critic_loss(lm, head, pack, target, weight, token_share: float):
     """Eq. 15 on one pack: V read at each state's last token and, token_share of it, at every token.
 
-    A token's target is the MC of the state that its step leads to. Inside a step it only helps to
-    learn: where steps begin alike, short ones and topped-up states weigh more, and ends nothing.
+    A token's target is the MC of the state that its step leads to, its weight the state's divided by
+    the step's length. Inside a step that is no estimate of anything, only help in learning: of steps
+    that begin alike short ones weigh more, and those that end the response not at all. The prompt
+    is the root's step; its first token knows nothing and is left out.
     """
     logit = head(pack_hidden(lm, pack).float())[:, 0]  # (N,)
     target, weight = target.to(logit.device), weight.to(logit.device)
@@ -296,7 +298,8 @@ def stage(s: Settings):
     if lm.head is not lm.model.get_input_embeddings().weight:
         lm.head.requires_grad_(False)  # V does not use it
     out.begin({"trees": sha256(Path(paths[-1]))})
-    made = {read_manifest(path).get("facts", {}).get("tokenizer") for path in paths}
+    every = [*paths, s.held_out] if s.held_out else paths
+    made = {read_manifest(path).get("facts", {}).get("tokenizer") for path in every}
     if None in made or len(made) > 1:
         raise UserError(f"{s.trees}: no manifest beside it, or made with different tokenizers")
     retokenise = made != {tokenizer_facts(lm)["tokenizer"]}

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import toy
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -166,6 +167,59 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(both, victim, processes, 
         path = f"run/critic/{file}"
         same_weights(load_file(folder / path), load_file(two / path))
     assert len(metrics(folder, "critic")) == len(metrics(two, "critic"))
+
+
+@pytest.fixture
+def sharded(both):
+    """(function that loads the toy's model sharded over this one process, its packs)"""
+    trees = [model.Tree([[3, 4], [5, 6], [7]], [-1, 0, 0], [False, True, True])]
+    packs = model.pack_trees(trees, 99)
+
+    def load(offload):
+        model.join(True)
+        lm = model.LM(both[0] / "tiny", train=True)
+        model.shard(lm, offload=offload)
+        return lm
+
+    yield load, packs
+    model.leave()
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_gradients_are_shards_before_a_step_s_last_pack(sharded, offload):
+    """Kept whole they would take 4 bytes a parameter of every card: only --offload counts on that."""
+    load, packs = sharded
+    lm = load(offload)
+    for last in (False, True):
+        model.synchronise({"model": lm.model}, last)
+        model.step_logprobs(lm, *packs).sum().backward()
+        shards = all(hasattr(p.grad, "full_tensor") for p in lm.model.parameters())
+        assert shards == (last or not offload)
+
+
+def test_a_broken_checkpoint_of_several_files_is_one_line(sharded, tmp_path, monkeypatch):
+    load, packs = sharded
+    lm = load(True)
+
+    def train():
+        loss = lambda pack: (model.step_logprobs(lm, pack).mean(), {})
+        make = lambda batch: [(pack,) for pack in packs]
+        model.fit({"m": lm.model}, [0, 1], make, loss, tmp_path, lr=1e-3, save_minutes=0)
+
+    train()
+    newest = max(tmp_path.glob("step-*.dcp"))
+    for part in newest.iterdir():
+        part.write_bytes(b"")
+    with pytest.raises(model.UserError, match=f"{newest.name}: broken"):
+        train()
+    shutil.rmtree(newest)
+
+    def full(*_, **__):
+        raise dcp.CheckpointException("save", {0: (OSError("the disk is full"), None)})
+
+    monkeypatch.setattr(dcp, "save", full)
+    with pytest.raises(OSError, match="the disk is full"):
+        train()
 
 
 def test_checkpointed_layers_of_two_processes_learn_the_same(both, tmp_path):

@@ -4,6 +4,7 @@ import functools
 import json
 import random
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -209,16 +210,15 @@ def flex(monkeypatch):
     by plain operators. -> counters of compilations: of attention, of block masks."""
     torch._dynamo.reset()
     counters = [CompileCounterWithBackend("aot_eager") for _ in range(2)]
-    kernels = flex_attention.flex_attention, flex_attention.create_block_mask
+    compiling = functools.partial(torch.compile, dynamic=True)
     compiled = [
-        torch.compile(kernel, backend=counter, dynamic=True)
-        for kernel, counter in zip(kernels, counters)
+        compiling(flex_attention.flex_attention, backend=counters[0], fullgraph=True),
+        compiling(flex_attention.create_block_mask, backend=counters[1]),
     ]
     # It refuses gradients on the CPU, for which nobody has compiled it.
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
     monkeypatch.setattr(model, "_flex", lambda: compiled)
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        yield counters
+    yield counters
     torch._dynamo.reset()
 
 
@@ -346,9 +346,21 @@ def test_flex_is_tried_by_the_first_pack_and_not_by_the_sampler(models, monkeypa
     assert asked == [lm]
 
 
-def test_flex_unfused_is_an_error():
-    model._flex()
-    assert torch._dynamo.config.fail_on_recompile_limit_hit
+def test_flex_unfused_is_an_error(monkeypatch):
+    """Past torch's limit of recompilations, in whatever thread: what `_flex` asks for (fullgraph)
+    is an error there, and without it the function would run operator by operator."""
+    asked = {}
+    monkeypatch.setattr(torch, "compile", lambda f, **flags: asked.setdefault(f.__name__, flags))
+    model._flex.__wrapped__()
+    monkeypatch.undo()
+    assert asked["flex_attention"] == {"dynamic": True, "fullgraph": True}
+    torch._dynamo.reset()
+    add = torch.compile(lambda x, a: x + len(a), backend="eager", **asked["flex_attention"])
+    limit = pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit)
+    with ThreadPoolExecutor(1) as thread, limit:
+        for i in range(20):  # a text is a constant: each is compiled anew
+            thread.submit(add, torch.zeros(1), "a" * i).result()
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

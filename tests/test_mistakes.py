@@ -266,6 +266,7 @@ TABLE = [
     (L, LABEL, "--samples sample_text.jsonl", "responses[0] text"),
     (E, EVALUATE, "--against eval_line.jsonl", "no line of evaluate.py"),
     (C, CRITIC, "--trees odd/trees.jsonl", "manifest"),
+    (C, CRITIC, "--held_out odd/trees.jsonl", "manifest"),
     (P, REAL, "--base tiny --demos jsonl:demo_list.jsonl", "response"),
     # models
     (S, SAMPLE, "--actor no_tokenizer", "no_tokenizer"),
@@ -275,7 +276,7 @@ TABLE = [
     (S, SAMPLE, "--actor half", "half"),
     (S, SAMPLE, "--actor misshapen", "misshapen"),
     (S, SAMPLE, "--actor lacking", "lacking"),
-    (S, SAMPLE, "--actor nan", "nan"),
+    (S, SAMPLE, "--actor nan", "nan: its log-probs are no numbers"),
     (S, SAMPLE, "--actor no_eos", "EOS"),
     (S, SAMPLE, "--actor no_break", "line break"),
     # data sets

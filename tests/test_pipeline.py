@@ -161,6 +161,33 @@ def test_samples_as_trees_and_the_likelihood_of_right_steps(tmp_path, monkeypatc
     assert first["do_nothing"] == pytest.approx(loss / weights, rel=1e-5)
 
 
+def test_b1_is_not_computed_again_by_a_run_that_goes_on(demo, folder, tmp_path, monkeypatch):
+    """Ended between B.1 and B.2: no critic is loaded then, and the weights are the same."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_, **__):
+        raise Stop
+
+    def train(name):
+        it = demo / "iter1"
+        given = ["--actor", folder, "--trees", it / "trees.jsonl", "--critic", it / "critic"]
+        flags = ["--kappa", 4, "--gap", 0, "--batch", 16, "--lr", 1e-3]
+        run(train_actor, *given, "--out", tmp_path / name, *flags)
+
+    train("whole")
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(train_actor, "train", stop)
+        train("parts")
+    for again in ("load_critic", "reference_logprobs"):
+        monkeypatch.setattr(train_actor, again, stop)
+    train("parts")
+    for name in ("whole/model.safetensors", "whole.advantages.jsonl"):
+        whole, parts = tmp_path / name, tmp_path / name.replace("whole", "parts")
+        assert whole.read_bytes() == parts.read_bytes() != b""
+
+
 def test_trees_hold_what_the_model_drew(demo):
     samples = {x["id"]: x for x in map(json.loads, (demo / "iter1" / "samples.jsonl").open())}
     for tree in map(json.loads, (demo / "iter1" / "trees.jsonl").open()):

@@ -399,6 +399,23 @@ def test_numbers_that_go_wrong(value, tmp_path, clock):
     assert [p.name for p in tmp_path.glob("step-*.pt")] == ["step-00000004.pt"]
 
 
+def test_half_a_checkpoint_of_a_killed_run_is_removed(tmp_path, clock):
+    (tmp_path / "step-00000003.new").mkdir()
+    (tmp_path / "step-00000003.new" / "part").touch()
+    (tmp_path / "step-00000007.pt.new").touch()
+    regression(tmp_path, clock)
+    assert not list(tmp_path.glob("*.new"))
+
+
+def test_a_finished_stage_leaves_no_checkpoint(tmp_path):
+    out = Stage("train_actor.py", tmp_path / "actor", Settings(str(tmp_path / "actor")), {})
+    (out.work / "clean" / "step-00000002.dcp").mkdir(parents=True)
+    (out.work / "step-00000002.pt").touch()
+    (out.work / "metrics.jsonl").touch()
+    out.begin().finish(Path.mkdir)
+    assert {path.name for path in out.work.rglob("*")} == {"clean", "metrics.jsonl"}
+
+
 def test_no_room_for_checkpoints(tmp_path, monkeypatch, clock):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda p: usage._replace(free=100))

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -311,10 +312,10 @@ def test_run_sh_has_the_papers_settings_but_for_the_demo(tmp_path):
 def test_run_sh_forks_its_stages_and_ends_with_the_first_that_fails(tmp_path):
     (tmp_path / "run" / "base").mkdir(parents=True)
     who = "print('CALL', os.getppid(), os.getpid(), sys.orig_argv[1], *sys.argv)"
-    calls = run_sh(tmp_path, who, RUN=f"{tmp_path}/a b", PREPARE="--tests 'x", BASE="b")
+    calls = run_sh(tmp_path, who, RUN=f"{tmp_path}/a b", PREPARE="--tests 'x  y'", BASE="b")
     parents, stages, started = {c[0] for c in calls}, {c[1] for c in calls}, {c[2] for c in calls}
     assert len(parents) == 1 and len(stages) == len(calls) == 8 and started == {"-c"}
-    assert "--tests 'x" in " ".join(calls[0]) and f"--out {tmp_path}/a b" in " ".join(calls[0])
+    assert "--tests x y" in " ".join(calls[0]) and f"--out {tmp_path}/a b" in " ".join(calls[0])
     for _, _, started, script, *_ in run_sh(tmp_path, who, True):
         assert started == script
     for ending, code in (
@@ -329,6 +330,47 @@ def test_run_sh_forks_its_stages_and_ends_with_the_first_that_fails(tmp_path):
             assert stopped.value.stdout.count("CALL") == 1
             said = "error: run.sh: signal 9 ended prepare.py" in stopped.value.stderr
             assert said == (code == 137)
+
+
+ENGINE = """
+import http.server, sys
+print("ENGINE", sys.argv[1], flush=True)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[3])), Handler).serve_forever()
+"""
+
+
+def test_run_sh_samples_by_an_engine_and_trains_by_a_launcher(tmp_path):
+    """The engine has each actor in turn, and has ended before training."""
+    (tmp_path / "run" / "base").mkdir(parents=True)
+    (tmp_path / "engine.py").write_text(ENGINE)
+    (tmp_path / "launch").write_text('#!/bin/sh\nLAUNCHED=yes exec python "$@"\n')
+    (tmp_path / "launch").chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    who = f"""
+import socket
+with socket.socket() as s:
+    up = s.connect_ex(("127.0.0.1", {port})) == 0
+print('CALL', 'up' if up else 'down', os.environ.get('LAUNCHED', 'no'), *sys.argv)"""
+    engine = f"{sys.executable} {tmp_path}/engine.py"
+    calls = run_sh(tmp_path, who, ENGINE=engine, PORT=port, LAUNCH=f"{tmp_path}/launch",
+                   ITERATIONS="2", PREPARE="--demos jsonl:x")  # fmt: skip
+    one = [("up", "no", "sample.py"), ("up", "no", "label_steps.py"),
+           ("down", "yes", "train_critic.py"), ("down", "yes", "train_actor.py"),
+           ("up", "no", "evaluate.py")]  # fmt: skip
+    first = [("down", "yes", "prepare.py"), ("up", "no", "evaluate.py")]
+    assert [tuple(c[:3]) for c in calls] == [*first, *one, *one, ("down", "no", "evaluate.py")]
+    server = f"--server http://127.0.0.1:{port}"
+    assert [server in " ".join(c) for c in calls] == [c[0] == "up" for c in calls]
+    log = (tmp_path / "run" / "engine.log").read_text()
+    assert log.startswith(f"ENGINE {tmp_path}/run/iter2/actor\n")
+    calls = run_sh(tmp_path, who, LAUNCH=f"{tmp_path}/launch", ITERATIONS="1")
+    assert [c[1] for c in calls] == ["no", "yes", "no", "no", "yes", "yes", "yes", "no"]
 
 
 @pytest.mark.parametrize("gpu", [False, True])

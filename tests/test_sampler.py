@@ -333,3 +333,19 @@ def test_a_logit_that_is_no_number_is_refused(peaked, temperature, monkeypatch):
     monkeypatch.setattr(peaked, "logits", broken)
     with pytest.raises(UserError, match="no number"):
         sample.draw(peaked, [Tree([[5, 6]], [-1], [True])], [(0, 0, 1, 4)], temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_so_is_one_in_the_middle_of_a_response(peaked, temperature, monkeypatch):
+    usual, calls = peaked.logits, []
+
+    def later(hidden):
+        calls.append(hidden)
+        logits = usual(hidden)
+        return logits if len(calls) < 2 else torch.full_like(logits, torch.nan)
+
+    monkeypatch.setattr(peaked, "logits", later)
+    monkeypatch.setattr(peaked, "eos", [len(peaked.head)])  # no row ends before
+    with pytest.raises(UserError, match="no number"):
+        sample.draw(peaked, [Tree([[5, 6]], [-1], [True])], [(0, 0, 1, 4)], temperature)
+    assert len(calls) == 2

@@ -20,6 +20,7 @@ import sample
 from model import LM, Tree, UserError
 
 FAULTS = ["500", "half a body", "dies", "hangs", "short", "other prompt", "no JSON", "too many"]
+FAULTS += ["no list"]
 
 
 class Stub(ThreadingHTTPServer):
@@ -84,7 +85,7 @@ class Handler(BaseHTTPRequestHandler):
             choices = [{"text": "hello", "finish_reason": "stop"}]
         if fault == "padding row":  # a token beyond the tokenizer
             choices[0]["token_ids"] = [len(stub.lm.tokenizer)] + choices[0]["token_ids"][1:]
-        body = json.dumps({"choices": choices}).encode()
+        body = json.dumps({"choices": "no" if fault == "no list" else choices}).encode()
         if fault == "dies":
             self.connection.close()
         elif fault == "hangs":
@@ -263,7 +264,29 @@ def test_a_server_that_will_not_do_is_refused(name, always, said, work, capsys):
     assert not Path("run/samples.jsonl").exists()
 
 
+def test_tokens_beyond_the_tokenizer_do_not_go_on_for_ever(work, capsys, monkeypatch):
+    monkeypatch.setattr(sample.Server, "tries", 2)
+    lm = LM("tiny")
+    with serving(Stub(lm, "tiny", [None] + ["padding row"] * 99)) as url:
+        flags = f"{toy.SAMPLE} --n1 1 --n 1 --limit 2 --server {url}"
+        code, err = run(sample, flags, capsys)
+    assert code == 1 and "the tokenizer does not have, 2 times" in err and err.count("\n") == 1
+
+
+def test_torchrun_is_no_way_to_draw(work, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for module, flags in (
+        (sample, toy.SAMPLE),
+        (label_steps, toy.LABEL),
+        (evaluate, f"{toy.EVALUATE} --actor tiny --server http://127.0.0.1:9"),
+    ):
+        code, err = run(module, flags, capsys)
+        assert code == 2 and "runs as one process" in err and err.count("\n") == 1
+
+
 def test_a_server_that_is_not_there(work, capsys):
+    code, err = run(sample, f"{toy.SAMPLE} --server 127.0.0.1:9", capsys)
+    assert code == 2 and "wanted a URL" in err and err.count("\n") == 1
     code, err = run(sample, f"{toy.SAMPLE} --server http://127.0.0.1:9", capsys)
     assert code == 1 and "is the server up" in err and err.count("\n") == 1
 

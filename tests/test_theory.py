@@ -11,7 +11,7 @@ import evaluate
 from evaluate import bootstrap, majority, mcnemar, paired, pass_at, wilson
 from model import step_advantages
 from sample import keep_balanced
-from train_actor import action_values, actor_loss, advantage_states
+from train_actor import action_values, actor_loss, advantage_states, right_share
 from train_critic import split_by_hash, training_nodes, value_loss
 
 # ---------------------------------------------------------------- theorem 3.2
@@ -222,6 +222,12 @@ def test_action_values(kappa, want):  # of nodes 1 to 5: the root is nobody's ac
     assert action_values(RECORD, value, kappa).tolist()[1:] == pytest.approx(want)
     if kappa == 0:  # raw counts need no critic
         assert action_values(RECORD, None, 0.0).tolist()[1:] == pytest.approx(want)
+
+
+def test_right_share_of_an_undrawn_end_is_its_reward():
+    assert right_share(node(0, draws=2, n=4, wins=3)) == 0.75
+    assert right_share(node(0, reward=1)) == 1  # kept, and drawn by no completion
+    assert right_share(node(0, reward=0)) == 0
 
 
 def test_advantage_states():
