@@ -229,6 +229,7 @@ def label(lm: LM, problems: list[dict], trees: list[StepTree], s: Settings, prog
     """Top every state of these problems' trees up to m completions, level by level.
 
     Shallow states come first, since their completions count at the deeper states that they pass.
+    With a server a problem's levels wait for each other too, and other problems keep it busy.
     -> how much was done, by name.
     """
     prefix_trees = []

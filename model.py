@@ -143,8 +143,11 @@ class LM:
                 self.generation = self.model.generation_config
             else:
                 self.generation = transformers.GenerationConfig.from_model_config(self.config)
-                with suppress(OSError):  # many a model has no generation_config.json
+                if (Path(path) / "generation_config.json").exists():
                     self.generation = transformers.GenerationConfig.from_pretrained(path)
+                elif not Path(path).is_dir():
+                    with suppress(OSError):  # many a model of the hub has none
+                        self.generation = transformers.GenerationConfig.from_pretrained(path)
         except torch.OutOfMemoryError as e:
             raise UserError(f"{path}: the weights do not fit on this GPU, or others use it") from e
         except Exception as e:  # a broken folder raises all kinds; the user needs one line
@@ -1276,9 +1279,9 @@ def memory(config, columns: int, tokens: int, rows: int, cards: int, offload: bo
     if alone:
         whole_weights = 2 * layer  # of the layer that is computed, rounded
     elif offload:
-        whole_weights = 6 * count
-    else:
-        whole_weights = 4 * layer + 2 * (count - layers * layer)
+        whole_weights = 6 * count  # until a step's last pack, gradients in float32 too
+    else:  # of two layers, and of what is outside them; gradients, and their sum in float32
+        whole_weights = 10 * layer + 8 * (count - layers * layer)
     one_layer = 4 * tokens * (4 * width + 3 * sizes + 4 * inner)
     # Two blocks of logits and one rounded; the head rounded, its gradient, a block's in float32; of
     # the hidden states copies and gradients.
@@ -1287,7 +1290,7 @@ def memory(config, columns: int, tokens: int, rows: int, cards: int, offload: bo
     blocks += 14 * tokens * width
     training = {
         "weights, gradients, moments": state,
-        "gathered weights": whole_weights,
+        "gathered weights and gradients": whole_weights,
         "layers' inputs": wide * (layers + 2) * tokens * width,  # the last norm keeps two more
         "one layer, or blocks of the vocabulary": max(one_layer, blocks),
     }
