@@ -295,6 +295,7 @@ class Stage:
         self.complete = "output" in self._earlier() and self.out.exists()
         if self.complete:
             _checked_input("out", str(self.out))
+            self._drop_checkpoints()
             print(f"{self.out}: complete, nothing to do")
 
     def _earlier(self) -> dict:
@@ -404,11 +405,17 @@ class Stage:
             self.append([])
         self.manifest["output"] = sha256(self.out)
         self.start()
-        for checkpoint in self.work.rglob("step-*"):  # of a 8B model 96 GB each
-            shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()
+        self._drop_checkpoints()
         self.lock.close()
         wait_for_all()
         print(f"{self.out}: written, {time.perf_counter() - self.began:.0f} s")
+
+    def _drop_checkpoints(self):
+        """Of a finished stage: of an 8B model they take 96 GB each. A kill may leave some behind,
+        which the next start drops."""
+        if rank() == 0:
+            for checkpoint in [*self.work.rglob("step-*")]:
+                shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()
 
 
 def _checked_input(key: str, path: str) -> str:
