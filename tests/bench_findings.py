@@ -136,6 +136,21 @@ def wide_model(folder: Path) -> Path:
     return folder / "wide/math-6-6-32-48000-1"
 
 
+def labels_where_unsure(critic: Path, low: float):
+    """From now on only the states that the critic finds between low and 1 - low get completions."""
+    usual, (lm, head) = label_steps.plant, train_critic.load_critic(critic)
+
+    def plant(sampled, cut, whole_draws):
+        tree = usual(sampled, cut, whole_draws)
+        record = {"id": sampled["id"], "prompt_ids": tree.prompt_ids, "nodes": tree.nodes}
+        (values,) = train_critic.tree_values(lm, head, [record], False, 8192)
+        for v, value in enumerate(values):
+            tree.to_label[v] &= low <= value <= 1 - low
+        return tree
+
+    return mock.patch.object(label_steps, "plant", plant)
+
+
 def main(args):
     folder, max_new = Path(args.runs), LEVELS["worded"][1]
     length, work = f" --max_new {max_new}", folder / "findings" / str(args.seed)
@@ -217,6 +232,13 @@ def main(args):
         if (name, args.seed) not in there:
             row(name, name, OURS["critic"].replace("--passes 2", "--passes 8"),
                 f"{ACTOR} --kappa 4", draw(name, flags))  # fmt: skip
+    for low in (0.1, 0.2):
+        name = f"whole draws; m 4 where the critic of m 0 says {low} to {1 - low}; kappa 4"
+        if (name, args.seed) not in there:
+            with labels_where_unsure(work / "whole draws; m 0; kappa 4/critic", low):
+                tokens = draw(name, "--m 4 --whole_draws")
+            flags = OURS["critic"].replace("--passes 2", "--passes 8")
+            row(name, name, flags, f"{ACTOR} --kappa 4", tokens)
     # An actor that GRPO has trained, as the start of an iteration.
     grpo, name = work / "grpo", "GRPO base"
     if (name, args.seed) in there:
