@@ -297,7 +297,7 @@ STYLE = {  # method: what the figure calls it, colour, line
     "counts": ("the same without a critic, κ = 0", "C5", "o-"),
     "critic": ("the same with Q = V, κ = ∞", "C6", "o-"),
     "outcome": ("outcome advantages and likelihood", "C2", "s--"),
-    "rft": ("rejection sampling", "C4", "s--"),
+    "rft": ("rejection sampling, as many iterations", "C4", "s--"),
     "paper": ("DAPO, the paper's recipe", "C7", "o-"),
     "grpo": ("GRPO, online", "C0", "-"),
     "rft_online": ("rejection sampling, online", "C9", "-"),

@@ -1,4 +1,4 @@
-"""The paper's findings in small, by hand (about 15 minutes a seed on one thread):
+"""The paper's findings in small, by hand (about an hour a seed on one thread, and as long once for the wide critic):
 
     for s in 0 1 2; do python tests/bench_findings.py --seed $s --out tests/findings.jsonl; done
     python tests/bench_findings.py --table tests/findings.jsonl
