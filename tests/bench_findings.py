@@ -67,6 +67,7 @@ CRITICS = {  # rows that train critic and actor anew on the same trees
     "critic: half of the loss at every token": f"{CRITIC} --token_share 0.5",
     "critic: both": BOTH,
 }
+LONGER = OURS["critic"].replace("--passes 2", "--passes 8")
 LABELS = {  # rows that label the same samples anew: m completions; --kappa 4 in all of them
     "m 2; kappa 4": "--m 2",
     "m 8; kappa 4": "--m 8",
@@ -230,15 +231,13 @@ def main(args):
     row(f"{name}; kappa 4", first, "", with_counts, tokens, of=name)
     for name, flags in LABELS.items():
         if (name, args.seed) not in there:
-            row(name, name, OURS["critic"].replace("--passes 2", "--passes 8"),
-                f"{ACTOR} --kappa 4", draw(name, flags))  # fmt: skip
+            row(name, name, LONGER, with_counts, draw(name, flags))
     for low in (0.1, 0.2):
         name = f"whole draws; m 4 where the critic of m 0 says {low} to {1 - low}; kappa 4"
         if (name, args.seed) not in there:
             with labels_where_unsure(work / "whole draws; m 0; kappa 4/critic", low):
                 tokens = draw(name, "--m 4 --whole_draws")
-            flags = OURS["critic"].replace("--passes 2", "--passes 8")
-            row(name, name, flags, f"{ACTOR} --kappa 4", tokens)
+            row(name, name, LONGER, with_counts, tokens)
     # An actor that GRPO has trained, as the start of an iteration.
     grpo, name = work / "grpo", "GRPO base"
     if (name, args.seed) in there:

@@ -27,15 +27,16 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from bench_evidence import METHODS, call, evaluate
+from bench_evidence import METHODS, call, evaluate, read_rows
 
 import label_steps
 import prepare
 import sample
 import train_actor
 import train_critic
+from evaluate import sampled_tokens
 from model import LM
-from prepare import dump, each_record, read_jsonl
+from prepare import dump, read_jsonl
 
 GIVEN = sys.argv[1:]  # `call` gives each stage a sys.argv of its own
 CHOICE = 400
@@ -112,13 +113,6 @@ def draw(args, run: Path, it: Path, i: int, actor: Path, steps: bool):
         call(label_steps, f"--whole_draws --m 0{length}", **given)
 
 
-def tokens_of(it: Path) -> int:
-    found = 0
-    for record in each_record(it / "samples.jsonl"):
-        found += sum(len(response["ids"]) for response in record["responses"])
-    return found
-
-
 def arm(args, run: Path, method: str, rate: float, first: int, last: int):
     """Iterations first .. last of a method, each measured. Iteration 1's samples and critic are shared."""
     by_steps = method in ("dapo", "regression")
@@ -129,7 +123,7 @@ def arm(args, run: Path, method: str, rate: float, first: int, last: int):
         out = work / f"iter{i}" / "actor"
         if i > 1:
             draw(args, run, it, i, actor, by_steps)
-        sampled += tokens_of(it)
+        sampled += sampled_tokens(it)
         given = {"actor": actor, "trees": it / "samples.jsonl", "out": out}
         if by_steps:
             given["trees"] = it / "trees.jsonl"
@@ -171,7 +165,7 @@ def main(args):
     measure(args, run, line, base)
     for job in jobs:
         job.wait()
-    best = best_rates(read_rows(args.out))
+    best = best_rates(read_rows(Path(args.out)))
     best["regression"] = best["dapo"]
     say(f"rates {best}")
     jobs = []
@@ -182,10 +176,6 @@ def main(args):
         job.wait()
     table(args.out)
     return None
-
-
-def read_rows(path) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def best_rates(rows: list[dict]) -> dict[str, float]:
@@ -200,7 +190,7 @@ def best_rates(rows: list[dict]) -> dict[str, float]:
 def table(path):
     """Every line on the test problems; of the chosen rates the paired difference to DAPO's."""
     rows = sorted(
-        read_rows(path), key=lambda line: (line["iteration"], line["method"], line["rate"])
+        read_rows(Path(path)), key=lambda line: (line["iteration"], line["method"], line["rate"])
     )
     best = best_rates(rows)
     best["regression"] = best["dapo"]
