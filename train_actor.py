@@ -25,7 +25,8 @@ Departures from the paper:
     weighs all unique actions alike. Both are meant for label_steps.py --whole_draws.
  5. --likelihood W adds W / beta times the negative log-likelihood of each pair's step, weighted by
     the share of its draws that ended right (`likelihood_loss`): eq. 12 alone only moves what is
-    better or worse than the rest of a state. Iterative RPO (arXiv 2404.19733) does so for DPO.
+    better or worse than the rest of a state. So it takes the pairs of every state, and --gap is for
+    eq. 12 only. Iterative RPO (arXiv 2404.19733) adds such a term to DPO.
  6. --advantage outcome regresses whole responses on outcome minus mean instead: the baseline
     without steps.
 """
@@ -82,8 +83,8 @@ class Settings:
     value_draws: float = flag("draws that V(s) counts as in the mean of eq. 13", 0.0)
     by_draws: bool = flag("a pair weighs as often as it was drawn, not each the same", False)
     likelihood: float = flag("weight of right steps' likelihood beside eq. 12", 0.0)
-    gap: float = flag("states with max A - min A below this are left out", 0.1)
-    may_stay: bool = flag("where no state passes --gap, write the actor as it is: no error", False)
+    gap: float = flag("states with max A - min A below this are left out of eq. 12", 0.1)
+    may_stay: bool = flag("where there is nothing to train on, write the actor as it is", False)
     beta: float = flag("strength of the KL to pi_ref", 0.01)
     lr: float = flag("peak learning rate", 5e-7)
     passes: int = flag("passes over the pairs", 1)
@@ -158,7 +159,7 @@ def advantage_states(
     adv, mean, gaps = step_advantages(q[actions], parent, draws, baseline, value_draws)
     chosen = []
     for i, state in enumerate(states):
-        if gaps[i] < gap - 1e-9:  # .6 - .5 is .0999...
+        if not passes(gaps[i], gap):
             continue
         line = {"node": state, "mean": rounded(mean[i]), "gap": rounded(gaps[i]), "actions": []}
         for j in (parent == i).nonzero()[:, 0].tolist():
@@ -166,6 +167,11 @@ def advantage_states(
             line["actions"].append(action)
         chosen.append(line)
     return chosen
+
+
+def passes(gap, least: float) -> bool:
+    """Do a state's advantages differ enough for eq. 12 (app. F.1)?"""
+    return gap >= least - 1e-9  # .6 - .5 is .0999...
 
 
 def rounded(x) -> float:
@@ -176,14 +182,17 @@ def rounded(x) -> float:
 def advantages(records: list[dict], values: list, s: Settings) -> list[dict]:
     """The lines of advantages.jsonl, still without logp_ref: of problems with a state to learn from."""
     lines, states = [], 0
+    least = 0.0 if s.likelihood else s.gap
     for record, value in zip(records, values):
         q = action_values(record, value, s.kappa)
-        found = advantage_states(record, q, s.gap, s.kept_steps, value, s.value_draws)
+        found = advantage_states(record, q, least, s.kept_steps, value, s.value_draws)
         if found:
             lines.append({"id": record["id"], "states": found})
-            states += len(found)
-    count = sum(len(pairs(line)) for line in lines)
-    print(f"B.1: {states} states with gap >= {s.gap}, {count} pairs")
+            states += sum(passes(state["gap"], s.gap) for state in found)
+    regressed = sum(len(nodes) for nodes in regressed_nodes(lines, s.gap))
+    more = sum(len(pairs(line)) for line in lines) - regressed
+    also = f"; {more} pairs more for the likelihood" if s.likelihood else ""
+    print(f"B.1: {states} states with gap >= {s.gap}, {regressed} pairs{also}")
     if not lines:
         nothing = f"{s.trees}: no state's advantages differ by --gap {s.gap}"
         if not s.may_stay:
@@ -218,6 +227,18 @@ def pair_tree(record: dict, line: dict):
     return record_tree(record, [v in chosen for v in range(len(record["nodes"]))])
 
 
+def regressed_nodes(lines: list[dict], gap: float) -> list[set[int]]:
+    """Of each line the actions that eq. 12 trains: those of states that pass the gap."""
+    found = []
+    for line in lines:
+        nodes = set()
+        for state in line["states"]:
+            if passes(state["gap"], gap):
+                nodes.update(action["node"] for action in state["actions"])
+        found.append(nodes)
+    return found
+
+
 def actions_by_node(lines: list[dict]) -> list[dict[int, dict]]:
     return [{action["node"]: action for action in pairs(line)} for line in lines]
 
@@ -240,7 +261,7 @@ def reference_logprobs(lm: LM, records: list[dict], lines: list[dict], budget: i
 def train(lm: LM, records: list[dict], lines: list[dict], s: Settings, work: Path):
     """B.2: min_theta 1/2 E (A / beta - log pi_theta / pi_ref)^2 over the pairs."""
     trees = [pair_tree(record, line) for record, line in zip(records, lines)]
-    actions = actions_by_node(lines)
+    actions, regressed = actions_by_node(lines), regressed_nodes(lines, s.gap)
     batches = whole_batches([len(a) for a in actions], s.batch, s.passes, f"actor {s.seed}")
 
     def weight(node) -> int:
@@ -252,26 +273,27 @@ def train(lm: LM, records: list[dict], lines: list[dict], s: Settings, work: Pat
             total += sum(weight(records[i]["nodes"][v]) for v in actions[i])
         items = []
         for pack in pack_trees([trees[i] for i in batch], s.budget, align=BLOCK):
-            adv, logp_ref, share, share_right = [], [], [], []
+            adv, logp_ref, share, share_right, in_eq12 = [], [], [], [], []
             for t, v in pack.owner:
                 action, node = actions[batch[t]][v], records[batch[t]]["nodes"][v]
                 adv.append(action["adv"])
                 logp_ref.append(action["logp_ref"])
                 share.append(weight(node) / total)
                 share_right.append(right_share(node))
-            items.append((pack, torch.tensor([adv, logp_ref, share, share_right])))
+                in_eq12.append(float(v in regressed[batch[t]]))
+            items.append((pack, torch.tensor([adv, logp_ref, share, share_right, in_eq12])))
         return items
 
     def loss(pack, numbers):
-        adv, logp_ref, share, share_right = numbers.to(lm.device)  # (M,) each
+        adv, logp_ref, share, share_right, in_eq12 = numbers.to(lm.device)  # (M,) each
         logp = step_logprobs(lm, pack)  # (M,)
-        regression = (share * actor_loss(logp, logp_ref, adv, s.beta)).sum()
+        regression = (in_eq12 * share * actor_loss(logp, logp_ref, adv, s.beta)).sum()
         nll = (share * likelihood_loss(logp, share_right)).sum()
-        ratio, up = (logp - logp_ref).detach(), adv > 0
+        ratio, up, down = (logp - logp_ref).detach(), in_eq12 * (adv > 0), in_eq12 * (adv <= 0)
         return regression + s.likelihood / s.beta * nll, {
-            "do_nothing": 0.5 * (share * (adv / s.beta) ** 2).sum(), "nll": nll.detach(),
-            "ratio_up": ratio[up].sum(), "pairs_up": up.sum(),
-            "ratio_down": ratio[~up].sum(), "pairs_down": (~up).sum(),
+            "do_nothing": 0.5 * (in_eq12 * share * (adv / s.beta) ** 2).sum(), "nll": nll.detach(),
+            "ratio_up": (ratio * up).sum(), "pairs_up": up.sum(),
+            "ratio_down": (ratio * down).sum(), "pairs_down": down.sum(),
         }  # fmt: skip
 
     ids = lambda batch: [lines[i]["id"] for i in batch]

@@ -79,7 +79,7 @@ OUTCOME = "--advantage outcome --gap 0 --batch 16 --by_draws"
 METHODS = {
     "dapo": OURS,
     "labels": OURS | {"label": "--whole_draws --m 2"},
-    "regression": OURS | {"actor": OURS["actor"].replace("--likelihood 1 ", "")},
+    "regression": OURS | {"actor": OURS["actor"].replace("--likelihood 4 ", "--may_stay ")},
     "counts": OURS
     | {"actor": OURS["actor"].replace("--kappa 4 --value_draws 1", "--kappa 0"), "critic": ""},
     "critic": OURS | {"actor": OURS["actor"].replace("--kappa 4", "--kappa inf")},

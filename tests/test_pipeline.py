@@ -131,10 +131,7 @@ def test_samples_as_trees_and_the_likelihood_of_right_steps(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     toy.build(tmp_path)
     label = toy.LABEL.replace("--m 3", "--m 0 --whole_draws")
-    actor = toy.ACTOR.replace("--batch 200", "--batch 1000000 --gap 0 --beta 0.5")
-    actor += " --value_draws 1 --by_draws --likelihood 2"
-    for script, flags in (("sample.py", toy.SAMPLE), ("label_steps.py", label), ("train_critic.py", toy.CRITIC),
-                          ("train_actor.py", actor)):  # fmt: skip
+    for script, flags in (("sample.py", toy.SAMPLE), ("label_steps.py", label), ("train_critic.py", toy.CRITIC)):  # fmt: skip
         code, _, err = toy.stage(script, flags)
         assert code == 0, err
     drawn = {r["id"]: r["responses"] for r in prepare.read_jsonl("run/samples.jsonl")}
@@ -147,18 +144,29 @@ def test_samples_as_trees_and_the_likelihood_of_right_steps(tmp_path, monkeypatc
         assert (
             sum(node["draws"] for node in record["nodes"]) >= steps
         )  # more where a blank line is cut in two ways
-    loss = nll = weights = 0
-    for line in prepare.read_jsonl("run/actor.advantages.jsonl"):
-        for action in train_actor.pairs(line):
-            node = records[line["id"]]["nodes"][action["node"]]
-            weights += node["draws"]
-            loss += node["draws"] * 0.5 * (action["adv"] / 0.5) ** 2  # the log-ratio is 0
-            nll -= node["draws"] * node["wins"] / node["n"] * action["logp_ref"]
-    first = json.loads(Path("run/actor.work/metrics.jsonl").read_text().splitlines()[0])
-    assert nll > 0
-    assert first["nll"] == pytest.approx(nll / weights, rel=1e-5)
-    assert first["loss"] == pytest.approx((loss + 2 / 0.5 * nll) / weights, rel=1e-5)
-    assert first["do_nothing"] == pytest.approx(loss / weights, rel=1e-5)
+    for gap in (0.0, 0.4):  # eq. 12 leaves out states below it, the likelihood none
+        actor = toy.ACTOR.replace("--batch 200", f"--batch 1000000 --gap {gap} --beta 0.5 --force")
+        actor += " --value_draws 1 --by_draws --likelihood 2"
+        code, said, err = toy.stage("train_actor.py", actor)
+        assert code == 0, err
+        loss = nll = weights = pairs = regressed = 0
+        for line in prepare.read_jsonl("run/actor.advantages.jsonl"):
+            for state in line["states"]:
+                for action in state["actions"]:
+                    node = records[line["id"]]["nodes"][action["node"]]
+                    weights += node["draws"]
+                    nll -= node["draws"] * node["wins"] / node["n"] * action["logp_ref"]
+                    pairs += 1
+                    if state["gap"] >= gap:
+                        regressed += 1
+                        loss += node["draws"] * 0.5 * (action["adv"] / 0.5) ** 2  # log-ratio: 0
+        assert nll > 0 and 0 < regressed <= pairs and (regressed < pairs) == (gap > 0)
+        assert f", {regressed} pairs; {pairs - regressed} pairs more for the likelihood" in said
+        first = json.loads(Path("run/actor.work/metrics.jsonl").read_text().splitlines()[0])
+        assert first["nll"] == pytest.approx(nll / weights, rel=1e-5)
+        assert first["loss"] == pytest.approx((loss + 2 / 0.5 * nll) / weights, rel=1e-5)
+        assert first["do_nothing"] == pytest.approx(loss / weights, rel=1e-5)
+        assert first["pairs_up"] + first["pairs_down"] == regressed
 
 
 def test_b1_is_not_computed_again_by_a_run_that_goes_on(demo, folder, tmp_path, monkeypatch):
