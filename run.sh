@@ -179,7 +179,7 @@ done
 end_engine
 headline "Report"
 stage evaluate.py --report "$RUN"
-headline "Next, on the same trees: no gap, so that every step trains (README.md has more to change)"
+headline "Next, on the same trees: no gap, so that eq. 12 takes every step (README.md has more to change)"
 cat << END
 python train_actor.py --actor ${BASE:-$RUN/base} --trees $RUN/iter1/trees.jsonl --critic $RUN/iter1/critic --out $RUN/all/actor \\
   --seed $SEED ${ACTOR-} --gap 0

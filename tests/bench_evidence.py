@@ -24,6 +24,8 @@ Methods, each in iterations by the stages that users run, but for the two online
     rft         rejection sampling: that likelihood alone (so much of it that the regression is nothing beside it)
     paper       run.sh's RECIPE=paper: labels of kept states, Q = V, first steps; in smaller iterations than there
     grpo, rft_online   one optimiser step an iteration of a few problems: group-normalised rewards; right responses alone
+    one_dapo, one_likelihood, one_rft, one_outcome   one round of 100 problems, each with settings for that (--tokens 1);
+                one_likelihood is one_dapo with nothing but the likelihood of right steps
 Settings come from the trials in tests/tuning.jsonl (--split valid --seed 10 --set ...).
 """
 
@@ -75,7 +77,8 @@ def recipe(which: int) -> dict:
 
 PAPER, OURS = recipe(0) | {"problems": 300}, recipe(1)
 WHOLE = {"label": "", "critic": ""}  # responses: no steps, no critic
-OUTCOME = "--advantage outcome --gap 0 --batch 16 --by_draws"
+WHOLES = "--advantage outcome --gap 0 --by_draws"
+LIKELIHOOD = "--beta 1e3 --likelihood 1e7"  # beside which the regression is nothing
 METHODS = {
     "dapo": OURS,
     "labels": OURS | {"label": "--whole_draws --m 2"},
@@ -85,12 +88,31 @@ METHODS = {
     "critic": OURS | {"actor": OURS["actor"].replace("--kappa 4", "--kappa inf")},
     "outcome": OURS
     | WHOLE
-    | {"actor": f"{OUTCOME} --beta 0.005 --likelihood 1 --lr 2e-4 --passes 4"},
-    "rft": OURS | WHOLE | {"actor": f"{OUTCOME} --beta 1e3 --likelihood 1e7 --lr 1e-4 --passes 8"},
+    | {"actor": f"{WHOLES} --beta 0.005 --likelihood 1 --batch 16 --lr 2e-4 --passes 4"},
+    "rft": OURS | WHOLE | {"actor": f"{WHOLES} {LIKELIHOOD} --batch 16 --lr 2e-4 --passes 8"},
     "paper": PAPER,
     "grpo": {"prompts": 2, "group": 4, "lr": 2e-4},
     "rft_online": {"prompts": 2, "group": 2, "lr": 2e-4},
 }
+ROUND = {  # of 100 problems, each method with its own best settings
+    "one_dapo": OURS
+    | {
+        "critic": "--states all --token_share 0.9 --lr 1e-3 --passes 8 --batch 32",
+        "actor": "--kappa 4 --value_draws 1 --by_draws --likelihood 1 --gap 0.05 --beta 0.0125 "
+        "--lr 2e-4 --passes 8 --batch 256",
+    },
+    "one_likelihood": OURS
+    | {
+        "critic": "",
+        "actor": f"--kappa 0 --by_draws {LIKELIHOOD} --lr 2e-4 --passes 8 --batch 256",
+    },
+    "one_rft": OURS | WHOLE | {"actor": f"{WHOLES} {LIKELIHOOD} --batch 64 --lr 4e-4 --passes 8"},
+    "one_outcome": OURS
+    | WHOLE
+    | {"actor": f"{WHOLES} --beta 0.005 --likelihood 16 --batch 64 --lr 2e-4 --passes 8"},
+}
+for method, settings in ROUND.items():
+    METHODS[method] = settings | {"problems": 100}
 
 
 # ------------------------------------------------------------ one point of a curve
@@ -292,6 +314,7 @@ def read_rows(path: Path) -> list[dict]:
 
 STYLE = {  # method: what the figure calls it, colour, line
     "dapo": ("DAPO, run.sh's recipe", "C3", "o-"),
+    "before": ("its form before", "C3", "o:"),
     "labels": ("the same with completions", "C1", "o-"),
     "regression": ("the same without the likelihood term", "C8", "o-"),
     "counts": ("the same without a critic, κ = 0", "C5", "o-"),
@@ -302,7 +325,14 @@ STYLE = {  # method: what the figure calls it, colour, line
     "grpo": ("GRPO, online", "C0", "-"),
     "rft_online": ("rejection sampling, online", "C9", "-"),
 }
-PAIRS = [("dapo", rival) for rival in STYLE if rival != "dapo"]
+ROUND_NAMES = {
+    "one_dapo": "DAPO",
+    "one_likelihood": "the same, likelihood of right steps alone",
+    "one_rft": "rejection sampling",
+    "one_outcome": "outcome advantages and likelihood",
+}
+PAIRS = [("dapo", rival) for rival in ("outcome", "rft", "paper", "grpo", "rft_online")]
+PAIRS += [("before", rival) for rival in ("labels", "regression", "counts", "critic")]
 READ = (6_250, 12_500, 25_000, 50_000)  # tokens at which the tables are read
 
 
@@ -419,14 +449,31 @@ def plot(path: Path):
     print("| --- " * (2 + len(READ)) + "|")
     for level in levels:
         compare(level, found)
+    print("\n| level | one round | seeds | tokens | greedy | T=1 | DAPO ahead |")
+    print("| --- " * 7 + "|")
+    for level in levels:
+        compare_rounds(level, found)
 
 
-def compare(level: str, found: dict):
-    """Differences at the budgets that both methods reach: paired by problem, seeds pooled.
+def difference_cell(pairs: list[tuple]) -> str:
+    """How far the first points of these pairs, a pair a seed, are ahead of the second: paired by
+    problem, seeds pooled.
 
     p says how sure the difference of these very policies is; how much it changes from seed to seed
     is beside it.
     """
+    if not pairs:
+        return "-"
+    difference = np.concatenate([(a[3] - b[3]) / 4 for a, b in pairs])
+    z = difference.mean() / max(difference.std(ddof=1) / len(difference) ** 0.5, 1e-9)
+    p = math.erfc(abs(z) / math.sqrt(2))
+    by_seed = [100 * (a[1] - b[1]) for a, b in pairs]
+    spread = f"{min(by_seed):+.1f} to {max(by_seed):+.1f}"
+    return f"{100 * difference.mean():+.1f} ({spread}; p {p:.1g})"
+
+
+def compare(level: str, found: dict):
+    """Differences at the budgets that both methods reach."""
     for method, rival in PAIRS:
         ours, theirs = found.get((level, method), {}), found.get((level, rival), {})
         cells = []
@@ -436,17 +483,29 @@ def compare(level: str, found: dict):
                 own, other = point_at(ours[seed], budget), point_at(theirs[seed], budget)
                 if own and other:
                     pairs.append((own, other))
-            if not pairs:
-                cells.append("-")
-                continue
-            difference = np.concatenate([(a[3] - b[3]) / 4 for a, b in pairs])
-            z = difference.mean() / max(difference.std(ddof=1) / len(difference) ** 0.5, 1e-9)
-            p = math.erfc(abs(z) / math.sqrt(2))
-            by_seed = [100 * (a[1] - b[1]) for a, b in pairs]
-            spread = f"{min(by_seed):+.1f} to {max(by_seed):+.1f}"
-            cells.append(f"{100 * difference.mean():+.1f} ({spread}; p {p:.1g})")
+            cells.append(difference_cell(pairs))
         if any(cell != "-" for cell in cells):
             print(f"| {level} | {STYLE[rival][0]} | {' | '.join(cells)} |")
+
+
+def compare_rounds(level: str, found: dict):
+    """One round of each method: accuracy, and how far DAPO's is ahead."""
+    ends = {}  # of each method the points of its seeds after the round
+    for method in ROUND:
+        seeds = found.get((level, method), {})
+        ends[method] = {seed: points[-1] for seed, points in seeds.items()}
+    ours = ends["one_dapo"]
+    for method, theirs in ends.items():
+        if theirs:
+            tokens = np.mean([point[0] for point in theirs.values()])
+            t1 = mean_sd([point[1] for point in theirs.values()], 100, 1)
+            greedy = mean_sd([point[2] for point in theirs.values()], 100, 1)
+            both = sorted(ours.keys() & theirs.keys()) if theirs is not ours else []
+            ahead = difference_cell([(ours[seed], theirs[seed]) for seed in both])
+            name = ROUND_NAMES[method]
+            print(
+                f"| {level} | {name} | {len(theirs)} | {tokens:,.0f} | {greedy} | {t1} | {ahead} |"
+            )
 
 
 if __name__ == "__main__":
