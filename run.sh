@@ -40,7 +40,7 @@ if [ -z "${BASE-}${TRAIN-}" ]; then # what the embedded model of 0.5M parameters
     SAMPLE=${SAMPLE-"--n1 4 --n 4 --batch 512"}
     LABEL=${LABEL-"--whole_draws --m 0"}
     CRITIC=${CRITIC-"--states all --token_share 0.5 --lr 1e-3 --passes 2 --batch 128"}
-    ACTOR=${ACTOR-"--kappa 4 --value_draws 1 --by_draws --likelihood 4 --gap 0.05 --beta 0.05 --lr 2e-4 --passes 4 --batch 64"}
+    ACTOR=${ACTOR-"--kappa 4 --value_draws 1 --by_draws --likelihood 4 --gap 0.05 --may_stay --beta 0.05 --lr 2e-4 --passes 4 --batch 64"}
   fi
 fi
 RUN=${RUN-runs/own}

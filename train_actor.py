@@ -180,25 +180,29 @@ def rounded(x) -> float:
 
 
 def advantages(records: list[dict], values: list, s: Settings) -> list[dict]:
-    """The lines of advantages.jsonl, still without logp_ref: of problems with a state to learn from."""
-    lines, states = [], 0
+    """The lines of advantages.jsonl, still without logp_ref: of problems with a pair to train on."""
+    lines, states, right = [], 0, 0
     least = 0.0 if s.likelihood else s.gap
     for record, value in zip(records, values):
         q = action_values(record, value, s.kappa)
         found = advantage_states(record, q, least, s.kept_steps, value, s.value_draws)
         if found:
-            lines.append({"id": record["id"], "states": found})
+            line = {"id": record["id"], "states": found}
+            lines.append(line)
             states += sum(passes(state["gap"], s.gap) for state in found)
+            right += sum(right_share(record["nodes"][a["node"]]) > 0 for a in pairs(line))
     regressed = sum(len(nodes) for nodes in regressed_nodes(lines, s.gap))
     more = sum(len(pairs(line)) for line in lines) - regressed
     also = f"; {more} pairs more for the likelihood" if s.likelihood else ""
     print(f"B.1: {states} states with gap >= {s.gap}, {regressed} pairs{also}")
-    if not lines:
-        nothing = f"{s.trees}: no state's advantages differ by --gap {s.gap}"
-        if not s.may_stay:
-            raise UserError(f"{nothing}; lower it, or label more; in small iterations --may_stay")
-        print(f"{nothing}; the actor stays as it is")
-    return lines
+    if states or (s.likelihood and right):
+        return lines
+    nothing = f"{s.trees}: no state's advantages differ by --gap {s.gap}"
+    nothing += ", and no step ended right" if s.likelihood else ""
+    if not s.may_stay:
+        raise UserError(f"{nothing}; lower it, or label more; in small iterations --may_stay")
+    print(f"{nothing}; the actor stays as it is")
+    return []
 
 
 def outcome_record(sample: dict) -> dict:

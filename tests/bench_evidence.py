@@ -82,7 +82,7 @@ LIKELIHOOD = "--beta 1e3 --likelihood 1e7"  # beside which the regression is not
 METHODS = {
     "dapo": OURS,
     "labels": OURS | {"label": "--whole_draws --m 2"},
-    "regression": OURS | {"actor": OURS["actor"].replace("--likelihood 4 ", "--may_stay ")},
+    "regression": OURS | {"actor": OURS["actor"].replace("--likelihood 4 ", "")},
     "counts": OURS
     | {"actor": OURS["actor"].replace("--kappa 4 --value_draws 1", "--kappa 0"), "critic": ""},
     "critic": OURS | {"actor": OURS["actor"].replace("--kappa 4", "--kappa inf")},

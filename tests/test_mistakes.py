@@ -190,7 +190,7 @@ TABLE = [
     (A, ACTOR, "--lr inf", "--lr inf"),
     (A, ACTOR, "--kappa -1", "--kappa -1"),
     (A, ACTOR, "--kappa 0 --value_draws 1", "--value_draws 1.0"),
-    (A, ACTOR, "--gap 1000", "--gap 1000"),
+    (A, ACTOR, "--likelihood 0 --gap 1000", "--gap 1000"),
     (A, ACTOR, "--advantage steps", "--advantage steps"),
     (A, ACTOR.replace("--critic run/critic", ""), "", "--critic is missing"),
     (E, EVALUATE, "--samples -1", "--samples -1"),
@@ -347,7 +347,10 @@ def test_no_permission(ready, monkeypatch, tmp_path):
 def test_corrected_command_goes_on(ready, monkeypatch):
     """A refused run leaves nothing behind that refuses the corrected one."""
     monkeypatch.chdir(ready)
-    for script, flags, wrong in ((A, ACTOR, "--gap 1000"), (S, SAMPLE, "--max_new 5000")):
+    for script, flags, wrong in (
+        (A, ACTOR, "--likelihood 0 --gap 1000"),
+        (S, SAMPLE, "--max_new 5000"),
+    ):
         assert toy.stage(script, f"{flags} {wrong}")[0] == 2
         code, _, err = toy.stage(script, flags)
         shutil.rmtree(ready / "new")

@@ -368,7 +368,7 @@ def test_readme_commands_run(demo, folder, tmp_path, monkeypatch):
                 ran += 1
             else:
                 assert why or line == "python -m pytest -q" or command[1] == "model.py", line
-    assert ran == 7
+    assert ran == 8
     assert Path("runs/demo/eq12/summary.json").exists()
     variables = set(re.findall(r"\$\{(\w+)", (ROOT / "run.sh").read_text()))
     stages = {"PREPARE": prepare, "CRITIC": train_critic, "ACTOR": train_actor}

@@ -283,8 +283,8 @@ def test_run_sh_has_the_papers_settings_but_for_the_demo(tmp_path):
     trees = [f"{tmp_path}/run/iter{i}/trees.jsonl" for i in range(1, 7)]
     assert " ".join(demo[3][-5:]) == "--max_new 64 --whole_draws --m 0"
     assert (
-        " ".join(demo[5][-17:-8])
-        == "--kappa 4 --value_draws 1 --by_draws --likelihood 4 --gap 0.05"
+        " ".join(demo[5][-18:-8])
+        == "--kappa 4 --value_draws 1 --by_draws --likelihood 4 --gap 0.05 --may_stay"
     )
     critics = [call for call in demo if call[0] == "train_critic.py"]
     seen = [call[call.index("--trees") + 1].split(",") for call in critics]
