@@ -159,7 +159,7 @@ def advantage_states(
     adv, mean, gaps = step_advantages(q[actions], parent, draws, baseline, value_draws)
     chosen = []
     for i, state in enumerate(states):
-        if not passes(gaps[i], gap):
+        if not passes_gap(gaps[i], gap):
             continue
         line = {"node": state, "mean": rounded(mean[i]), "gap": rounded(gaps[i]), "actions": []}
         for j in (parent == i).nonzero()[:, 0].tolist():
@@ -169,7 +169,7 @@ def advantage_states(
     return chosen
 
 
-def passes(gap, least: float) -> bool:
+def passes_gap(gap, least: float) -> bool:
     """Do a state's advantages differ enough for eq. 12 (app. F.1)?"""
     return gap >= least - 1e-9  # .6 - .5 is .0999...
 
@@ -181,7 +181,7 @@ def rounded(x) -> float:
 
 def advantages(records: list[dict], values: list, s: Settings) -> list[dict]:
     """The lines of advantages.jsonl, still without logp_ref: of problems with a pair to train on."""
-    lines, states, right = [], 0, 0
+    lines, states, any_right = [], 0, False
     least = 0.0 if s.likelihood else s.gap
     for record, value in zip(records, values):
         q = action_values(record, value, s.kappa)
@@ -189,13 +189,13 @@ def advantages(records: list[dict], values: list, s: Settings) -> list[dict]:
         if found:
             line = {"id": record["id"], "states": found}
             lines.append(line)
-            states += sum(passes(state["gap"], s.gap) for state in found)
-            right += sum(right_share(record["nodes"][a["node"]]) > 0 for a in pairs(line))
-    regressed = sum(len(nodes) for nodes in regressed_nodes(lines, s.gap))
-    more = sum(len(pairs(line)) for line in lines) - regressed
+            states += sum(passes_gap(state["gap"], s.gap) for state in found)
+            any_right |= any(right_share(record["nodes"][a["node"]]) > 0 for a in pairs(line))
+    in_eq12 = sum(len(pairs(line, s.gap)) for line in lines)
+    more = sum(len(pairs(line)) for line in lines) - in_eq12
     also = f"; {more} pairs more for the likelihood" if s.likelihood else ""
-    print(f"B.1: {states} states with gap >= {s.gap}, {regressed} pairs{also}")
-    if states or (s.likelihood and right):
+    print(f"B.1: {states} states with gap >= {s.gap}, {in_eq12} pairs{also}")
+    if states or (s.likelihood and any_right):
         return lines
     nothing = f"{s.trees}: no state's advantages differ by --gap {s.gap}"
     nothing += ", and no step ended right" if s.likelihood else ""
@@ -220,9 +220,13 @@ def outcome_record(sample: dict) -> dict:
     return {"id": sample["id"], "prompt_ids": sample["prompt_ids"], "nodes": nodes}
 
 
-def pairs(line: dict) -> list[dict]:
-    """The actions of all states of a line of the advantages."""
-    return [action for state in line["states"] for action in state["actions"]]
+def pairs(line: dict, gap: float = 0.0) -> list[dict]:
+    """The actions of a line's states that pass the gap; of all states without one."""
+    found = []
+    for state in line["states"]:
+        if passes_gap(state["gap"], gap):
+            found += state["actions"]
+    return found
 
 
 def pair_tree(record: dict, line: dict):
@@ -231,20 +235,8 @@ def pair_tree(record: dict, line: dict):
     return record_tree(record, [v in chosen for v in range(len(record["nodes"]))])
 
 
-def regressed_nodes(lines: list[dict], gap: float) -> list[set[int]]:
-    """Of each line the actions that eq. 12 trains: those of states that pass the gap."""
-    found = []
-    for line in lines:
-        nodes = set()
-        for state in line["states"]:
-            if passes(state["gap"], gap):
-                nodes.update(action["node"] for action in state["actions"])
-        found.append(nodes)
-    return found
-
-
-def actions_by_node(lines: list[dict]) -> list[dict[int, dict]]:
-    return [{action["node"]: action for action in pairs(line)} for line in lines]
+def actions_by_node(lines: list[dict], gap: float = 0.0) -> list[dict[int, dict]]:
+    return [{action["node"]: action for action in pairs(line, gap)} for line in lines]
 
 
 @torch.no_grad()
@@ -265,7 +257,7 @@ def reference_logprobs(lm: LM, records: list[dict], lines: list[dict], budget: i
 def train(lm: LM, records: list[dict], lines: list[dict], s: Settings, work: Path):
     """B.2: min_theta 1/2 E (A / beta - log pi_theta / pi_ref)^2 over the pairs."""
     trees = [pair_tree(record, line) for record, line in zip(records, lines)]
-    actions, regressed = actions_by_node(lines), regressed_nodes(lines, s.gap)
+    actions, with_gap = actions_by_node(lines), actions_by_node(lines, s.gap)
     batches = whole_batches([len(a) for a in actions], s.batch, s.passes, f"actor {s.seed}")
 
     def weight(node) -> int:
@@ -284,7 +276,7 @@ def train(lm: LM, records: list[dict], lines: list[dict], s: Settings, work: Pat
                 logp_ref.append(action["logp_ref"])
                 share.append(weight(node) / total)
                 share_right.append(right_share(node))
-                in_eq12.append(float(v in regressed[batch[t]]))
+                in_eq12.append(float(v in with_gap[batch[t]]))
             items.append((pack, torch.tensor([adv, logp_ref, share, share_right, in_eq12])))
         return items
 

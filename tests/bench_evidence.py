@@ -76,8 +76,8 @@ def recipe(which: int) -> dict:
 
 
 PAPER, OURS = recipe(0) | {"problems": 300}, recipe(1)
-WHOLE = {"label": "", "critic": ""}  # responses: no steps, no critic
-WHOLES = "--advantage outcome --gap 0 --by_draws"
+WHOLE = OURS | {"label": "", "critic": ""}  # responses: no steps, no critic
+OUTCOME = "--advantage outcome --gap 0"
 LIKELIHOOD = "--beta 1e3 --likelihood 1e7"  # beside which the regression is nothing
 METHODS = {
     "dapo": OURS,
@@ -86,33 +86,39 @@ METHODS = {
     "counts": OURS
     | {"actor": OURS["actor"].replace("--kappa 4 --value_draws 1", "--kappa 0"), "critic": ""},
     "critic": OURS | {"actor": OURS["actor"].replace("--kappa 4", "--kappa inf")},
-    "outcome": OURS
-    | WHOLE
-    | {"actor": f"{WHOLES} --beta 0.005 --likelihood 1 --batch 16 --lr 2e-4 --passes 4"},
-    "rft": OURS | WHOLE | {"actor": f"{WHOLES} {LIKELIHOOD} --batch 16 --lr 2e-4 --passes 8"},
+    "outcome": WHOLE
+    | {
+        "actor": f"{OUTCOME} --batch 16 --by_draws --beta 0.005 --likelihood 1 --lr 2e-4 --passes 4"
+    },
+    "rft": WHOLE | {"actor": f"{OUTCOME} --by_draws {LIKELIHOOD} --batch 16 --lr 2e-4 --passes 8"},
     "paper": PAPER,
     "grpo": {"prompts": 2, "group": 4, "lr": 2e-4},
     "rft_online": {"prompts": 2, "group": 2, "lr": 2e-4},
-}
-ROUND = {  # of 100 problems, each method with its own best settings
+    # one round of 100 problems, each method with its own best settings
     "one_dapo": OURS
     | {
+        "problems": 100,
         "critic": "--states all --token_share 0.9 --lr 1e-3 --passes 8 --batch 32",
         "actor": "--kappa 4 --value_draws 1 --by_draws --likelihood 1 --gap 0.05 --beta 0.0125 "
         "--lr 2e-4 --passes 8 --batch 256",
     },
     "one_likelihood": OURS
     | {
+        "problems": 100,
         "critic": "",
         "actor": f"--kappa 0 --by_draws {LIKELIHOOD} --lr 2e-4 --passes 8 --batch 256",
     },
-    "one_rft": OURS | WHOLE | {"actor": f"{WHOLES} {LIKELIHOOD} --batch 64 --lr 4e-4 --passes 8"},
-    "one_outcome": OURS
-    | WHOLE
-    | {"actor": f"{WHOLES} --beta 0.005 --likelihood 16 --batch 64 --lr 2e-4 --passes 8"},
+    "one_rft": WHOLE
+    | {
+        "problems": 100,
+        "actor": f"{OUTCOME} --by_draws {LIKELIHOOD} --batch 64 --lr 4e-4 --passes 8",
+    },
+    "one_outcome": WHOLE
+    | {
+        "problems": 100,
+        "actor": f"{OUTCOME} --by_draws --beta 0.005 --likelihood 16 --batch 64 --lr 2e-4 --passes 8",
+    },
 }
-for method, settings in ROUND.items():
-    METHODS[method] = settings | {"problems": 100}
 
 
 # ------------------------------------------------------------ one point of a curve
@@ -455,6 +461,12 @@ def plot(path: Path):
         compare_rounds(level, found)
 
 
+def paired_test(difference: np.ndarray) -> tuple[float, float]:
+    """The standard error of the mean of these differences, a problem each, and p that it is 0."""
+    error = difference.std(ddof=1) / len(difference) ** 0.5
+    return error, math.erfc(abs(difference.mean()) / max(error, 1e-9) / math.sqrt(2))
+
+
 def difference_cell(pairs: list[tuple]) -> str:
     """How far the first points of these pairs, a pair a seed, are ahead of the second: paired by
     problem, seeds pooled.
@@ -465,8 +477,7 @@ def difference_cell(pairs: list[tuple]) -> str:
     if not pairs:
         return "-"
     difference = np.concatenate([(a[3] - b[3]) / 4 for a, b in pairs])
-    z = difference.mean() / max(difference.std(ddof=1) / len(difference) ** 0.5, 1e-9)
-    p = math.erfc(abs(z) / math.sqrt(2))
+    _, p = paired_test(difference)
     by_seed = [100 * (a[1] - b[1]) for a, b in pairs]
     spread = f"{min(by_seed):+.1f} to {max(by_seed):+.1f}"
     return f"{100 * difference.mean():+.1f} ({spread}; p {p:.1g})"
@@ -491,7 +502,7 @@ def compare(level: str, found: dict):
 def compare_rounds(level: str, found: dict):
     """One round of each method: accuracy, and how far DAPO's is ahead."""
     ends = {}  # of each method the points of its seeds after the round
-    for method in ROUND:
+    for method in ROUND_NAMES:
         seeds = found.get((level, method), {})
         ends[method] = {seed: points[-1] for seed, points in seeds.items()}
     ours = ends["one_dapo"]

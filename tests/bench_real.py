@@ -15,7 +15,6 @@ rights: right ones of 4 draws at temperature 1, a digit a problem, the CHOICE fi
 
 import argparse
 import json
-import math
 import random
 import subprocess
 import sys
@@ -27,7 +26,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from bench_evidence import METHODS, call, evaluate, read_rows
+from bench_evidence import METHODS, call, evaluate, paired_test, read_rows
 
 import label_steps
 import prepare
@@ -216,8 +215,7 @@ def table(path):
             and line["iteration"] in ours
         ):
             difference = ours[line["iteration"]] - share(line, False)
-            error = difference.std(ddof=1) / len(difference) ** 0.5
-            p = math.erfc(abs(difference.mean()) / max(error, 1e-9) / math.sqrt(2))
+            error, p = paired_test(difference)
             cells[-2:] = [f"{100 * difference.mean():+.1f} ± {196 * error:.1f}", f"{p:.2g}"]
         print(f"| {' | '.join(cells)} |")
 
