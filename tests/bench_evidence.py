@@ -14,6 +14,7 @@ test problem, for paired tests. The prefixes of completions are prefilled once a
 Levels (the base models share one clean model a level; the seed fixes their misreadings, the problems and all draws):
     short    2 to 4 relations, one wording: the demo        worded   6 relations, each line in one of 32 wordings
     code     functions of 2 to 4 operations                 sparse   as worded, but the base is right in 1 % of its draws
+    longcode functions of 6 operations, for one round alone
 Methods, each in iterations by the stages that users run, but for the two online ones:
     dapo        run.sh's recipe: the samples are whole trees, the likelihood of right steps stands beside eq. 12
     labels      the same with two completions of every state
@@ -21,7 +22,7 @@ Methods, each in iterations by the stages that users run, but for the two online
     counts      the same as dapo without a critic: kappa 0, so a step that was drawn once in its state has no advantage
     critic      the same as dapo with Q = V: kappa inf
     outcome     whole responses: outcome minus mean for A, and the likelihood of right responses beside it
-    rft         rejection sampling: that likelihood alone (so much of it that the regression is nothing beside it)
+    rft         rejection sampling: that likelihood alone
     paper       run.sh's RECIPE=paper: labels of kept states, Q = V, first steps; in smaller iterations than there
     grpo, rft_online   one optimiser step an iteration of a few problems: group-normalised rewards; right responses alone
     one_dapo, one_likelihood, one_rft, one_outcome   one round of 100 problems, each with settings for that (--tokens 1);
@@ -61,6 +62,7 @@ LEVELS = {  # flags of prepare.py, and the length limit of a response
     "short": ("", 64),
     "worded": ("--steps 6-6 --wordings 32 --clean_size 48000", 96),
     "code": ("--task code", 64),
+    "longcode": ("--task code --steps 6-6 --clean_size 32000", 96),
     "sparse": ("--steps 6-6 --wordings 32 --clean_size 48000 --careless 4", 96),
 }
 BUDGETS = [3_125 * 2**i for i in range(14)]  # where online curves are read
@@ -78,7 +80,10 @@ def recipe(which: int) -> dict:
 PAPER, OURS = recipe(0) | {"problems": 300}, recipe(1)
 WHOLE = OURS | {"label": "", "critic": ""}  # responses: no steps, no critic
 OUTCOME = "--advantage outcome --gap 0"
-LIKELIHOOD = "--beta 1e3 --likelihood 1e7"  # beside which the regression is nothing
+# The likelihood alone. Eq. 12 is left as a faint pull to pi_ref, which helps where there are many wordings; but of a
+# batch that holds nothing right it would be the whole step, so where many do it is left out.
+LIKELIHOOD = "--beta 1e3 --likelihood 1e7"
+WITHOUT_EQ12 = "--advantage outcome --by_draws --gap 2 --beta 1e-4 --likelihood 1 --may_stay"
 METHODS = {
     "dapo": OURS,
     "labels": OURS | {"label": "--whole_draws --m 2"},
@@ -94,7 +99,7 @@ METHODS = {
     "paper": PAPER,
     "grpo": {"prompts": 2, "group": 4, "lr": 2e-4},
     "rft_online": {"prompts": 2, "group": 2, "lr": 2e-4},
-    # one round of 100 problems, each method with its own best settings
+    # one round of 100 problems, each method with its own best settings on worded
     "one_dapo": OURS
     | {
         "problems": 100,
@@ -118,6 +123,16 @@ METHODS = {
         "problems": 100,
         "actor": f"{OUTCOME} --by_draws --beta 0.005 --likelihood 16 --batch 64 --lr 2e-4 --passes 8",
     },
+}
+ELSEWHERE = {  # flags of the actor that are best, or needed, on other levels
+    "sparse outcome": METHODS["outcome"]["actor"] + " --may_stay",
+    "sparse rft": f"{WITHOUT_EQ12} --batch 16 --lr 2e-4 --passes 8",
+    "code one_dapo": "--kappa 4 --value_draws 1 --by_draws --likelihood 64 --gap 0.05 "
+    "--beta 0.025 --lr 2e-4 --passes 4 --batch 64",
+    "code one_likelihood": f"--kappa 0 --by_draws {LIKELIHOOD} --lr 2e-4 --passes 4 --batch 64",
+    "code one_rft": f"{OUTCOME} --by_draws {LIKELIHOOD} --batch 16 --lr 2e-4 --passes 8",
+    "code one_outcome": f"{OUTCOME} --by_draws --beta 0.005 --likelihood 16 --batch 16 "
+    "--lr 2e-4 --passes 4",
 }
 
 
@@ -243,9 +258,11 @@ def rounds(run: Path, work: Path, max_new: int, settings: dict, seed: int):
 # ------------------------------------------------------------ the curves
 
 
-def settings_of(method: str, changes: list[str]) -> dict:
-    """The method's settings with NAME=VALUE changes."""
+def settings_of(method: str, level: str, changes: list[str]) -> dict:
+    """The method's settings on a level with NAME=VALUE changes."""
     settings = dict(METHODS[method])
+    if f"{level} {method}" in ELSEWHERE:
+        settings["actor"] = ELSEWHERE[f"{level} {method}"]
     for change in changes:
         name, _, value = change.partition("=")
         settings[name] = type(settings[name])(value)
@@ -266,7 +283,7 @@ def curve(args):
     run = base_run(folder, args.level, args.seed, args.train_size)
     train = read_jsonl(run / "train.jsonl")
     test = read_jsonl(run / f"{args.split}.jsonl")[: args.tests]
-    settings = settings_of(args.method, args.set)
+    settings = settings_of(args.method, args.level, args.set)
     about = {"method": args.method, "level": args.level, "seed": args.seed, "split": args.split}
     about |= {"settings": settings}
     out = Path(args.out)
@@ -393,7 +410,7 @@ def plot(path: Path):
     import matplotlib.pyplot as plt
 
     found = curves(read_rows(path))
-    levels = [level for level in LEVELS if any(key[0] == level for key in found)]
+    levels = [level for level in LEVELS if any((level, method) in found for method in STYLE)]
     figure, axes = plt.subplots(
         1, len(levels), figsize=(5.2 * len(levels), 5.4), sharey=True, squeeze=False
     )
@@ -457,7 +474,7 @@ def plot(path: Path):
         compare(level, found)
     print("\n| level | one round | seeds | tokens | greedy | T=1 | DAPO ahead |")
     print("| --- " * 7 + "|")
-    for level in levels:
+    for level in LEVELS:
         compare_rounds(level, found)
 
 
