@@ -80,10 +80,10 @@ def recipe(which: int) -> dict:
 PAPER, OURS = recipe(0) | {"problems": 300}, recipe(1)
 WHOLE = OURS | {"label": "", "critic": ""}  # responses: no steps, no critic
 OUTCOME = "--advantage outcome --gap 0"
-# The likelihood alone. Eq. 12 is left as a faint pull to pi_ref, which helps where there are many wordings; but of a
-# batch that holds nothing right it would be the whole step, so where many do it is left out.
+# The likelihood alone, with eq. 12 as a faint pull to pi_ref, which helps where there are many wordings. But of a batch
+# that holds nothing right it is the whole step: where many do ("sparse rft" below) --gap 2 leaves it out, at the same
+# likelihood / beta.
 LIKELIHOOD = "--beta 1e3 --likelihood 1e7"
-WITHOUT_EQ12 = "--advantage outcome --by_draws --gap 2 --beta 1e-4 --likelihood 1 --may_stay"
 METHODS = {
     "dapo": OURS,
     "labels": OURS | {"label": "--whole_draws --m 2"},
@@ -126,11 +126,12 @@ METHODS = {
 }
 ELSEWHERE = {  # flags of the actor that are best, or needed, on other levels
     "sparse outcome": METHODS["outcome"]["actor"] + " --may_stay",
-    "sparse rft": f"{WITHOUT_EQ12} --batch 16 --lr 2e-4 --passes 8",
+    "sparse rft": "--advantage outcome --by_draws --gap 2 --beta 1e-4 --likelihood 1 --may_stay "
+    "--batch 16 --lr 2e-4 --passes 8",
     "code one_dapo": "--kappa 4 --value_draws 1 --by_draws --likelihood 64 --gap 0.05 "
     "--beta 0.025 --lr 2e-4 --passes 4 --batch 64",
     "code one_likelihood": f"--kappa 0 --by_draws {LIKELIHOOD} --lr 2e-4 --passes 4 --batch 64",
-    "code one_rft": f"{OUTCOME} --by_draws {LIKELIHOOD} --batch 16 --lr 2e-4 --passes 8",
+    "code one_rft": METHODS["rft"]["actor"],
     "code one_outcome": f"{OUTCOME} --by_draws --beta 0.005 --likelihood 16 --batch 16 "
     "--lr 2e-4 --passes 4",
 }
@@ -261,8 +262,9 @@ def rounds(run: Path, work: Path, max_new: int, settings: dict, seed: int):
 def settings_of(method: str, level: str, changes: list[str]) -> dict:
     """The method's settings on a level with NAME=VALUE changes."""
     settings = dict(METHODS[method])
-    if f"{level} {method}" in ELSEWHERE:
-        settings["actor"] = ELSEWHERE[f"{level} {method}"]
+    key = f"{level} {method}"
+    if key in ELSEWHERE:
+        settings["actor"] = ELSEWHERE[key]
     for change in changes:
         name, _, value = change.partition("=")
         settings[name] = type(settings[name])(value)
