@@ -105,11 +105,14 @@ def pass_at(k: int, n: int, right: int) -> float:
 
 
 def majority(sampled: list[dict]) -> bool:
-    """Is the most frequent answer right? Equal numbers are one answer, with a unit or without."""
+    """Is the most frequent answer right, in most of the responses that give it?
+
+    Equal numbers are one answer, with a unit or without; programs are one if their texts are.
+    """
 
     def vote(response):
         answer = response["prediction"]
-        if len(answer) > MAX_ANSWER:
+        if len(answer) > MAX_ANSWER or "\n" in answer:
             return answer
         answer, _ = split_unit(normalise(answer))
         value = exact_number(answer)
@@ -118,7 +121,8 @@ def majority(sampled: list[dict]) -> bool:
     answered = [response for response in sampled if response["prediction"]]
     votes = Counter(vote(response) for response in answered)
     winner = max(votes, key=votes.get, default=None)
-    return any(response["correct"] and vote(response) == winner for response in answered)
+    won = [response["correct"] for response in answered if vote(response) == winner]
+    return 2 * sum(won) > len(won)
 
 
 def summarise(lines: list[dict], other: dict[str, dict]) -> dict:
@@ -200,8 +204,8 @@ def stage(s: Settings):
     # --against is no setting of eval.jsonl: a finished evaluation is compared anew at no cost
     out = Stage("evaluate.py", s.out, dataclasses.replace(s, against=""), inputs)
     if not out.complete:
-        if s.server:
-            alone("evaluate.py --server")
+        if s.server or s.critic:  # processes share out one pack's trees, here each has its own
+            alone(f"evaluate.py {'--server' if s.server else '--critic'}")
         join()
         lm = LM(s.actor, dtype=s.dtype, weights=not s.server)
         server = Server(s.server, lm) if s.server else None
@@ -293,7 +297,7 @@ class TrainedTree(NamedTuple):
     """What a folder of an iteration says of one problem: its step tree and what was trained on.
 
     action    {node: {"q", "adv", ..}} of the steps that were pairs of training
-    mean      {node: mean q of the state's draws} (eq. 13) of the states that were trained on
+    mean      {node: mean of eq. 13, with V(s) in it by --value_draws} of the states trained on
     """
 
     id: str

@@ -4,9 +4,9 @@
         --samples runs/demo/iter1/samples.jsonl --out runs/demo/iter1/trees.jsonl
 
 Reads:  samples.jsonl, its problems, and the actor that drew it.
-Writes: trees.jsonl, a step tree a problem (node 0: the prompt; tokens: generated for it)
+Writes: trees.jsonl, a step tree a problem (node 0: the prompt, by its text; tokens: generated for it)
     {"id": "demo/train/17", "prompt_ids": [1, 9], "tokens": 812, "nodes": [
-     {"parent": -1, "ids": [], "text": "", "draws": 0, "n": 16, "wins": 9, "reward": null,
+     {"parent": -1, "ids": [], "text": "..", "draws": 0, "n": 16, "wins": 9, "reward": null,
       "labelled": true}]}
 
 Samples choose the states, completions measure them (without --whole_draws). A kept response was
@@ -39,6 +39,7 @@ from reward import grade_ids
 from sample import (
     REWARD,
     Prefixes,
+    Row,
     Server,
     alone,
     draw,
@@ -58,7 +59,7 @@ class Settings:
     m: int = flag("completions a state; 0 with --whole_draws: none", 16)
     whole_draws: bool = flag("count all responses, and every step of a completion", False)
     max_new: int = flag("length limit of a whole response in tokens", 2048)
-    batch: int = flag("rows decoded at once", 256)
+    batch: int = flag("rows decoded at once, at least 16", 256)
     server: str = flag("URL of a server that serves the actor, or several, comma separated", "")
     dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the draws", 0)
@@ -74,23 +75,24 @@ def read_trees(path: str) -> list[dict]:
     """trees.jsonl, looked at whole: a tree that is none would be trained on without a word."""
     records, known = [], {}
     for record in each_record(path, ("id", "prompt_ids", "nodes")):
-        if bad := broken_tree(record, known):
+        if bad := broken_tree(record):
             raise UserError(f"{path}: {record['id']}, {bad}: no step tree; make it anew")
+        for node in record["nodes"]:
+            share_numbers(node, known)
         records.append(record)
     return records
 
 
-def share_numbers(record: dict, known: dict[int, int]):
+def share_numbers(node: dict, known: dict[int, int]):
     """Make equal token ids one object: in a list each takes 8 bytes of memory then, not 36."""
-    record["ids"] = [known.setdefault(i, i) for i in record["ids"]]
+    node["ids"] = [known.setdefault(i, i) for i in node["ids"]]
 
 
-def broken_tree(record: dict, known: dict[int, int]) -> str | None:
+def broken_tree(record: dict) -> str | None:
     """What is wrong with a line of trees.jsonl; None if it is a step tree."""
     if bad := misfit(record, {"prompt_ids": [int], "nodes": [NODE]}):
         return bad
     for v, node in enumerate(record["nodes"]):
-        share_numbers(node, known)
         grows = node["parent"] in range(v) and node["ids"] if v else node["parent"] == -1
         counts = 0 <= node["wins"] <= node["n"] and node["draws"] >= 0
         if not (grows and counts):
@@ -108,27 +110,30 @@ class StepTree:
 
     def __init__(self, prompt_ids: list[int], whole_draws: bool = False):
         self.prompt_ids, self.whole_draws = prompt_ids, whole_draws
-        root = {"parent": -1, "ids": [], "text": "", "draws": 0, "n": 0, "wins": 0}
-        self.nodes = [root | {"reward": None, "labelled": False}]
-        self.depth = [0]  # response tokens up to the node
-        self.to_label = [True]  # a kept response goes on from here
-        self.followed = [True]  # a draw that comes here is followed further
-        self.followed_below = [[]]  # its children that are followed
+        self.nodes = []  # as they are written
+        self.depth = []  # response tokens up to the node
+        self.to_label = []  # a kept response goes on from here
+        self.followed = []  # a draw that comes here is followed further
+        self.followed_below = []  # its children that are followed
         self.child = {}  # (node, token ids of a step): the child that the step leads to
         self.tokens = 0  # generated for this problem
+        self._add(-1, [], None, depth=0)
+        self.to_label[0] = self.followed[0] = True
+
+    def _add(self, parent: int, ids: list[int], reward: float | None, depth: int):
+        """A new node, without counts."""
+        node = {"parent": parent, "ids": ids, "text": "", "draws": 0, "n": 0, "wins": 0}
+        self.nodes.append(node | {"reward": reward, "labelled": False})
+        self.depth.append(depth)
+        self.to_label.append(False)
+        self.followed.append(False)
+        self.followed_below.append([])
 
     def step(self, parent: int, ids: list[int], reward: float | None) -> int:
         """The child of `parent` by the step `ids`, made if need be; reward None: it goes on."""
         v = self.child.setdefault((parent, tuple(ids)), len(self.nodes))
         if v == len(self.nodes):
-            new = {"parent": parent, "ids": ids, "reward": reward, "n": 0, "wins": 0}
-            self.nodes.append(self.nodes[0] | new)
-            self.depth.append(self.depth[parent] + len(ids))
-            self.to_label.append(False)
-            self.followed.append(False)
-            self.followed_below.append([])
-        elif reward is None:  # a response was cut off here by its length, another goes on
-            self.nodes[v]["reward"] = None
+            self._add(parent, ids, reward, self.depth[parent] + len(ids))
         return v
 
     def put_in(self, ids: list[int], ends: list[int], reward: float, to_label: bool = True):
@@ -234,8 +239,8 @@ def label(lm: LM, problems: list[dict], trees: list[StepTree], s: Settings, prog
     """
     prefix_trees = []
     for tree in trees:
-        nodes = {"prompt_ids": tree.prompt_ids, "nodes": tree.nodes}
-        prefix_trees.append(record_tree(nodes, list(tree.to_label)))
+        record = {"prompt_ids": tree.prompt_ids, "nodes": tree.nodes}
+        prefix_trees.append(record_tree(record, list(tree.to_label)))
     if not server and len(trees) > 1 and not prefixes_fit(lm, prefix_trees):
         half = len(trees) // 2
         done = label(lm, problems[:half], trees[:half], s, progress, server)
@@ -252,19 +257,21 @@ def label(lm: LM, problems: list[dict], trees: list[StepTree], s: Settings, prog
                 room = s.max_new - tree.depth[v]
                 missing = max(0, s.m - tree.nodes[v]["n"])
                 for k in range(missing):
-                    rows.append((t, v, draw_key(s.seed, "label", problems[t]["id"], v, k), room))
+                    key = draw_key(s.seed, "label", problems[t]["id"], v, k)
+                    rows.append(Row(t, v, key, room))
                 done["states"] += 1
                 done["prefixes"] += missing * (len(tree.prompt_ids) + tree.depth[v])
         how = {"batch": s.batch, "progress": progress, "prefixes": prefixes, "server": server}
         drawn = draw(lm, prefix_trees, rows, **how)
         whole, owners = [], []
-        for (t, v, *_), ids in zip(rows, drawn):
-            whole.append(trees[t].response(v) + ids)
-            owners.append(problems[t])
+        for row, ids in zip(rows, drawn):
+            whole.append(trees[row.tree].response(row.node) + ids)
+            owners.append(problems[row.tree])
         graded = grade_ids(lm, owners, whole, s.unsafe)
-        for (t, v, *_), ids, grade in zip(rows, drawn, graded):
-            trees[t].tokens += len(ids)
-            trees[t].count_draw(v, ids, lm.step_ends, grade["reward"])
+        for row, ids, grade in zip(rows, drawn, graded):
+            tree = trees[row.tree]
+            tree.tokens += len(ids)
+            tree.count_draw(row.node, ids, lm.step_ends, grade["reward"])
             done["tokens"] += len(ids)
         done["completions"] += len(rows)
     return done

@@ -6,12 +6,13 @@ Read from top to bottom:
   attend            the attention of every model; a pack or a cache decides who sees whom
   linear_logprobs   log-probs from hidden states without holding [tokens, vocabulary]
   step_logprobs, step_values, step_advantages   the three quantities of the paper, a number a step
+  join, shard       several cards (torchrun, FSDP2), or one with the host's memory
   fit               the training loop: accumulation, NaN check, metrics, exact resume
-  join, shard       the same on several cards (torchrun, FSDP2), or on one with the host's memory
   memory            what a model needs in every stage: python model.py MODEL --cards 8 --memory 80
 
 Sizes: N tokens of a pack, M scored nodes, S states, B rows of a batch, T columns, V vocabulary,
-d width, L layers, G key/value heads, R query heads a key/value head, D head size.
+d width, L layers, G key/value heads, R query heads a key/value head, D head size, K gathered keys or
+(eq. 13) actions.
 """
 
 import errno
@@ -153,15 +154,17 @@ class LM:
         except Exception as e:  # a broken folder raises all kinds; the user needs one line
             raise UserError(f"{path}: not a model folder with a tokenizer ({first_line(e)})") from e
         self._read_tokenizer()
-        # Whether flex_attention may do what the gathered form does; None: not tried yet. Stages
-        # that only draw never ask, and so need not wait until it is compiled.
+        self.may_record = self.device == "cuda"  # may sampling record its kernels (sample.Slots)
+        # Whether flex_attention does what the gathered form does. None: it is tried at the first
+        # pack, so that stages which only draw need not wait until it is compiled.
         self.flex = False
-        self.graphs = self.device == "cuda"  # may sampling replay its kernels (sample.Slots)
         if weights:
             self._refuse_other_attention()
             self.flex = None if self.device == "cuda" else False
-        if weights and train and checkpointed and self.device == "cuda":
-            self.checkpoint_layers()
+        if weights and train:
+            self._refuse_dropout()
+            if checkpointed and self.device == "cuda":
+                self.checkpoint_layers()
 
     def _load(self, dtype: torch.dtype):
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -169,7 +172,7 @@ class LM:
         )
         if report["missing_keys"]:
             raise ValueError(f"no {min(report['missing_keys'])} in the weights")
-        self.model = model.to(self.device).eval()  # no dropout: the log-ratio starts at exactly 0
+        self.model = model.to(self.device).eval()
         self.decoder, self.config = model.base_model, model.config.get_text_config()
         self.scale = getattr(self.config, "logit_scale", None) or 1.0
         self.scale /= getattr(self.config, "logits_scaling", None) or 1.0
@@ -180,7 +183,7 @@ class LM:
         return self.model.get_output_embeddings().weight  # (V, d)
 
     @property
-    def end(self) -> int:
+    def own_eos(self) -> int:
         """Of several EOS ids the one that the tokenizer's chat template ends with."""
         own = self.tokenizer.eos_token_id
         return own if own in self.eos else self.eos[0]
@@ -237,18 +240,24 @@ class LM:
         if difference > (0.1 if self.in_bfloat16 else 1e-3) * own.abs().max():
             raise UserError(f"{self.path}: {kind} scales its logits in a way that is not supported")
 
+    def _refuse_dropout(self):
+        """The model stays in eval mode, so that the log-ratio starts at exactly 0. A config with
+        dropout is refused rather than trained without it unasked."""
+        names = []
+        for name, value in self.config.to_dict().items():
+            if "drop" in name and isinstance(value, float) and value:
+                names.append(name)
+        if names:
+            wrong = f"its config has dropout ({', '.join(names)}), training has none"
+            raise UserError(f"{self.path}: {wrong}; set it to 0.0 there")
+
     def checkpoint_layers(self):
         """Keep of each layer its input alone and compute the rest again in the backward pass: of
         8,192 tokens of an 8B model 4 GB in place of 65. The gradients are the same to the last bit.
 
-        Hugging Face's own switch acts in train mode only, where dropout would act too; so layers
-        are wrapped here and the model stays in eval mode. A config with dropout is refused rather
-        than trained without it unasked.
+        Hugging Face's own switch acts in train mode only, and the model stays in eval mode; so
+        layers are wrapped here.
         """
-        for name, value in self.config.to_dict().items():
-            if ("drop" in name) and isinstance(value, float) and value:
-                wrong = f"{name} is {value} in its config"
-                raise UserError(f"{self.path}: {wrong}; set it to 0.0 there")
         again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         for layer in decoder_layers(self.model):
             layer.forward = functools.partial(again, layer.forward)
@@ -264,7 +273,7 @@ class LM:
 
     def response_ids(self, text: str) -> list[int]:
         """Token ids of a demonstration, with the EOS that the policy must learn."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.end]
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.own_eos]
 
     def text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -290,7 +299,8 @@ class LM:
         return np.append(ends[:-1][inner], len(ids)).tolist()
 
     def _autocast(self):
-        """bfloat16 products where the weights are held in float32; else they are as they should.
+        """bfloat16 products where the weights are held in float32; elsewhere the weights already
+        have the dtype that they compute in.
 
         A pass uses each weight once, so to keep its rounded copy would only cost memory.
         """
@@ -310,7 +320,8 @@ class LM:
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def with_weights(self, function):
-        """function(), with all weights at hand: where they are sharded, they are gathered first."""
+        """function(), with all weights gathered. Where they are sharded it runs as a method of the
+        model (see `shard`), since only that gathers them."""
         return self.model.with_weights(function) if is_sharded(self.model) else function()
 
     def save(self, folder: Path):
@@ -396,7 +407,8 @@ def _fragments(tree: Tree, budget: int) -> list[list[tuple[int, bool]]]:
             runs[-1].append((u, scored))
             inside.add(u)
             size += len(tree.ids[u])
-    return runs
+    # A run of ancestors alone is left where the next node did not fit behind them.
+    return [run for run in runs if any(scored for _, scored in run)]
 
 
 def pack_trees(trees: list[Tree], budget: int, align: int = 1) -> list[Pack]:
@@ -490,7 +502,9 @@ def on_cuda(x: torch.Tensor) -> bool:
 
 
 def grouped_attention(query, key, value, bias, scaling):
-    """softmax(q k' * scaling + bias) v; q (b, G, Q, D), k and v (b, G, K, D), bias (b, 1, Q, K).
+    """softmax(q k' * scaling + bias) v; q (..., Q, D), k and v (..., K, D), bias (..., Q, K).
+
+    The sizes before broadcast: blocks, G and R of a pack, B and G of a cache.
 
     Written out on purpose: on the CPU as fast as the fused kernel and, unlike it, the same bits for
     a row whatever the batch and however many masked columns follow. On CUDA scores are float32, as
@@ -520,16 +534,16 @@ class TreeView:
         if flex:
             self.block_mask = _block_mask(_padded_ends(pack.end).to(device))
             return
-        end, size, sets = pack.end.numpy(), len(pack.end), []
-        for a in range(0, size, BLOCK):
+        end, tokens, sets = pack.end.numpy(), len(pack.end), []
+        for a in range(0, tokens, BLOCK):
             sets.append(np.append(np.flatnonzero(end[:a] > a), np.arange(a, a + BLOCK)))
         width = -(-max(map(len, sets)) // 16) * 16
-        table = np.full((len(sets), width), size)  # (blocks, K) keys of a block; `size`: none
+        table = np.full((len(sets), width), tokens)  # (blocks, K) keys of a block; `tokens`: none
         for row, keys in zip(table, sets):
             row[: len(keys)] = keys
-        i, j = np.arange(size).reshape(-1, BLOCK, 1), table[:, None]
+        i, j = np.arange(tokens).reshape(-1, BLOCK, 1), table[:, None]
         seen = torch.from_numpy((j <= i) & (i < np.append(end, 0)[j]))
-        self.table = torch.from_numpy(np.minimum(table, size - 1)).to(device)
+        self.table = torch.from_numpy(np.minimum(table, tokens - 1)).to(device)
         # (blocks, 1, 1, BLOCK, K)
         self.bias = torch.where(seen, 0.0, -torch.inf)[:, None, None].to(device)
 
@@ -840,7 +854,7 @@ def step_values(lm: LM, head: torch.nn.Linear, pack: Pack) -> torch.Tensor:
 
 
 def step_advantages(q, parent, draws, value=None, value_draws: float = 0.0):
-    """Eq. 13, A(s, a) = Q(s, a) - 1/M sum_j Q(s, a_j), for every action of every state at once.
+    """Eq. 13, A(s, a) = Q(s, a) - 1/m sum_j Q(s, a_j), for every action of every state at once.
 
     q (K,) value of each action, parent (K,) its state in 0 .. S-1, draws (K,) how often it was
     drawn there: duplicates count in the mean, since it estimates E_{a ~ pi_ref} Q.
@@ -993,7 +1007,7 @@ def replace(path: Path, write):
     try:
         write(beside)
     except (RuntimeError, SafetensorError) as e:  # torch's and safetensors' word for a full disk
-        raise OSError(errno.EIO, f"not written ({str(e).splitlines()[0]})", str(path)) from e
+        raise OSError(errno.EIO, f"not written ({first_line(e)})", str(path)) from e
     put_in_place(beside, path)
 
 
@@ -1139,7 +1153,8 @@ def fit(modules, batches, make_packs, loss, work: Path, lr: float, save_minutes:
     loss      (*arguments) -> (the pack's share of the batch's mean loss, {metric: its sum}); shares
               add up, so gradients do not depend on how a batch is cut into packs (8 x 1 = 1 x 8)
     name      batch -> what to call it in the report on a loss that is not finite
-    The rate rises over the first 5 % of the steps, then falls linearly to a tenth. `work` holds the
+    The rate is the lower of two lines: one rises to lr over the first 5 % of the steps, one falls from
+    lr to a tenth of it over all steps. `work` holds the
     two newest checkpoints, one every `save_minutes`, and metrics.jsonl, a line a step; seconds go to
     timing.jsonl apart. Of several processes each runs its share of a batch's packs.
     """

@@ -603,7 +603,7 @@ def draw_chain(rng: random.Random, fewest: int, most: int) -> tuple[int, list]:
             kind, k = rng.choice(list(RELATIONS)), rng.randint(1, 9)
             text = RELATIONS[kind][1].format(x="x", k=k)
             new = expression(text)(x)
-        steps.append((kind, int(text.split()[-1])))
+        steps.append((kind, int(text.split()[-1])))  # of "twice", which names no k, 2
         x = int(new)
     return first, steps
 
@@ -692,12 +692,17 @@ def demo_problems(
     rng = random.Random("luck")
     fair = sum(not task.check(task.draw(rng, *steps))[1] for _ in range(1000))
     rng, problems, seen = random.Random(f"problems {seed}"), {s: [] for s in sizes}, set()
-    total = 0
+    total = in_vain = 0
     while any(len(problems[s]) < n for s, n in sizes.items()):
+        if in_vain == 100_000:
+            few = {split: len(found) for split, found in problems.items()}
+            raise UserError(f"--steps: there are only {few} problems; more steps, or smaller sizes")
         skeleton = task.draw(rng, *steps)
         key, split = json.dumps(skeleton), split_of(skeleton)
+        in_vain += 1
         if key in seen or len(problems[split]) >= sizes[split]:
             continue
+        in_vain = 0
         seen.add(key)
         goal, lucky = task.check(skeleton)
         if lucky and fair >= 20:
@@ -1250,7 +1255,7 @@ class Settings:
     careless: float = flag("how careless the base reads: as if so many times, once wrong", 1.0)
     wordings: int = flag("ways to word each line of an embedded solution, up to 64", 1)
     clean_size: int = flag("right solutions that the embedded base learns from first", 16000)
-    clean_seed: int = flag("of that first training, for benchmarks; default: --seed", -1)
+    clean_seed: int = flag("of that first training, for benchmarks; -1: --seed", -1)
     clean: str = flag("folder that keeps models so trained, for benchmarks of many runs", "")
     train_size: int = flag("embedded training problems", 2000)
     valid_size: int = flag("embedded validation problems", 300)
@@ -1342,11 +1347,11 @@ def real_problems(s: Settings) -> dict[str, list[dict]]:
         if twice := [i for i, n in Counter(p["id"] for p in problems).items() if n > 1]:
             raise UserError(f"{spec}: two files give the id {twice[0]}; rename one of them")
     train, valid = [], []
-    clean = without(pool, test, s)
-    dropped = len(pool) - len(clean)
+    kept = without(pool, test, s)
+    dropped = len(pool) - len(kept)
     print(f"dropped from training, because the question is a test question: {dropped}")
-    for p in clean:
-        key = f"{s.split_seed} {normalised_question(p['prompt'])}"
+    for p in kept:
+        key = f"{s.split_seed} {question(p, s)}"
         share = int(digest(key)[:8], 16) / 2**32
         (valid if share < s.valid_share else train).append(p)
     train = without(train, valid, s)[: s.limit or None]
@@ -1356,17 +1361,18 @@ def real_problems(s: Settings) -> dict[str, list[dict]]:
     return {"train": train, "valid": valid, "test": test}
 
 
+def question(record: dict, s: Settings) -> str:
+    """What a prompt asks, whatever the instruction after it."""
+    prompt = record["prompt"]
+    for instruction in (s.instruction or "", *INSTRUCTIONS.values()):
+        prompt = prompt.removesuffix(instruction)
+    return normalised_question(prompt)
+
+
 def without(records: list[dict], others: list[dict], s: Settings) -> list[dict]:
-    """The records whose question is none of the others', whatever the instruction after it."""
-
-    def question(record):
-        prompt = record["prompt"]
-        for instruction in (s.instruction or "", *INSTRUCTIONS.values()):
-            prompt = prompt.removesuffix(instruction)
-        return normalised_question(prompt)
-
-    known = {question(r) for r in others}
-    return [r for r in records if question(r) not in known]
+    """The records whose question is none of the others'."""
+    known = {question(r, s) for r in others}
+    return [r for r in records if question(r, s) not in known]
 
 
 def tune_base(out: Stage, demos: list[dict], folder: Path, s: Settings):
@@ -1380,7 +1386,8 @@ def tune_base(out: Stage, demos: list[dict], folder: Path, s: Settings):
     require_memory(s.base, DEMO_PACK, s.offload)
     lm = LM(s.base, train=True, dtype=s.dtype)
     shard(lm, offload=s.offload)
-    trees = [demo_tree(lm, d) for d in chosen]
+    # Their prompts have no weight, so they are context alone.
+    trees = [demo_tree(lm, d)._replace(score=[False, True]) for d in chosen]
     out.start()
     fine_tune(lm, trees, out.work, s.lr, batch=32, passes=s.passes, seed=s.seed, prompt_weight=0.0)
     out.finish(lm.save)
@@ -1402,9 +1409,9 @@ def clean_model(work: Path, task: Task, s: Settings) -> LM:
     kept = Path(s.clean) / f"{s.task}-{s.steps}-{s.wordings}-{s.clean_size}-{seed}"
     if s.clean and kept.exists():
         return LM(kept, train=True)
-    clean = demonstrations(task, seed, s.clean_size, False, steps_of(s), s.wordings)
+    clean = demonstrations(task, seed, s.clean_size, 0.0, steps_of(s), s.wordings)
     # The misread ones are for their words alone.
-    misread = demonstrations(task, seed, 3000, True, steps_of(s), s.wordings)
+    misread = demonstrations(task, seed, 3000, 1.0, steps_of(s), s.wordings)
     tokenizer = build_tokenizer([d[k] for d in clean + misread for k in ("prompt", "response")])
     model, start = new_model(tokenizer, seed), work / "random"
     replace(start, lambda p: (model.save_pretrained(p), tokenizer.save_pretrained(p)))

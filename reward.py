@@ -79,7 +79,7 @@ def reward(problem: dict, text: str, unsafe: bool = False) -> float:
     never raises, never hangs and never runs model text in this process; several threads call it.
     unsafe: run programs even where they cannot be walled off.
 
-    A bonus for a short program, say: return 0.9 * right + 0.1 * (len(text) < 200)
+    A bonus for a short response, say: return 0.9 * (verdict == "right") + 0.1 * (len(text) < 200)
     """
     verdict, _ = grade(problem, text, unsafe)
     return 1.0 if verdict == "right" else 0.0
@@ -104,20 +104,20 @@ def grade_ids(lm: LM, problems: list[dict], responses: list[list[int]], unsafe: 
     Identical responses to a problem are graded once, different ones several at a time.
     """
     texts = [lm.text(ids) for ids in responses]
-    tasks = {}  # (problem, text): what to grade
-    for problem, text in zip(problems, texts):
-        tasks[problem["id"], text] = problem, text
+    tasks = {}  # (problem's id, text, did it end by itself): what to grade
+    for problem, ids, text in zip(problems, responses, texts):
+        tasks[problem["id"], text, ids[-1] in lm.eos] = problem
 
-    def judged(task):
-        problem, text = task
-        return grade(problem, text, unsafe), reward(problem, text, unsafe)
+    def judged(task, problem):
+        _, text, finished = task
+        judgement = grade(problem, text, unsafe)
+        return judgement, reward(problem, text, unsafe) if finished else 0.0
 
-    found = dict(zip(tasks, _graders.map(judged, tasks.values())))
+    found = dict(zip(tasks, _graders.map(judged, tasks, tasks.values())))
     graded = []
     for problem, ids, text in zip(problems, responses, texts):
-        (verdict, prediction), value = found[problem["id"], text]
         finished = ids[-1] in lm.eos
-        value = value if finished else 0.0
+        (verdict, prediction), value = found[problem["id"], text, finished]
         line = {"text": text, "prediction": prediction, "correct": value >= 0.5}
         line["reward"] = int(value) if value in (0, 1) else value  # 0 and 1 are written as such
         graded.append(line | {"verdict": verdict, "finished": finished})
@@ -233,6 +233,8 @@ REWRITES = [
     (r"\\?%", " percent "),
     (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°", " degree "),
     (r"(?i)\s*\b([ap])\.?m\b\.?", r" \1m"),
+    (r"(?<=[\d}])\s*mph\b", " miles per hour"),
+    (r"(?<=[\d}])\s*km?ph\b", " kilometers per hour"),
     # Fractions and roots get their braces.
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\frac\s*(\\[a-zA-Z]+|[^\s{\\])", r"\\frac{\1}"),

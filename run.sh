@@ -10,7 +10,8 @@
 #
 # Each stage has a variable for its flags (PREPARE, SAMPLE, LABEL, CRITIC, ACTOR, EVALUATE, and LENGTH for all that draw);
 # a stage without one keeps its own defaults, the paper's. ITERATIONS: how many; PROBLEMS: new ones in each; REPLAY: the
-# critic goes on learning on the trees of so many iterations. Started again, the run goes on where it stopped.
+# critic goes on learning on the trees of so many iterations; SEED: of all of it. Started again, the run goes on where it
+# stopped.
 # A GPU box:  LAUNCH="torchrun --nproc-per-node 8" trains on eight cards; ENGINE="vllm serve" starts a server with each
 # actor for sampling, labelling and evaluation, and ends it before training; SERVER=http://... uses one that is there (each
 # iteration's actor must be served there in turn: run.sh stops where another is, and goes on). CRITIC_MODEL: the first critic's start.
@@ -19,7 +20,7 @@ cd "$(dirname "$0")"
 
 SEED=${SEED-0}
 if [ -n "${RECIPE-}" ] && { [ "$RECIPE" != paper ] || [ -n "${BASE-}${TRAIN-}" ]; }; then
-  echo "error: run.sh: RECIPE=$RECIPE; wanted paper, or none; with your model or data every default is the paper's" >&2
+  echo "error: run.sh: RECIPE=$RECIPE; wanted paper or none, and none with BASE or TRAIN, where every default is the paper's" >&2
   exit 2
 fi
 if [ -z "${BASE-}${TRAIN-}" ]; then # what the embedded model of 0.5M parameters needs instead of the paper's settings
@@ -66,7 +67,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 codes = os.fdopen(3, "w")
 forks = sys.platform == "linux" and not torch.cuda.is_available()
 while not stopped and (words := sys.stdin.readline()):
-    command = [sys.stdin.readline().rstrip("\n") for _ in range(int(words))]
+    command = [sys.stdin.readline().rstrip("\n").replace("\x1f", "\n") for _ in range(int(words))]
     if not forks:
         code = subprocess.run([sys.executable, *command], stdin=subprocess.DEVNULL).returncode
     elif child := os.fork():
@@ -90,8 +91,8 @@ rm -r "$pipes"
 
 # Run a stage: `stage sample.py FLAGS` does what `python sample.py FLAGS` does.
 stage() {
-  local code
-  printf '%s\n' $# "$@" >&4
+  local code break=$'\n' mark=$'\037' # a word with a line break travels on one line
+  printf '%s\n' $# "${@//$break/$mark}" >&4
   read -r code <&5 || code=1
   if [ "$code" -gt 128 ] && [ "$code" != 130 ]; then
     echo "error: run.sh: signal $((code - 128)) ended $1 (9: perhaps for want of memory); the same command goes on" >&2
@@ -157,11 +158,11 @@ evaluate --actor "$actor" --problems "$RUN/test.jsonl" --out "$RUN/iter0/eval.js
 for i in $(seq "$ITERATIONS"); do
   it=$RUN/iter$i
   headline "Iteration $i, A.1: sample responses"
-  stage sample.py --actor "$actor" --problems "$RUN/train.jsonl" --out "$it/samples.jsonl" --seed "$SEED$i" \
+  stage sample.py --actor "$actor" --problems "$RUN/train.jsonl" --out "$it/samples.jsonl" --seed $((1000 * SEED + i)) \
     --first $(((i - 1) * PROBLEMS)) --limit "$PROBLEMS" ${SERVER:+--server "$SERVER"} $LENGTH ${SAMPLE-}
   headline "Iteration $i, A.2: label their steps"
   stage label_steps.py --actor "$actor" --problems "$RUN/train.jsonl" --samples "$it/samples.jsonl" \
-    --out "$it/trees.jsonl" --seed "$SEED$i" ${SERVER:+--server "$SERVER"} $LENGTH ${LABEL-}
+    --out "$it/trees.jsonl" --seed $((1000 * SEED + i)) ${SERVER:+--server "$SERVER"} $LENGTH ${LABEL-}
   end_engine
   headline "Iteration $i, A.3: train the critic"
   trees+=("$it/trees.jsonl")

@@ -7,7 +7,7 @@ Reads:  problems, and the actor (pi_gen = pi_ref: algorithm 1 generates with the
 improves).
 Writes: samples.jsonl, a line a problem; `ends` are token offsets one past each step's last token
     {"id": "demo/train/17", "prompt_ids": [1, 9], "kept": [0, 4], "responses":
-     [{"ids": [5, 9, 0], "ends": [2, 3], "text": "..", "reward": 1, "finished": true}]}
+     [{"ids": [5, 9, 7, 0], "ends": [2, 4], "text": "..", "reward": 1, "finished": true}]}
 
 Departures from the paper:
  1. Temperature-1 draws are from the whole distribution; the paper names no top-p or top-k.
@@ -36,6 +36,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -154,9 +155,9 @@ class CacheView:
             width += -width % 8
         self.rows = torch.arange(len(length), device=length.device)
         self.length, self.width = length, width
-        hidden = torch.arange(width, device=length.device) > length[:, None]
-        bias = torch.zeros(hidden.shape, dtype=self.keys[0].dtype, device=length.device)
-        self.bias = bias.masked_fill_(hidden, -torch.inf)[:, None, None]  # (B, 1, 1, T)
+        unseen = torch.arange(width, device=length.device) > length[:, None]
+        bias = torch.zeros(unseen.shape, dtype=self.keys[0].dtype, device=length.device)
+        self.bias = bias.masked_fill_(unseen, -torch.inf)[:, None, None]  # (B, 1, 1, T)
         return self
 
     def __call__(self, layer, query, key, value, scaling):
@@ -196,6 +197,15 @@ def rows_that_fit(lm: LM, columns: int, wanted: int) -> int:
 
 
 # ------------------------------------------------------------ continuations of trees' states
+
+
+class Row(NamedTuple):
+    """One draw: what follows the tokens from trees[tree]'s root through `node`."""
+
+    tree: int
+    node: int
+    key: int  # of its random numbers (draw_key)
+    room: int  # the most tokens that it may have
 
 
 def prefixes_fit(lm: LM, trees: list[Tree]) -> bool:
@@ -239,13 +249,13 @@ class Prefixes:
 class Slots:
     """B rows that decode together, each in a slot; a finished row's slot is free for another."""
 
-    def __init__(self, lm: LM, prefixes: Prefixes, rows: list, size: int, temperature: float):
+    def __init__(self, lm: LM, prefixes: Prefixes, rows: list[Row], size: int, temperature: float):
         self.lm, self.prefixes, self.rows, self.temperature = lm, prefixes, rows, temperature
         self.size = size  # B, the number of slots
         self.width = 0  # columns of the cache that the longest row may have written
-        longest = max(len(prefixes.path[row[:2]]) + row[3] for row in rows)
-        groups, _, head = prefixes.keys[0].shape
-        shape, dtype = (size, groups, longest, head), prefixes.keys[0].dtype
+        longest = max(len(prefixes.path[row.tree, row.node]) + row.room for row in rows)
+        groups, _, head_size = prefixes.keys[0].shape
+        shape, dtype = (size, groups, longest, head_size), prefixes.keys[0].dtype
         self.cache = CacheView(len(prefixes.keys), shape, dtype, lm.device)
 
         def zeros(*shape):
@@ -256,22 +266,23 @@ class Slots:
         self.key = zeros(size)  # of its draws
         self.room = zeros(size)  # how many tokens it may draw
         self.new = zeros(size)  # how many it has drawn
-        self.out = zeros(size, max(row[3] for row in rows))  # (B, longest room) what it has drawn
-        self.token = zeros(size)  # the last of them
-        self.length = zeros(size)  # tokens before that one: its columns of the cache
+        self.out = zeros(size, max(row.room for row in rows))  # (B, longest room) what it has drawn
+        self.token = zeros(size)  # the last of them, not yet in the cache
+        self.length = zeros(size)  # tokens before that one, which are
         # Is this token an end (V + 1,): V, which no token is, is drawn where a logit is no number.
         self.stop = torch.zeros(max(len(lm.head), max(lm.eos)) + 1, dtype=torch.bool)
         self.stop[[*lm.eos, len(lm.head)]] = True
         self.stop = self.stop.to(lm.device)
-        self.graphs = {}  # width of the cache: the kernels of a step, on a GPU
+        self.graphs = {}  # width of the cache: the kernels of one token, on a GPU
 
     def seat(self, waiting: list[int]):
         """Give free slots to waiting rows, the last ones first, and draw their first tokens."""
         free = (self.row < 0).nonzero()[:, 0][: len(waiting)]
         if len(free) == 0:
             return
-        seated = [waiting.pop() for _ in range(len(free))]
-        paths = [self.prefixes.path[self.rows[r][:2]] for r in seated]
+        numbers = [waiting.pop() for _ in range(len(free))]
+        seated = [self.rows[r] for r in numbers]
+        paths = [self.prefixes.path[row.tree, row.node] for row in seated]
         index = np.zeros((len(seated), max(map(len, paths))), int)  # (free, longest prefix)
         for i, path in enumerate(paths):
             index[i, : len(path)] = path
@@ -283,14 +294,14 @@ class Slots:
             for store, source in zip(stores, sources):
                 store[free, :, : index.shape[1]] = source[:, index].transpose(0, 1)
 
-        def numbers(values):
+        def tensor(values):
             return torch.tensor(values, dtype=torch.long, device=self.lm.device)
 
-        self.row[free], self.alive[free], self.new[free] = numbers(seated), True, 0
-        self.key[free] = numbers([self.rows[r][2] for r in seated])
-        self.room[free] = numbers([self.rows[r][3] for r in seated])
-        self.length[free] = numbers([len(path) for path in paths])
-        last = numbers([path[-1] for path in paths])
+        self.row[free], self.alive[free], self.new[free] = tensor(numbers), True, 0
+        self.key[free] = tensor([row.key for row in seated])
+        self.room[free] = tensor([row.room for row in seated])
+        self.length[free] = tensor([len(path) for path in paths])
+        last = tensor([path[-1] for path in paths])
         self.write(free, _at_least_16(self.lm.logits, self.prefixes.hidden[last]))
 
     def write(self, slot, logits):
@@ -303,26 +314,28 @@ class Slots:
         self.new[slot] += alive
         self.alive[slot] = alive & ~self.stop[token] & (self.new[slot] < self.room[slot])
 
-    def step(self):
+    def next_token(self):
         """One token for every living row.
 
-        A GPU runs a step's kernels in less time than Python needs to launch them. So they are
+        A GPU runs a token's kernels in less time than Python needs to launch them. So they are
         recorded once as a CUDA graph and then replayed, until a row outgrows the columns that the
         graph reads: each serves COLUMNS widths, since columns behind a row's end are masked.
         """
         columns = self.cache.keys[0].shape[2]
         self.width = min(self.width + 1, columns)
-        if not self.lm.graphs:
-            self.step_of_width(self.width)
+        if not self.lm.may_record:
+            self.next_token_of_width(self.width)
             return
         width = min(self.width + -self.width % COLUMNS, columns)
         if width in self.graphs:
             self.graphs[width].replay()
         else:
-            self.step_of_width(width)  # kernels that run for the first time cannot be recorded
+            self.next_token_of_width(
+                width
+            )  # kernels that run for the first time cannot be recorded
             self.record(width)
 
-    def step_of_width(self, width: int):
+    def next_token_of_width(self, width: int):
         """A forward of all slots that reads `width` columns of the cache, then the draws."""
         view = self.cache.at(self.length, width)
         hidden = self.lm.hidden(self.token[:, None], self.length[:, None], view)[:, 0]  # (B, d)
@@ -335,18 +348,18 @@ class Slots:
             self.write(living, logits[living])
 
     def record(self, width: int):
-        """Record the next step's kernels; it does not run them. A model that cannot be recorded
+        """Record the next token's kernels; it does not run them. A model that cannot be recorded
         (some rotary embeddings ask the GPU for the longest row) goes on without."""
         graph, others = torch.cuda.CUDAGraph(), list(self.graphs.values())
         pool = others[0].pool() if others else None  # graphs never run together: one workspace
         try:
             with torch.cuda.graph(graph, pool=pool):
-                self.step_of_width(width)
+                self.next_token_of_width(width)
             self.graphs[width] = graph
         except RuntimeError as e:
             wrong = f"{self.lm.path}: no CUDA graph, slower ({first_line(e)})"
             print(f"warning: {wrong}", file=sys.stderr)
-            self.lm.graphs = False
+            self.lm.may_record = False
 
     def look(self) -> int:
         """How many rows live; on a GPU this waits for its work."""
@@ -389,12 +402,11 @@ def _sixteens(n: int) -> int:
 
 @torch.no_grad()
 def draw(
-    lm: LM, trees: list[Tree], rows: list, temperature=1.0, batch=256, progress=None,
+    lm: LM, trees: list[Tree], rows: list[Row], temperature=1.0, batch=256, progress=None,
     prefixes: Prefixes | None = None, server: "Server | None" = None,
 ) -> list[list[int]]:  # fmt: skip
-    """A continuation for each row (tree, node, key, room): up to an EOS (kept) or `room` tokens.
+    """A continuation for each row: up to an EOS (kept) or `room` tokens.
 
-    rows point at states: what is continued are the tokens from trees[tree]'s root through node.
     -> lists of token ids, in the order of rows. They depend on a row's prefix and key alone, not on
     the batch, the neighbours or the slot (on the CPU in float32: to the last bit; a server's draws
     are its own). batch: rows decoded at once, fewer where the GPU's memory holds fewer; progress: told of
@@ -405,8 +417,8 @@ def draw(
     if not rows:
         return []
     prefixes = prefixes or Prefixes(lm, trees)
-    sizes = [len(prefixes.path[row[:2]]) for row in rows]
-    width = max(size + row[3] for size, row in zip(sizes, rows))
+    sizes = [len(prefixes.path[row.tree, row.node]) for row in rows]
+    width = max(size + row.room for size, row in zip(sizes, rows))
     if width > lm.max_length:
         wrong = f"a prefix and its new tokens are {width}, the context is {lm.max_length}"
         raise UserError(f"{lm.path}: {wrong}; lower --max_new or leave long problems out")
@@ -438,7 +450,7 @@ def draw(
             slots.shrink(_sixteens(live))
         # 6. The next token of every row.
         for _ in range(8 if lm.device == "cuda" else 1):
-            slots.step()
+            slots.next_token()
 
 
 # ------------------------------------------------------------ continuations by a server
@@ -472,7 +484,8 @@ class Server:
     pause = 1.0  # seconds that a server rests after a fault, doubled with each further one
 
     def __init__(self, urls: str, lm: LM):
-        self.lm, self.faults, self.names, self.contexts = lm, {}, {}, {}
+        self.lm, self.names, self.contexts = lm, {}, {}
+        self.faults, self.rest = {}, {}  # of each server: faults in a row, and until when it rests
         if wrong := [url for url in urls.split(",") if "://" not in url]:
             raise UserError(f"--server {wrong[0]}: wanted a URL such as http://127.0.0.1:8000")
         end = lm.tokenizer.eos_token_id
@@ -481,7 +494,7 @@ class Server:
             raise UserError(f"{lm.path}: {wrong}; add it to eos_token_id in generation_config.json")
         self.seats = queue.PriorityQueue()  # (when it may be used, number, url): free requests
         for url in [url.strip().rstrip("/") for url in urls.split(",")]:
-            self.faults[url] = 0
+            self.faults[url], self.rest[url] = 0, 0.0
             self._check(url)
             for _ in range(self.requests):
                 self.seats.put((0.0, self.seats.qsize(), url))
@@ -548,7 +561,7 @@ class Server:
                 raise Fault("it answered another prompt than it was sent")
             if choice.get("finish_reason") == "stop" and not (ids and ids[-1] in self.lm.eos):
                 end = choice.get("stop_reason")
-                ids = [*ids, self.lm.end if end is None else end]  # none said: the tokenizer's
+                ids = [*ids, self.lm.own_eos if end is None else end]  # none said: the tokenizer's
             whole = len(ids) == room or (ids and len(ids) < room and ids[-1] in self.lm.eos)
             if not whole or set(ids[:-1]) & set(self.lm.eos):
                 raise Fault(f"{len(ids)} tokens came where {room} or an end were asked for")
@@ -564,8 +577,11 @@ class Server:
         drawn, failed = [], 0
         while len(drawn) < count:
             usable, number, url = self.seats.get()
+            if usable < self.rest[url]:  # a fault at another of its seats: the whole server rests
+                self.seats.put((self.rest[url], number, url))
+                continue
             time.sleep(max(0.0, usable - time.monotonic()))
-            rest = 0.0
+            began = time.monotonic()
             try:
                 if self.faults[url]:  # it may have been started anew, with another model
                     self._name_of_model(url)
@@ -574,21 +590,25 @@ class Server:
                 more = self._complete(url, prompt, asked, room, temperature)
                 if not more:
                     raise Fault("it draws tokens that the tokenizer does not have")
-                drawn, self.faults[url] = drawn + more, 0
+                drawn = drawn + more
+                self.faults[url], self.rest[url] = 0, 0.0
             except FAULTS as e:
-                failed, self.faults[url] = failed + 1, self.faults[url] + 1
-                rest = time.monotonic() + self.pause * 2 ** min(self.faults[url] - 1, 6)
+                failed += 1
+                if began >= self.rest[url]:  # requests in flight together fail together, once
+                    self.faults[url] += 1
+                    rest = self.pause * 2 ** min(self.faults[url] - 1, 6)
+                    self.rest[url] = time.monotonic() + rest
                 if failed >= self.tries:
                     raise ConnectionError(f"{url}: {e}, {failed} times") from e
             finally:
-                self.seats.put((rest, number, url))
+                self.seats.put((self.rest[url], number, url))
         return drawn
 
-    def draw(self, trees: list[Tree], rows: list, temperature: float, progress) -> list[list[int]]:
+    def draw(self, trees: list[Tree], rows: list[Row], temperature: float, progress):
         """As the function `draw`: rows of one state and room are one request."""
-        asked = {}  # (tree, node, room): its rows
-        for r, (tree, node, _, room) in enumerate(rows):
-            asked.setdefault((tree, node, room), []).append(r)
+        asked = {}  # (tree, node, room): the numbers of its rows
+        for r, row in enumerate(rows):
+            asked.setdefault((row.tree, row.node, row.room), []).append(r)
 
         def ask(state):
             tree, node, room = state
@@ -654,13 +674,11 @@ class Settings:
     out: str = flag("samples.jsonl to write")
     n1: int = flag("responses drawn a problem", 32)
     n: int = flag("responses kept a problem", 6)
-    mixed: bool = flag(
-        "keep no response of a problem whose draws are all right or all wrong", False
-    )
+    mixed: bool = flag("keep no response of a problem whose draws all have one reward", False)
     first: int = flag("skip this many problems", 0)
     limit: int = flag("use at most this many problems; 0: all", 0)
     max_new: int = flag("length limit of a response in tokens", 2048)
-    batch: int = flag("rows decoded at once", 256)
+    batch: int = flag("rows decoded at once, at least 16", 256)
     server: str = flag("URL of a server that serves the actor, or several, comma separated", "")
     dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the draws", 0)
@@ -679,21 +697,22 @@ def keep_balanced(rewards: list[float], n: int) -> list[int]:
     return sorted(right[:a] + wrong[: n - a])
 
 
-def respond(lm: LM, problems: list[dict], count: int, stage: str, s, **how) -> list[tuple]:
+def respond(lm: LM, problems: list[dict], count: int, use: str, s, **how) -> list[tuple]:
     """(prompt_ids, `count` graded responses: {"ids", "text", "reward", ...}) of each problem.
 
-    s: settings with seed, max_new, batch and unsafe. how: further arguments of `draw`.
+    use: what for, so that no other draws have the same keys. s: settings with seed, max_new, batch
+    and unsafe. how: further arguments of `draw`.
     """
     trees = [Tree([lm.prompt_ids(p["prompt"])], [-1], [True]) for p in problems]
     rows, owners = [], []
     for j, problem in enumerate(problems):
         for k in range(count):
-            rows.append((j, 0, draw_key(s.seed, stage, problem["id"], k), s.max_new))
+            rows.append(Row(j, 0, draw_key(s.seed, use, problem["id"], k), s.max_new))
             owners.append(problem)
     drawn = draw(lm, trees, rows, batch=s.batch, **how)
     answered = [(tree.ids[0], []) for tree in trees]
-    for (j, *_), ids, graded in zip(rows, drawn, grade_ids(lm, owners, drawn, s.unsafe)):
-        answered[j][1].append({"ids": ids, **graded})
+    for row, ids, graded in zip(rows, drawn, grade_ids(lm, owners, drawn, s.unsafe)):
+        answered[row.tree][1].append({"ids": ids, **graded})
     return answered
 
 

@@ -25,8 +25,10 @@ Departures from the paper:
     weighs all unique actions alike. Both are meant for label_steps.py --whole_draws.
  5. --likelihood W adds W / beta times the negative log-likelihood of each pair's step, weighted by
     the share of its draws that ended right (`likelihood_loss`): eq. 12 alone only moves what is
-    better or worse than the rest of a state. So it takes the pairs of every state, and --gap is for
-    eq. 12 only. Iterative RPO (arXiv 2404.19733) adds such a term to DPO.
+    better or worse than the rest of a state. (W / beta, since eq. 12's gradient begins as A / beta: W
+    is measured against A.) So it takes the pairs of every state, and --gap is for eq. 12 only. Both
+    are means over all pairs of the batch; those outside the gap count 0 in eq. 12. Iterative RPO
+    (arXiv 2404.19733) adds such a term to DPO.
  6. --advantage outcome regresses whole responses on outcome minus mean instead: the baseline
     without steps.
 """
@@ -80,10 +82,12 @@ class Settings:
     kappa: float = flag("completions that the critic's opinion is worth; inf: Q = V", math.inf)
     advantage: str = flag("step: eq. 13; outcome: of whole responses", "step")
     kept_steps: bool = flag("train on kept responses' steps too, drawn or not", False)
-    value_draws: float = flag("draws that V(s) counts as in the mean of eq. 13", 0.0)
+    value_draws: float = flag("how many more draws V(s) is in the mean of eq. 13", 0.0)
     by_draws: bool = flag("a pair weighs as often as it was drawn, not each the same", False)
     likelihood: float = flag("weight of right steps' likelihood beside eq. 12", 0.0)
-    gap: float = flag("states with max A - min A below this are left out of eq. 12", 0.1)
+    gap: float = flag(
+        "states with max A - min A (V(s) in it with --value_draws) below this: not in eq. 12", 0.1
+    )
     may_stay: bool = flag("where there is nothing to train on, write the actor as it is", False)
     beta: float = flag("strength of the KL to pi_ref", 0.01)
     lr: float = flag("peak learning rate", 5e-7)
@@ -105,17 +109,17 @@ def actor_loss(logp, logp_ref, adv, beta: float):
     return 0.5 * (adv / beta - (logp - logp_ref)) ** 2  # eq. 12
 
 
-def likelihood_loss(logp, share_right):
-    """-share_right * log pi for each pair (M,): no part of the paper. share_right (M,): right_share.
+def likelihood_loss(logp, success):
+    """-success * log pi for each pair (M,): no part of the paper. success (M,): success_share.
 
-    logp -1.5, share_right .5 -> .75
+    logp -1.5, success .5 -> .75
     """
-    return -share_right * logp
+    return -success * logp
 
 
-def right_share(node: dict) -> float:
-    """Of the draws that took this step how many ended right. A kept response's last step may be
-    undrawn, but its reward is known."""
+def success_share(node: dict) -> float:
+    """Of the draws from or through the state that this step leads to, the share that ended right;
+    where the step ended the response, its reward."""
     return node["wins"] / max(1, node["n"]) if node["reward"] is None else node["reward"]
 
 
@@ -139,9 +143,11 @@ def action_values(record: dict, value: list[float] | None, kappa: float):
 def advantage_states(
     record: dict, q, gap: float, kept_steps=False, value=None, value_draws=0.0
 ) -> list[dict]:
-    """B.1 for one tree: states worth training on and their unique actions (eq. 13, app. F.1).
+    """B.1 for one tree: its states of at least this gap and their unique actions (eq. 13, app. F.1).
 
-    Here it is decided which pairs train the actor, and with what advantage. value: V of every node.
+    q (K,): Q of every node; value: V of every node. Here it is decided which pairs there are, and
+    with what advantage. With --likelihood all states are asked for (gap 0), since they train by it;
+    which of them train by eq. 12 too `passes_gap` says.
     """
     nodes = record["nodes"]
     drawn = [v for v, node in enumerate(nodes) if node["draws"] > 0]
@@ -190,7 +196,7 @@ def advantages(records: list[dict], values: list, s: Settings) -> list[dict]:
             line = {"id": record["id"], "states": found}
             lines.append(line)
             states += sum(passes_gap(state["gap"], s.gap) for state in found)
-            any_right |= any(right_share(record["nodes"][a["node"]]) > 0 for a in pairs(line))
+            any_right |= any(success_share(record["nodes"][a["node"]]) > 0 for a in pairs(line))
     in_eq12 = sum(len(pairs(line, s.gap)) for line in lines)
     more = sum(len(pairs(line)) for line in lines) - in_eq12
     also = f"; {more} pairs more for the likelihood" if s.likelihood else ""
@@ -269,25 +275,25 @@ def train(lm: LM, records: list[dict], lines: list[dict], s: Settings, work: Pat
             total += sum(weight(records[i]["nodes"][v]) for v in actions[i])
         items = []
         for pack in pack_trees([trees[i] for i in batch], s.budget, align=BLOCK):
-            adv, logp_ref, share, share_right, in_eq12 = [], [], [], [], []
+            adv, logp_ref, part, success, in_eq12 = [], [], [], [], []  # part: of the weights
             for t, v in pack.owner:
                 action, node = actions[batch[t]][v], records[batch[t]]["nodes"][v]
                 adv.append(action["adv"])
                 logp_ref.append(action["logp_ref"])
-                share.append(weight(node) / total)
-                share_right.append(right_share(node))
+                part.append(weight(node) / total)
+                success.append(success_share(node))
                 in_eq12.append(float(v in with_gap[batch[t]]))
-            items.append((pack, torch.tensor([adv, logp_ref, share, share_right, in_eq12])))
+            items.append((pack, torch.tensor([adv, logp_ref, part, success, in_eq12])))
         return items
 
     def loss(pack, numbers):
-        adv, logp_ref, share, share_right, in_eq12 = numbers.to(lm.device)  # (M,) each
+        adv, logp_ref, part, success, in_eq12 = numbers.to(lm.device)  # (M,) each
         logp = step_logprobs(lm, pack)  # (M,)
-        regression = (in_eq12 * share * actor_loss(logp, logp_ref, adv, s.beta)).sum()
-        nll = (share * likelihood_loss(logp, share_right)).sum()
+        regression = (in_eq12 * part * actor_loss(logp, logp_ref, adv, s.beta)).sum()
+        nll = (part * likelihood_loss(logp, success)).sum()
         ratio, up, down = (logp - logp_ref).detach(), in_eq12 * (adv > 0), in_eq12 * (adv <= 0)
         return regression + s.likelihood / s.beta * nll, {
-            "do_nothing": 0.5 * (in_eq12 * share * (adv / s.beta) ** 2).sum(), "nll": nll.detach(),
+            "do_nothing": 0.5 * (in_eq12 * part * (adv / s.beta) ** 2).sum(), "nll": nll.detach(),
             "ratio_up": (ratio * up).sum(), "pairs_up": up.sum(),
             "ratio_down": (ratio * down).sum(), "pairs_down": down.sum(),
         }  # fmt: skip

@@ -61,7 +61,7 @@ from prepare import Stage, main, read_manifest, sha256, tokenizer_facts
 
 @dataclass(frozen=True)
 class Settings:
-    trees: str = flag("trees.jsonl; several, comma separated, train on earlier iterations too")
+    trees: str = flag("trees.jsonl; those of earlier iterations before it, comma separated")
     critic_model: str = flag("what the critic starts from: a critic, or any language model")
     out: str = flag("critic folder to write")
     states: str = flag("labelled: the paper; all: every node that goes on, by its n", "labelled")
@@ -152,6 +152,9 @@ def split_by_hash(records: list[dict]) -> tuple[list[dict], list[dict]]:
 def critic_loss(lm, head, pack, target, weight, token_share: float):
     """Eq. 15 on one pack: V read at each state's last token and, token_share of it, at every token.
 
+    target, weight (M,): MC of each scored node, and its share of the batch's weight.
+    -> the pack's share of the batch's mean loss.
+
     A token's target is the MC of the state that its step leads to, its weight the state's divided by
     the step's length. Inside a step that is no estimate of anything, only help in learning: of steps
     that begin alike short ones weigh more, and those that end the response not at all. The prompt
@@ -170,6 +173,7 @@ def critic_loss(lm, head, pack, target, weight, token_share: float):
 
 
 def train(lm, head, records: list[dict], retokenise: bool, s: Settings, work: Path):
+    """A.3: min over phi of eq. 15, whole problems a batch. With --states all a node weighs its n."""
     trees = []
     for record in records:
         chosen = training_nodes(record, s.states)
@@ -228,18 +232,18 @@ def calibration(v: np.ndarray, mc: np.ndarray) -> tuple[float, list[dict]]:
 
 
 def siblings(records: list[dict], value: list[list[float]]) -> tuple[float | None, int]:
-    """Of the pairs of actions of one state whose MC differ by at least 0.5, the share that V (at an
-    end: the reward) puts in the right order, a tie being half; and how many pairs. 0.5 is chance,
-    None: there is no pair.
+    """Of the pairs of actions of one state whose MC differ by at least 0.5, the share that V puts in
+    the right order, a tie being half; and how many pairs. 0.5 is chance, None: there is no pair.
 
-    Only actions with n >= 4 count, or ends. MC 1, .75, .25 and V .9, .4, .5: pairs (1, .25) right,
+    Only actions that go on and have n >= 4 count: at an end the reward stands for V, so such pairs are
+    in order whatever the critic says. MC 1, .75, .25 and V .9, .4, .5: pairs (1, .25) right,
     (.75, .25) wrong -> (0.5, 2)
     """
     pairs, right = 0, 0.0
     for record, values in zip(records, value):
         actions = {}  # of each state: (MC, V)
         for node, v in zip(record["nodes"][1:], values[1:]):
-            if node["n"] >= 4 or (node["reward"] is not None and node["n"]):
+            if node["reward"] is None and node["n"] >= 4:
                 actions.setdefault(node["parent"], []).append((node["wins"] / node["n"], v))
         for group in actions.values():
             for (mc, v), (other_mc, other_v) in combinations(group, 2):

@@ -151,9 +151,9 @@ def evaluate(lm: LM, problems: list[dict], max_new: int, k: int = 4) -> tuple[fl
         rows = []
         for j, problem in enumerate(problems):
             for i in range(count):
-                rows.append((j, 0, draw_key("bench", problem["id"], i), max_new))
+                rows.append(sample.Row(j, 0, draw_key("bench", problem["id"], i), max_new))
         drawn = sample.draw(lm, trees, rows, temperature, 512)
-        graded = grade_ids(lm, [problems[j] for j, *_ in rows], drawn, unsafe=False)
+        graded = grade_ids(lm, [problems[row.tree] for row in rows], drawn, unsafe=False)
         right = np.array([g["correct"] for g in graded]).reshape(len(problems), count)
         rights.append(right.sum(1).tolist())
     return sum(rights[0]) / len(problems), rights[1]
@@ -175,10 +175,10 @@ def online(lm: LM, problems, max_new: int, seed: int, right_only: bool, prompts,
         rows = []
         for j in range(prompts):
             for i in range(group):
-                rows.append((j, 0, draw_key("online", seed, iteration, j, i), max_new))
+                rows.append(sample.Row(j, 0, draw_key("online", seed, iteration, j, i), max_new))
         drawn = sample.draw(lm, prompt_trees(lm, chunk), rows, 1.0, 512)
         sampled += sum(map(len, drawn))
-        graded = grade_ids(lm, [chunk[j] for j, *_ in rows], drawn, unsafe=False)
+        graded = grade_ids(lm, [chunk[row.tree] for row in rows], drawn, unsafe=False)
         reward = torch.tensor([float(g["correct"]) for g in graded]).view(prompts, group)
         weight = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-4)
         weight = reward if right_only else weight

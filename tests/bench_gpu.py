@@ -79,15 +79,15 @@ def one_correctness(heads: int, groups: int, size: int, rope="default"):
             angle = torch.nn.functional.cosine_similarity(gradient, exact[1], dim=0)
             print(f"{title}, {dtype}, {way}: log-probs off by {far:.1e}, cosine of the gradients "
                   f"{angle:.7f} ({seconds:.0f} s)")  # fmt: skip
-        rows = [(0, 0, i, 24 + 3 * i) for i in range(48)]  # past one graph's columns
+        rows = [bench.Row(0, 0, i, 24 + 3 * i) for i in range(48)]  # past one graph's columns
         tree = bench.Tree([[5, 6, 7, 8]], [-1], [True])
         drawn, recorded, on_cpu = {}, {}, bench.LM(folder, device="cpu", dtype="float32")
         for dtype in ("float32", "bfloat16"):
             for graphs in (True, False):
                 lm = bench.LM(folder, device=bench.DEVICE, dtype=dtype)
-                lm.graphs &= graphs
+                lm.may_record &= graphs
                 drawn[graphs] = bench.draw(lm, [tree], rows)
-                recorded[graphs] = lm.graphs
+                recorded[graphs] = lm.may_record
             print(f"{title}, {dtype}, rotary {rope}: recorded as CUDA graphs: {recorded[True]}, draws the same as "
                   f"without: {drawn[True] == drawn[False]}")  # fmt: skip
             if dtype == "float32":
@@ -162,12 +162,12 @@ def decoding(lm, rate: float, batch: int, prompt: int, new: int):
     """A decoding step reads every weight once, and the keys and values of every row so far."""
     stop, lm.eos = lm.eos, [len(lm.head)]  # no row ends early
     prefixes = bench.Prefixes(lm, [bench.Tree([[5] * prompt], [-1], [True])])
-    rows = [(0, 0, i, new) for i in range(batch)]
+    rows = [bench.Row(0, 0, i, new) for i in range(batch)]
     size = lm.head.element_size()
     weights = sum(p.numel() for p in lm.model.parameters()) * size
     kept = batch * dapo.row_bytes(lm.config, prompt + new // 2, size)
     for graphs in (True, False):
-        lm.graphs = graphs and bench.CUDA
+        lm.may_record = graphs and bench.CUDA
         took = bench.seconds(lambda: bench.draw(lm, None, rows, batch=batch, prefixes=prefixes), 2)
         share = (weights + kept) * new / took / rate
         print(f"  batch {batch}, prompt {prompt}, {new} new, CUDA graphs {graphs}: "

@@ -23,7 +23,7 @@ import transformers as hf
 
 import prepare
 from model import LM, Tree, linear_logprobs, pack_trees, step_logprobs
-from sample import Prefixes, draw, draw_key
+from sample import Prefixes, Row, draw, draw_key
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -226,7 +226,7 @@ def sampler(sizes=SMALL, batches=(256, 512), new=80, model=None, dtype=""):
 
             def ours(batch=batch):
                 prefixes = Prefixes(lm, [Tree([ids], [-1], [True])])
-                rows = [(0, 0, draw_key("bench", i), new) for i in range(batch)]
+                rows = [Row(0, 0, draw_key("bench", i), new) for i in range(batch)]
                 return draw(lm, None, rows, batch=batch, prefixes=prefixes)
 
             def generate(prompt=prompt):

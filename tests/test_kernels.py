@@ -339,7 +339,7 @@ def test_flex_is_tried_by_the_first_pack_and_not_by_the_sampler(models, monkeypa
     lm = LM(models("llama, GQA, tied"), device="cpu")
     lm.flex = None  # as on CUDA
     tree = Tree([[5, 6, 7]], [-1], [True])
-    sample.draw(lm, [tree], [(0, 0, 1, 4)])
+    sample.draw(lm, [tree], [sample.Row(0, 0, 1, 4)])
     assert asked == []
     for _ in range(2):
         step_values(lm, torch.nn.Linear(lm.config.hidden_size, 1), *pack_trees([tree], 99))
@@ -486,7 +486,9 @@ def test_the_forms_of_cuda_draw_and_score_as_the_cpu_s(models, name, monkeypatch
     """Every branch of model.py for CUDA at once, but flex_attention and the products in bfloat16."""
     lm = LM(models(name), device="cpu")
     trees = [tree._replace(score=[True] * len(tree.ids)) for tree in forest(40)[:4]]
-    rows = [(t, v, 100 * t + v, 12) for t, tree in enumerate(trees) for v in range(len(tree.ids))]
+    rows = []
+    for t, tree in enumerate(trees):
+        rows += [sample.Row(t, v, 100 * t + v, 12) for v in range(len(tree.ids))]
     found = []
     for cuda in (False, True):
         as_if_on_cuda(monkeypatch, cuda)
@@ -523,13 +525,6 @@ def test_checkpointed_layers_have_the_same_gradients_to_the_last_bit(models, nam
         saved.append(size[0])
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
     assert saved[1] < 0.7 * saved[0]  # so it is really done
-
-
-def test_dropout_is_refused_where_layers_are_checkpointed(build):
-    path = build(hf.LlamaConfig, {"num_key_value_heads": 2, "attention_dropout": 0.1})
-    lm = LM(path, train=True, device="cpu")  # in eval mode it does nothing
-    with pytest.raises(UserError, match=r"attention_dropout is 0\.1"):
-        lm.checkpoint_layers()
 
 
 BIGGER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8,
@@ -1038,10 +1033,12 @@ def test_the_critic_s_numbers_by_hand():
     nodes = [{"parent": 0, "reward": None, "n": 4, "wins": w} for w in wins]
     assert train_critic.siblings([{"nodes": nodes}], [value]) == (0.5, 2)
     assert train_critic.siblings([{"nodes": nodes[:2]}], [value]) == (None, 0)
-    ends = [nodes[0], nodes[1] | {"reward": 1, "n": 1, "wins": 1}, nodes[3] | {"n": 3}]
-    assert train_critic.siblings([{"nodes": ends}], [value]) == (None, 0)  # 3 draws are too few
-    ends[2] |= {"n": 4}
-    assert train_critic.siblings([{"nodes": ends}], [[0.5, 1.0, 1.0]]) == (0.5, 1)  # a tie is half
+    few = [nodes[0], nodes[1], nodes[3] | {"n": 3}]
+    assert train_critic.siblings([{"nodes": few}], [value]) == (None, 0)  # 3 draws are too few
+    few[2] |= {"n": 4}
+    assert train_critic.siblings([{"nodes": few}], [[0.5, 1.0, 1.0]]) == (0.5, 1)  # a tie is half
+    few[1] |= {"reward": 1}
+    assert train_critic.siblings([{"nodes": few}], [value]) == (None, 0)  # its V is the reward
 
 
 def test_layers_are_found_whatever_a_model_calls_them(build, models):
@@ -1062,10 +1059,13 @@ def test_an_eos_of_id_0_is_one(build, tmp_path):
     assert LM(tmp_path / "m", device="cpu").eos == [0]
 
 
-def test_dropout_is_off_in_training(build):
-    """A policy that flips coins has no log-ratio of exactly 0 at step 0."""
+def test_dropout_is_refused_in_training(build):
+    """A policy that flips coins has no log-ratio of exactly 0 at step 0, so training has none."""
     kind, fields, sizes = GPT2
-    lm = LM(build(kind, fields, sizes | {"resid_pdrop": 0.3}), train=True, device="cpu")
+    path = build(kind, fields, sizes | {"resid_pdrop": 0.3, "embd_pdrop": 0.1})
+    with pytest.raises(UserError, match=r"dropout \(resid_pdrop, embd_pdrop\).*to 0\.0"):
+        LM(path, train=True, device="cpu")
+    lm = LM(path, device="cpu")
     (pack,) = pack_trees(forest(100)[:2], 9999)
     assert torch.equal(step_logprobs(lm, pack), step_logprobs(lm, pack))
 

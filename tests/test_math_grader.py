@@ -147,7 +147,7 @@ DIFFERENT = [
     ("5 cm", "5 km"), (r"5\text{ m}", r"5\text{ cm}"), (r"8 \mathrm{~m}", r"8 \mathrm{~km}"),
     ("5 m", "5"), ("350 (g)", "350 (kg)"),
     (r"15\text{ cm}^2", r"15\text{ cm}^3"), ("5 dollars", "5 cents"), (r"\$5", "5 cents"),
-    ("9 am", "9 pm"),
+    ("9 am", "9 pm"), ("5 mph", "5 km/h"), ("5 mph", "5 kph"), ("5 miles per hour", "5 kilometers"),
     ("3 hours", "3 minutes"), ("5 cm, 6 cm", "5 km, 6 km"), ("3 n", "3"), ("3x", "3"),
     (r"3 \sin x", "3"),
     (r"2\mathrm{i}", "2"), (r"2\mathrm{e}", "2"),
@@ -350,6 +350,8 @@ BEFORE_AND_AFTER = [  # a row each of REWRITES, in its order: what that row alon
     (r"50\%", "50 percent "),
     (r"90^\circ", "90 degree "),
     ("3 p.m.", "3 pm"),
+    ("50 mph", "50 miles per hour"),
+    ("50 kmph", "50 kilometers per hour"),
     (r"\dfrac12", r"\frac12"),
     (r"\frac12", r"\frac{1}2"),
     (r"\frac{1}2", r"\frac{1}{2}"),
@@ -402,3 +404,16 @@ def test_one_function_is_the_reward_of_every_stage(monkeypatch):
     graded = reward.grade_ids(Words(), problems, responses, False)
     assert [g["reward"] for g in graded] == [0.6, 0.6, 0]
     assert [g["verdict"] for g in graded] == ["right", "wrong", "right"]
+
+
+def test_a_response_that_was_cut_off_is_not_asked_about(monkeypatch):
+    class Words:
+        eos = (0,)
+
+        def text(self, ids):
+            return "#### 5"  # the same text, with an end and without
+
+    asked = []
+    monkeypatch.setattr(reward, "reward", lambda *arguments: asked.append(arguments) or 1.0)
+    graded = reward.grade_ids(Words(), [{"id": 1, "answer": "5"}] * 3, [[5], [5, 0], [5]], False)
+    assert [g["reward"] for g in graded] == [0, 1, 0] and len(asked) == 1

@@ -299,6 +299,7 @@ TABLE = [
     (P, "--out new", "--steps 6", "--steps 6"),
     (P, "--out new", "--steps 4-2", "--steps 4-2"),
     (P, "--out new", "--steps 2-13", "1 to 12"),
+    (P, "--out new", "--steps 1-1", "there are only"),
     (P, "--out new", "--wordings 65", "--wordings 65"),
     (P, "--out new", "--task code --wordings 2", "--wordings 2"),
     (P, "--out new", "--base tiny --demos math:rows.jsonl", "demonstrations"),

@@ -316,6 +316,8 @@ def test_run_sh_forks_its_stages_and_ends_with_the_first_that_fails(tmp_path):
     parents, stages, started = {c[0] for c in calls}, {c[1] for c in calls}, {c[2] for c in calls}
     assert len(parents) == 1 and len(stages) == len(calls) == 8 and started == {"-c"}
     assert "--tests x y" in " ".join(calls[0]) and f"--out {tmp_path}/a b" in " ".join(calls[0])
+    breaks = "print('CALL', sys.argv[-1].count(chr(10)))"
+    assert run_sh(tmp_path, breaks, PREPARE="--instruction 'x\ny\n'")[:2] == [["2"], ["0"]]
     for _, _, started, script, *_ in run_sh(tmp_path, who, True):
         assert started == script
     for ending, code in (

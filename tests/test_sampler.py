@@ -8,7 +8,7 @@ import transformers as hf
 
 import sample
 from model import LM, Tree, UserError
-from sample import Prefixes, Slots, draw, draw_key, draw_tokens, uniforms
+from sample import Prefixes, Row, Slots, draw, draw_key, draw_tokens, uniforms
 
 MASK = 2**64 - 1
 
@@ -50,7 +50,7 @@ def crowd(peaked):
     for k in range(150):
         t = rng.randrange(3)
         v = rng.randrange(len(trees[t].ids))
-        rows.append((t, v, draw_key(7, "test", t, v, k), rng.choice([1, 2, 5, 17, 40])))
+        rows.append(Row(t, v, draw_key(7, "test", t, v, k), rng.choice([1, 2, 5, 17, 40])))
     return Prefixes(peaked, trees), trees, rows
 
 
@@ -73,8 +73,8 @@ def test_draws_depend_on_prefix_and_key_alone(peaked, crowd):
         assert draw_rows(peaked, prefixes, rows[i : i + 20], batch=7) == drawn[i : i + 20]
     assert draw_rows(peaked, prefixes, []) == []
     # the prefix as a plain prompt of its own: the same
-    plain = [Tree([joined(trees[t], v)], [-1], [True]) for t, v, _, _ in rows]
-    alone = [(i, 0, key, room) for i, (_, _, key, room) in enumerate(rows)]
+    plain = [Tree([joined(trees[t], v)], [-1], [True]) for t, v, *_ in rows]
+    alone = [row._replace(tree=i, node=0) for i, row in enumerate(rows)]
     assert draw_rows(peaked, Prefixes(peaked, plain), alone) == drawn
     assert (
         draw_rows(peaked, Prefixes(peaked, trees, budget=20), rows) == drawn
@@ -96,7 +96,7 @@ class Replayed:
 
     def replay(self):
         assert self.addresses(self.slots) == self.tensors, "a graph knows the old tensors alone"
-        self.slots.step_of_width(self.width)
+        self.slots.next_token_of_width(self.width)
 
 
 def test_replayed_steps_draw_the_same(peaked, crowd, monkeypatch):
@@ -109,7 +109,7 @@ def test_replayed_steps_draw_the_same(peaked, crowd, monkeypatch):
 
     monkeypatch.setattr(Slots, "record", record)
     monkeypatch.setattr(sample, "COLUMNS", 16)
-    monkeypatch.setattr(peaked, "graphs", True)
+    monkeypatch.setattr(peaked, "may_record", True)
     for batch in (16, 64, 1000):
         recorded.clear()
         assert draw_rows(peaked, prefixes, rows, batch=batch) == drawn, batch
@@ -120,8 +120,8 @@ def test_replayed_steps_draw_the_same(peaked, crowd, monkeypatch):
 def test_a_longer_room_only_adds(peaked, crowd):
     prefixes, _, rows = crowd
     drawn = draw_rows(peaked, prefixes, rows)
-    longer = draw_rows(peaked, prefixes, [(t, v, key, room + 9) for t, v, key, room in rows])
-    for ids, more, (*_, room) in zip(drawn, longer, rows, strict=True):
+    longer = draw_rows(peaked, prefixes, [row._replace(room=row.room + 9) for row in rows])
+    for ids, more in zip(drawn, longer, strict=True):
         assert more[: len(ids)] == ids
         assert (len(more) > len(ids)) == (ids[-1] not in peaked.eos)
 
@@ -132,21 +132,21 @@ def test_rows_end_at_an_eos_or_at_their_room(peaked, crowd, temperature):
     ended = cut = 0
     for batch in (16, 64, 256):
         drawn = draw_rows(peaked, prefixes, rows, temperature, batch)
-        for ids, (*_, room) in zip(drawn, rows, strict=True):
-            assert 1 <= len(ids) <= room
+        for ids, row in zip(drawn, rows, strict=True):
+            assert 1 <= len(ids) <= row.room
             assert not set(ids[:-1]) & set(peaked.eos)  # it stopped at the first one
             finished = ids[-1] in peaked.eos  # and kept it
-            assert finished or len(ids) == room
+            assert finished or len(ids) == row.room
             ended, cut = ended + finished, cut + (not finished)
     assert ended > 50 and cut > 50
 
 
 def test_different_keys_draw_differently(peaked, crowd):
     prefixes, _, _ = crowd
-    rows = [(1, 0, draw_key(0, k), 12) for k in range(64)]
+    rows = [Row(1, 0, draw_key(0, k), 12) for k in range(64)]
     first = draw_rows(peaked, prefixes, rows)
     assert len({tuple(ids) for ids in first}) > 30
-    assert draw_rows(peaked, prefixes, [(1, 0, draw_key(1, k), 12) for k in range(64)]) != first
+    assert draw_rows(peaked, prefixes, [Row(1, 0, draw_key(1, k), 12) for k in range(64)]) != first
     keys = [
         draw_key(0, "a", "1", 2),
         draw_key(0, "a", 1, 2),
@@ -176,7 +176,7 @@ def chi_square_z(counts: dict, chance: dict, n: int) -> float:
 def test_temperature_1_is_the_models_distribution(peaked):
     """First tokens and whole two-token sequences, against softmax of Hugging Face's own logits."""
     prompt, n = [4, 9, 13, 5, 2, 77], 6000
-    rows = [(0, 0, draw_key(3, "chi", k), 2) for k in range(n)]
+    rows = [Row(0, 0, draw_key(3, "chi", k), 2) for k in range(n)]
     drawn = draw_rows(peaked, Prefixes(peaked, [Tree([prompt], [-1], [True])]), rows, batch=1000)
     plain = hf.AutoModelForCausalLM.from_pretrained(peaked.path, dtype=torch.float64)
     size = peaked.config.vocab_size
@@ -222,7 +222,7 @@ def test_a_models_own_logit_transform_is_sampled(folder, tmp_path, kind, fields)
     lm, prompt = LM(tmp_path, device="cpu"), [4, 9, 13, 5]
     keys = [draw_key(5, k) for k in range(300)]
     drawn = draw_rows(
-        lm, Prefixes(lm, [Tree([prompt], [-1], [True])]), [(0, 0, k, 2) for k in keys]
+        lm, Prefixes(lm, [Tree([prompt], [-1], [True])]), [Row(0, 0, k, 2) for k in keys]
     )
     plain = hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     same = total = 0
@@ -252,7 +252,7 @@ def test_draw_tokens_is_the_inverse_cdf():
 def test_greedy_equals_hugging_face(peaked, crowd):
     _, trees, _ = crowd
     states = [(t, v) for t, tree in enumerate(trees) for v in range(len(tree.ids))]
-    mine = draw_rows(peaked, Prefixes(peaked, trees), [(t, v, 0, 30) for t, v in states], 0.0)
+    mine = draw_rows(peaked, Prefixes(peaked, trees), [Row(t, v, 0, 30) for t, v in states], 0.0)
     plain = hf.AutoModelForCausalLM.from_pretrained(peaked.path, dtype=torch.float32)
     for (t, v), ids in zip(states, mine, strict=True):
         prompt = torch.tensor([joined(trees[t], v)])
@@ -308,11 +308,11 @@ def test_more_than_the_context_is_refused(peaked):
     assert peaked.max_length == 128
     tree = Tree([[5] * 100, [6] * 20], [-1, 0], [True, True])
     prefixes = Prefixes(peaked, [tree])
-    fits = draw_rows(peaked, prefixes, [(0, 1, 1, 8), (0, 0, 1, 28)])
+    fits = draw_rows(peaked, prefixes, [Row(0, 1, 1, 8), Row(0, 0, 1, 28)])
     assert len(fits[0]) <= 8 and len(fits[1]) <= 28
-    for row in [(0, 1, 1, 9), (0, 0, 1, 29)]:
+    for row in [Row(0, 1, 1, 9), Row(0, 0, 1, 29)]:
         with pytest.raises(UserError, match=r"129.*128"):
-            draw_rows(peaked, prefixes, [(0, 0, 1, 2), row])
+            draw_rows(peaked, prefixes, [Row(0, 0, 1, 2), row])
 
 
 def test_a_prompt_longer_than_learned_positions_is_refused(folder, tmp_path):
@@ -324,7 +324,7 @@ def test_a_prompt_longer_than_learned_positions_is_refused(folder, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     lm, tree = LM(tmp_path, device="cpu"), Tree([[5] * 100], [-1], [True])
     with pytest.raises(UserError, match=r"100.*64"):
-        sample.draw(lm, [tree], [(0, 0, 1, 4)])
+        sample.draw(lm, [tree], [Row(0, 0, 1, 4)])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -332,7 +332,7 @@ def test_a_logit_that_is_no_number_is_refused(peaked, temperature, monkeypatch):
     broken = lambda hidden: torch.full((len(hidden), peaked.config.vocab_size), torch.nan)
     monkeypatch.setattr(peaked, "logits", broken)
     with pytest.raises(UserError, match="no number"):
-        sample.draw(peaked, [Tree([[5, 6]], [-1], [True])], [(0, 0, 1, 4)], temperature)
+        sample.draw(peaked, [Tree([[5, 6]], [-1], [True])], [Row(0, 0, 1, 4)], temperature)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -347,5 +347,5 @@ def test_so_is_one_in_the_middle_of_a_response(peaked, temperature, monkeypatch)
     monkeypatch.setattr(peaked, "logits", later)
     monkeypatch.setattr(peaked, "eos", [len(peaked.head)])  # no row ends before
     with pytest.raises(UserError, match="no number"):
-        sample.draw(peaked, [Tree([[5, 6]], [-1], [True])], [(0, 0, 1, 4)], temperature)
+        sample.draw(peaked, [Tree([[5, 6]], [-1], [True])], [Row(0, 0, 1, 4)], temperature)
     assert len(calls) == 2

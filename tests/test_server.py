@@ -63,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
             fault = stub.always or (stub.faults.pop(0) if stub.faults and not check else None)
             n = len(stub.asked)
             rows = [
-                (0, 0, sample.draw_key("stub", n, k), asked["max_tokens"])
+                sample.Row(0, 0, sample.draw_key("stub", n, k), asked["max_tokens"])
                 for k in range(asked["n"])
             ]
             tree = Tree([asked["prompt"]], [-1], [True])
@@ -192,10 +192,10 @@ def test_draws_come_from_the_model_s_distribution(work):
     lm = LM("tiny")
     prompts = [lm.prompt_ids(p["prompt"]) for p in lines("problems.jsonl")[:3]]
     trees = [Tree([ids], [-1], [True]) for ids in prompts]
-    rows = [(t, 0, 0, 1 + t) for t in (2, 0, 1) for _ in range(200)]
+    rows = [sample.Row(t, 0, 0, 1 + t) for t in (2, 0, 1) for _ in range(200)]
     with serving(Stub(lm, "tiny")) as url:
         drawn = sample.Server(url, lm).draw(trees, rows, 1.0, None)
-    own = [(t, 0, sample.draw_key(i), room) for i, (t, _, _, room) in enumerate(rows)]
+    own = [row._replace(key=sample.draw_key(i)) for i, row in enumerate(rows)]
     for t in range(3):
         first = Counter(ids[0] for ids, row in zip(drawn, rows) if row[0] == t)
         twin = Counter(ids[0] for ids, row in zip(sample.draw(lm, trees, own), rows) if row[0] == t)
@@ -215,6 +215,36 @@ def test_a_fault_that_passes_leaves_no_trace(fault, work, capsys):
     for record in records:
         assert len(record["responses"]) == 5
         assert all(0 <= i < size for r in record["responses"] for i in r["ids"])
+
+
+def test_a_server_that_is_away_for_seconds_rests_as_a_whole(work, monkeypatch):
+    """One request's tries must not go to all seats of a server at once."""
+
+    class Clock:
+        now, slept = 100.0, []
+
+        def monotonic(self):
+            return self.now
+
+        def sleep(self, seconds):
+            self.now += seconds
+            self.slept += [seconds] if seconds else []
+
+    def complete(*question):
+        if clock.now < 103.5:
+            raise sample.Fault("refused")
+        return [[5, 0]]
+
+    clock = Clock()
+    with serving(Stub(LM("tiny"), "tiny")) as url:
+        server = sample.Server(url, LM("tiny", weights=False))
+        monkeypatch.setattr(sample, "time", clock)
+        monkeypatch.setattr(server, "_complete", complete)
+        monkeypatch.setattr(server, "pause", 1.0)
+        assert server._continuations([1], 1, 2, 1.0) == [[5, 0]]
+        assert clock.slept == [1.0, 2.0, 4.0]
+        assert server._continuations([1], 1, 2, 1.0) == [[5, 0]]  # no seat rests on
+        assert server.faults[url] == 0 and clock.slept == [1.0, 2.0, 4.0]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -279,6 +309,7 @@ def test_torchrun_is_no_way_to_draw(work, capsys, monkeypatch):
         (sample, toy.SAMPLE),
         (label_steps, toy.LABEL),
         (evaluate, f"{toy.EVALUATE} --actor tiny --server http://127.0.0.1:9"),
+        (evaluate, f"{toy.EVALUATE} --actor tiny --critic tiny"),
     ):
         code, err = run(module, flags, capsys)
         assert code == 2 and "runs as one process" in err and err.count("\n") == 1
@@ -332,7 +363,7 @@ def test_greedy_responses_of_one_state_are_a_request_each(work):
     with serving(stub) as url:
         server = sample.Server(url, LM("tiny", weights=False))
         tree = Tree([[1, 5, 9]], [-1], [True])
-        drawn = server.draw([tree], [(0, 0, 0, 4)] * 3, 0.0, None)
+        drawn = server.draw([tree], [sample.Row(0, 0, 0, 4)] * 3, 0.0, None)
     assert drawn[0] == drawn[1] == drawn[2]
     assert [asked["n"] for asked in stub.asked] == [1] * 4  # the first is the stage's own question
 

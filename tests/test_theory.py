@@ -11,7 +11,7 @@ import evaluate
 from evaluate import bootstrap, majority, mcnemar, paired, pass_at, wilson
 from model import step_advantages
 from sample import keep_balanced
-from train_actor import action_values, actor_loss, advantage_states, right_share
+from train_actor import action_values, actor_loss, advantage_states, success_share
 from train_critic import split_by_hash, training_nodes, value_loss
 
 # ---------------------------------------------------------------- theorem 3.2
@@ -224,10 +224,10 @@ def test_action_values(kappa, want):  # of nodes 1 to 5: the root is nobody's ac
         assert action_values(RECORD, None, 0.0).tolist()[1:] == pytest.approx(want)
 
 
-def test_right_share_of_an_undrawn_end_is_its_reward():
-    assert right_share(node(0, draws=2, n=4, wins=3)) == 0.75
-    assert right_share(node(0, reward=1)) == 1  # kept, and drawn by no completion
-    assert right_share(node(0, reward=0)) == 0
+def test_success_share_of_an_undrawn_end_is_its_reward():
+    assert success_share(node(0, draws=2, n=4, wins=3)) == 0.75
+    assert success_share(node(0, reward=1)) == 1  # kept, and drawn by no completion
+    assert success_share(node(0, reward=0)) == 0
 
 
 def test_advantage_states():
@@ -350,6 +350,11 @@ def test_majority_counts_equal_numbers_as_one_answer(monkeypatch):
     assert not majority([]) and not majority(sampled[-1:])
     votes = [("$18", True), ("17", False), ("18", True), ("17", False), ("18 dollars", True)]
     assert majority([{"prediction": p, "correct": c} for p, c in votes])
+    # Programs that differ in an indent alone, and a unit: most of those that say so must be right.
+    votes = [("f:\n    return 1", False)] * 3 + [("f:\nreturn 1", True), ("7", False), ("7", False)]
+    assert not majority([{"prediction": p, "correct": c} for p, c in votes])
+    votes = [("5 km", False)] * 3 + [("5 cm", True), ("7", False), ("7", False)]
+    assert not majority([{"prediction": p, "correct": c} for p, c in votes])
     long = {"prediction": "1" + " " * 100_000 + "2", "correct": False}
     monkeypatch.setattr(evaluate, "normalise", None)  # which takes minutes for an answer so long
     assert not majority([long])

@@ -315,16 +315,6 @@ def test_hand_worked_tree():
     ]
 
 
-def test_a_response_cut_off_where_another_goes_on():
-    """The longer one decides: the state goes on, and is labelled."""
-    for order in (0, 1):
-        tree = StepTree([1])
-        tree.put_in(*[([5], [1], 0), ([5, 6], [1, 2], 1)][order])
-        tree.put_in(*[([5, 6], [1, 2], 1), ([5], [1], 0)][order])
-        assert [n["reward"] for n in tree.nodes] == [None, None, 1]
-        assert tree.levels() == [[0], [1]]
-
-
 @pytest.mark.parametrize("whole_draws", [False, True])
 def test_pooled_monte_carlo_values_are_unbiased(whole_draws):
     """E[wins - n V] = 0 at every state, although kept responses are chosen by their outcome.
