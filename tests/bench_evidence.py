@@ -3,8 +3,8 @@
     python tests/bench_evidence.py --level worded --method dapo --seed 0 --out tests/evidence.jsonl
     python tests/bench_evidence.py --plot tests/evidence.jsonl
 
-Every point of every curve is a line of --out, so a run that was stopped loses nothing, and one that is there is not
-made again:
+Every point of every curve is a line of --out, so a run that was stopped loses nothing, and one that is there with the
+same settings is not made again:
     {"method": "dapo", "level": "worded", "seed": 0, "split": "test", "settings": {"problems": 25}, "sampled": 25110,
      "trained": 91904, "seconds": 31.2, "greedy": 0.98, "t1": 0.85, "rights": "443"}
 sampled: tokens drawn to learn from, samples and completions; trained: tokens that went through a backward pass, those
@@ -23,10 +23,13 @@ Methods, each in iterations by the stages that users run, but for the two online
     critic      the same as dapo with Q = V: kappa inf
     outcome     whole responses: outcome minus mean for A, and the likelihood of right responses beside it
     rft         rejection sampling: that likelihood alone
-    paper       run.sh's RECIPE=paper: labels of kept states, Q = V, first steps; in smaller iterations than there
+    paper       run.sh's RECIPE=paper: labels of kept states, Q = V, first steps; 100 problems an iteration
     grpo, rft_online   one optimiser step an iteration of a few problems: group-normalised rewards; right responses alone
     one_dapo, one_likelihood, one_rft, one_outcome   one round of 100 problems, each with settings for that (--tokens 1);
-                one_likelihood is one_dapo with nothing but the likelihood of right steps
+                one_likelihood is one_dapo with the likelihood of right steps and next to nothing beside it (LIKELIHOOD)
+    one_counts, one_critic, one_regression, one_labels   one_dapo with the change of the method of that name
+Rows of labels, regression, counts and critic in tests/evidence.jsonl are changes of dapo's form before, of commit
+036af04, where the likelihood (weight 1) kept to the states that pass --gap; its own rows are called "before" there.
 Settings come from the trials in tests/tuning.jsonl (--split valid --seed 10 --set ...).
 """
 
@@ -73,17 +76,24 @@ def recipe(which: int) -> dict:
     text, found = (ROOT / "run.sh").read_text(), {}
     for name in ("PROBLEMS", "REPLAY", "SAMPLE", "LABEL", "CRITIC", "ACTOR"):
         values = re.findall(rf'^ +{name}=\$\{{{name}-"?(.*?)"?\}}', text, re.MULTILINE)
+        # The paper's recipe says nothing of REPLAY, whose default is 1.
         found[name.lower()] = ["1", *values][-2:][which]
     return found | {"problems": int(found["problems"]), "replay": int(found["replay"])}
 
 
-PAPER, OURS = recipe(0) | {"problems": 300}, recipe(1)
+PAPER, OURS = recipe(0) | {"problems": 100}, recipe(1)
 WHOLE = OURS | {"label": "", "critic": ""}  # responses: no steps, no critic
 OUTCOME = "--advantage outcome --gap 0"
 # The likelihood alone, with eq. 12 as a faint pull to pi_ref, which helps where there are many wordings. But of a batch
 # that holds nothing right it is the whole step: where many do ("sparse rft" below) --gap 2 leaves it out, at the same
 # likelihood / beta.
 LIKELIHOOD = "--beta 1e3 --likelihood 1e7"
+ONE_DAPO = OURS | {
+    "problems": 100,
+    "critic": "--states all --token_share 0.9 --lr 1e-3 --passes 8 --batch 32",
+    "actor": "--kappa 4 --value_draws 1 --by_draws --likelihood 1 --gap 0.05 --beta 0.0125 "
+    "--lr 2e-4 --passes 8 --batch 256",
+}
 METHODS = {
     "dapo": OURS,
     "labels": OURS | {"label": "--whole_draws --m 2"},
@@ -100,13 +110,7 @@ METHODS = {
     "grpo": {"prompts": 2, "group": 4, "lr": 2e-4},
     "rft_online": {"prompts": 2, "group": 2, "lr": 2e-4},
     # one round of 100 problems, each method with its own best settings on worded
-    "one_dapo": OURS
-    | {
-        "problems": 100,
-        "critic": "--states all --token_share 0.9 --lr 1e-3 --passes 8 --batch 32",
-        "actor": "--kappa 4 --value_draws 1 --by_draws --likelihood 1 --gap 0.05 --beta 0.0125 "
-        "--lr 2e-4 --passes 8 --batch 256",
-    },
+    "one_dapo": ONE_DAPO,
     "one_likelihood": OURS
     | {
         "problems": 100,
@@ -123,6 +127,16 @@ METHODS = {
         "problems": 100,
         "actor": f"{OUTCOME} --by_draws --beta 0.005 --likelihood 16 --batch 64 --lr 2e-4 --passes 8",
     },
+    # and what its parts are worth there, each with its own best beta
+    "one_counts": ONE_DAPO
+    | {
+        "actor": ONE_DAPO["actor"].replace("--kappa 4 --value_draws 1", "--kappa 0"),
+        "critic": "",
+    },
+    "one_critic": ONE_DAPO | {"actor": ONE_DAPO["actor"].replace("--kappa 4", "--kappa inf")},
+    "one_regression": ONE_DAPO
+    | {"actor": ONE_DAPO["actor"].replace("--likelihood 1 ", "").replace("0.0125", "0.025")},
+    "one_labels": ONE_DAPO | {"problems": 25, "label": "--whole_draws --m 2"},
 }
 ELSEWHERE = {  # flags of the actor that are best, or needed, on other levels
     "sparse outcome": METHODS["outcome"]["actor"] + " --may_stay",
@@ -230,15 +244,15 @@ def rounds(run: Path, work: Path, max_new: int, settings: dict, seed: int):
             sample, settings["sample"] + length + some, actor=actor, problems=problems, out=samples
         )
         given = {"actor": actor, "trees": samples, "out": it / "actor"}
-        size = 0
-        for record in each_record(samples):
-            drawn = sum(len(response["ids"]) for response in record["responses"])
-            size += len(record["prompt_ids"]) + drawn
-        if settings["label"]:
+        size = 0  # tokens that a pass over them trains on
+        if not settings["label"]:
+            for record in each_record(samples):
+                drawn = sum(len(response["ids"]) for response in record["responses"])
+                size += len(record["prompt_ids"]) + drawn
+        else:
             trees = [*trees, it / "trees.jsonl"][-settings["replay"] :]
             paths = {"actor": actor, "problems": problems, "samples": samples, "out": trees[-1]}
             call(label_steps, settings["label"] + length, **paths)
-            size = 0
             for record in each_record(trees[-1]):
                 size += len(record["prompt_ids"]) + sum(len(n["ids"]) for n in record["nodes"])
             sizes = [*sizes, size][-settings["replay"] :]
@@ -292,7 +306,8 @@ def curve(args):
     there = read_rows(out) if out.exists() else []
     done = [row for row in there if all(row[k] == v for k, v in about.items())]
     if done and max(row["sampled"] for row in done) >= args.tokens:
-        return print(f"{args.method} {args.level} {args.seed}: there already")
+        print(f"{args.method} {args.level} {args.seed}: there already")
+        return
     spent, begin = 0.0, time.perf_counter()
 
     def write(sampled, trained, lm):
@@ -322,13 +337,13 @@ def curve(args):
                 write(sampled, trained, lm)
                 budgets = [b for b in budgets if b > sampled]
                 if not budgets:
-                    return None
+                    break
+        return
     work = folder / args.work / f"{args.method}-{args.level}-{args.seed}"
     for actor, sampled, trained in rounds(run, work, max_new, settings, args.seed):
         write(sampled, trained, LM(actor))
         if sampled >= args.tokens:
-            return None
-    return None
+            return
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -355,6 +370,10 @@ ROUND_NAMES = {
     "one_likelihood": "the same, likelihood of right steps alone",
     "one_rft": "rejection sampling",
     "one_outcome": "outcome advantages and likelihood",
+    "one_counts": "DAPO without a critic, κ = 0",
+    "one_critic": "DAPO with Q = V, κ = ∞",
+    "one_regression": "DAPO without the likelihood term",
+    "one_labels": "DAPO of 25 problems with completions",
 }
 PAIRS = [("dapo", rival) for rival in ("outcome", "rft", "paper", "grpo", "rft_online")]
 PAIRS += [("before", rival) for rival in ("labels", "regression", "counts", "critic")]
@@ -363,8 +382,11 @@ READ = (6_250, 12_500, 25_000, 50_000)  # tokens at which the tables are read
 
 def curves(rows: list[dict]) -> dict:
     """{(level, method): {seed: [(sampled, t1, greedy, rights)]}}, points in the order of tokens."""
-    found = {}
+    found, made = {}, {}
     for row in sorted(rows, key=lambda r: r["sampled"]):
+        name, how = f"{row['method']} {row['level']} {row['seed']}", (row["split"], row["settings"])
+        if made.setdefault(name, how) != how:
+            raise SystemExit(f"{name}: rows of two settings, which are no one curve")
         seeds = found.setdefault((row["level"], row["method"]), {})
         rights = np.array([*row["rights"]], int)
         point = (max(row["sampled"], 1), row["t1"], row["greedy"], rights)
@@ -470,7 +492,7 @@ def plot(path: Path):
                 for budget in READ:
                     cells.append(mean_sd([at(points, budget) for points in every], 100, 1))
                 print(f"| {level} | {name} | {len(every)} | {' | '.join(cells)} |")
-    print(f"\n| level | DAPO ahead of | at {shown} |")
+    print(f"\n| level | how far DAPO is ahead of | at {shown} |")
     print("| --- " * (2 + len(READ)) + "|")
     for level in levels:
         compare(level, found)
@@ -481,7 +503,8 @@ def plot(path: Path):
 
 
 def paired_test(difference: np.ndarray) -> tuple[float, float]:
-    """The standard error of the mean of these differences, a problem each, and p that it is 0."""
+    """The standard error of the mean of these differences, a problem each, and the two-sided p of a
+    normal test that it is 0."""
     error = difference.std(ddof=1) / len(difference) ** 0.5
     return error, math.erfc(abs(difference.mean()) / max(error, 1e-9) / math.sqrt(2))
 
@@ -515,7 +538,10 @@ def compare(level: str, found: dict):
                     pairs.append((own, other))
             cells.append(difference_cell(pairs))
         if any(cell != "-" for cell in cells):
-            print(f"| {level} | {STYLE[rival][0]} | {' | '.join(cells)} |")
+            name = STYLE[rival][0]
+            if method == "before":
+                name = name.replace("the same", "its form before: it")
+            print(f"| {level} | {name} | {' | '.join(cells)} |")
 
 
 def compare_rounds(level: str, found: dict):
