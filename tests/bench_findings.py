@@ -5,7 +5,8 @@
 
 One iteration of run.sh's RECIPE=paper on the *worded* problems of bench_evidence.py (100 problems, n1 8, n 4, m 4), then
 one thing changed a row; whatever lies before the change is shared. A line of --out:
-    {"row": "beta 0.1", "seed": 0, "greedy": 0.98, "t1": 0.62, "tokens": 351004, "correlation": 0.51, "siblings": 0.71}
+    {"row": "beta 0.1", "seed": 0, "greedy": 0.98, "t1": 0.62, "tokens": 351004, "correlation": 0.51, "siblings": 0.6,
+     "sibling_pairs": 5}
 correlation, siblings: the critic's, on held-out states of the row's own trees, so with the noise of its own m.
 """
 
@@ -194,7 +195,7 @@ def main(args):
         greedy, rights = evaluate(LM(trained / "actor"), test, max_new)
         line = {"row": name, "seed": args.seed, "greedy": round(greedy, 4)}
         line |= {"t1": round(sum(rights) / 4 / len(test), 4), "tokens": tokens}
-        for key in ("correlation", "siblings"):  # None: there was no pair of siblings
+        for key in ("correlation", "siblings", "sibling_pairs"):  # None: there was no pair
             line[key] = None if measured[key] is None else round(measured[key], 3)
         with out.open("a") as f:
             f.write(json.dumps(line) + "\n")
@@ -273,9 +274,13 @@ def table(path: Path):
             cells.append(mean_sd([line[key] for line in lines], 100, 1))
         gains = [100 * (line["t1"] - first[line["seed"]]) for line in lines]
         cells.append(", ".join(f"{gain:+.1f}" for gain in gains))
-        for key in ("correlation", "siblings"):
-            known = [line[key] for line in lines if line.get(key) is not None]
-            cells.append(f"{np.mean(known):.2f}" if known else "")
+        known = [line["correlation"] for line in lines if "correlation" in line]
+        cells.append(f"{np.mean(known):.2f}" if known else "")
+        pairs = sum(line.get("sibling_pairs", 0) for line in lines)
+        right = sum(
+            line["siblings"] * line["sibling_pairs"] for line in lines if line.get("siblings")
+        )
+        cells.append(f"{right / pairs:.2f} of {pairs}" if pairs else "")
         print(f"| {' | '.join(cells)} |")
 
 
