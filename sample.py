@@ -330,9 +330,8 @@ class Slots:
         if width in self.graphs:
             self.graphs[width].replay()
         else:
-            self.next_token_of_width(
-                width
-            )  # kernels that run for the first time cannot be recorded
+            # Kernels that run for the first time cannot be recorded.
+            self.next_token_of_width(width)
             self.record(width)
 
     def next_token_of_width(self, width: int):
