@@ -331,17 +331,16 @@ class TrainedTree(NamedTuple):
 
 def advantage_lines(folder: Path) -> list[dict]:
     """The lines of the advantages that the actor of an iteration was trained on, if any."""
-    for name in ("actor.advantages.jsonl", "advantages.jsonl"):
-        if (folder / name).exists():
-            return read_jsonl(folder / name, may_be_empty=True)
-    return []
+    path = folder / "actor.advantages.jsonl"
+    return read_jsonl(path, may_be_empty=True) if path.exists() else []
 
 
 def trained_trees(folder: Path, most: int = 1000) -> list[TrainedTree]:
     """An iteration's first trees of which some state was trained on; none for whole responses."""
     made = read_manifest(folder / "actor").get("settings", {})
     states = {line["id"]: line["states"] for line in advantage_lines(folder)}
-    if made.get("advantage") == "outcome" or not states:
+    there = (folder / "trees.jsonl").exists()  # of a large run people delete them
+    if made.get("advantage") == "outcome" or not states or not there:
         return []  # an outcome actor's advantages are of other nodes than the trees'
     found = []
     with (folder / "trees.jsonl").open() as lines:  # they may be gigabytes: no more than is used
@@ -364,7 +363,7 @@ PICTURES = {  # their names, and what the page says above them
     "tree.png": "A step tree of iteration 1",
     "solution.png": "The response of iteration 1 whose advantages are the widest apart",
 }
-HEAD = ("", "tokens", "greedy", "95 % interval", "T=1", "p vs base", "T=1 gain", "95 % interval ")
+HEAD = ("", "tokens", "greedy", "95 % interval", "T=1", "p vs base", "T=1 gain", "95 % interval")
 
 
 def sampled_tokens(iteration: Path) -> int:
@@ -406,12 +405,12 @@ def report(run: Path):
         tokens += sampled_tokens(run / name)
         table.append(table_row(name, row, tokens))
     for cells in [HEAD, *table]:
-        print("{:8}{:>9}{:>8}{:>17}{:>9}{:>11}{:>10}{:>20}".format(*cells))
+        print("{:8}{:>14}{:>8}{:>17}{:>9}{:>11}{:>10}{:>20}".format(*cells))
     trees = trained_trees(run / "iter1")
     pictures = []
     warnings.filterwarnings("ignore", "Glyph")  # a letter that the font lacks is drawn as a box
     with matplotlib.rc_context({"font.size": 14}):  # legible at half its size
-        figures = (draw_report(run, rows), draw_tree(trees), draw_solution(trees))
+        figures = (plot_report(run, rows), plot_tree(trees), plot_solution(trees))
         for name, figure in zip(PICTURES, figures):
             if figure is not None:
                 figure.savefig(run / name, dpi=110, bbox_inches="tight", facecolor="white")
@@ -437,7 +436,7 @@ def colour(adv: float | None) -> str:
     return "#" + "".join(f"{int(255 + share * (x - 255)):02x}" for x in end)
 
 
-def draw_report(run: Path, rows: dict[str, dict]) -> Figure:
+def plot_report(run: Path, rows: dict[str, dict]) -> Figure:
     """Accuracy of all iterations; of the first, middle and last: critic, advantages, log-ratios."""
     figure = Figure(figsize=(12, 10), layout="constrained")
     (accuracy, critic), (pairs, ratios) = figure.subplots(2, 2)
@@ -478,7 +477,7 @@ def draw_report(run: Path, rows: dict[str, dict]) -> Figure:
     return figure
 
 
-def draw_solution(trees: list[TrainedTree]) -> Figure | None:
+def plot_solution(trees: list[TrainedTree]) -> Figure | None:
     """Of all whole responses the one whose advantages are the widest apart, a colour for each."""
     best, path = None, []
     for tree in trees:
@@ -491,7 +490,8 @@ def draw_solution(trees: list[TrainedTree]) -> Figure | None:
     lines = [(text, None) for text in [*wrapped(best.nodes[0]["text"], 72, 20), ""]]
     for v in path:
         adv = best.action[v]["adv"] if v in best.action else None
-        lines.append((short(best.nodes[v]["text"].strip("\n"), 72), adv))
+        step = best.nodes[v]["text"].rstrip().lstrip("\n")  # an indent stays
+        lines.append((short(" ".join(step.splitlines()), 72), adv))
     width = max(len(text) for text, _ in lines)
     figure = Figure(figsize=(0.125 * width + 2, 0.36 * len(lines)))
     axis = figure.add_axes((0, 0, 1, 1))
@@ -514,7 +514,7 @@ Q = value of the state that it leads to,
 A = Q - the state's mean""".splitlines()
 
 
-def draw_tree(trees: list[TrainedTree], most: int = 10) -> Figure | None:
+def plot_tree(trees: list[TrainedTree], most: int = 10) -> Figure | None:
     """The small tree that says most: states with counts and mean, steps with text and advantage.
 
     Of trees of at most `most` nodes with a right and a wrong end, those with the most states that
@@ -535,10 +535,11 @@ def draw_tree(trees: list[TrainedTree], most: int = 10) -> Figure | None:
     rows = 1 + max(row for _, row in place.values())
     columns = 1 + max(depth for depth, _ in place.values())
     prompt = wrapped(tree.nodes[0]["text"], 60, 8)
-    top = -0.55 - 0.27 * max(
-        len(prompt), len(TREE_KEY)
-    )  # a row of the tree is 1, a line of text 0.27
-    label = {v: short(tree.nodes[v]["text"].strip(), 22) for v in place if v}
+    above = max(len(prompt), len(TREE_KEY))  # lines of text
+    top = -0.55 - 0.27 * above  # a row of the tree is 1, a line of text 0.27
+    label = {}
+    for v in place.keys() - {0}:
+        label[v] = short(" ".join(tree.nodes[v]["text"].split("\n")).strip(), 22)
     inches = 1.2 + 0.16 * max(15, *map(len, label.values()))  # from one state to the next
     figure = Figure(figsize=(inches * (columns - 0.55), 1.15 * (rows - 0.5 - top)))
     axis = figure.add_axes((0, 0, 1, 1))
@@ -561,9 +562,9 @@ def draw_tree(trees: list[TrainedTree], most: int = 10) -> Figure | None:
         axis.text(x, y, text, bbox=box, ha="center", va="center", linespacing=1.4)
         if v == 0:
             continue
-        before, above = place[node["parent"]]
+        before, row = place[node["parent"]]
         turn = before + 0.23  # where the line from the state turns up or down
-        axis.plot([before, turn, turn, x], [above, above, y, y], color="0.6", zorder=0)
+        axis.plot([before, turn, turn, x], [row, row, y, y], color="0.6", zorder=0)
         box = {
             "facecolor": colour(action["adv"] if action else None),
             "edgecolor": "none",
@@ -668,7 +669,7 @@ def page(run: Path, table, pictures: list[Path], iterations: list[str], trees) -
         parts.append("The first problems of iteration 1 that have a right and a wrong response.")
     for tree in both:
         shown = "open" if tree is both[0] else ""
-        parts.append(f"<details {shown}><summary>{safe(tree.id)}</summary>")
+        parts.append(f"<details {shown}><summary>{safe(str(tree.id))}</summary>")
         parts.append(question_html(problems.get(tree.id, {"prompt": tree.nodes[0]["text"]})))
         parts.append("<div class='pair'>")
         for wanted in (True, False):

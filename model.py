@@ -154,7 +154,7 @@ class LM:
         except Exception as e:  # a broken folder raises all kinds; the user needs one line
             raise UserError(f"{path}: not a model folder with a tokenizer ({first_line(e)})") from e
         self._read_tokenizer()
-        self.may_record = self.device == "cuda"  # may sampling record its kernels (sample.Slots)
+        self.may_capture = self.device == "cuda"  # may sampling capture CUDA graphs (sample.Slots)
         # Whether flex_attention does what the gathered form does. None: it is tried at the first
         # pack, so that stages which only draw need not wait until it is compiled.
         self.flex = False
@@ -848,9 +848,9 @@ def step_logprobs(lm: LM, pack: Pack) -> torch.Tensor:
     return sums.index_add(0, pack.node[token].to(lm.device), logp)
 
 
-def step_values(lm: LM, head: torch.nn.Linear, pack: Pack) -> torch.Tensor:
+def step_values(lm: LM, value_head: torch.nn.Linear, pack: Pack) -> torch.Tensor:
     """Logit of V(s) of every scored node, read at the state's last token (eq. 15). (M,)"""
-    return head(pack_hidden(lm, pack)[pack.last.to(lm.device)].float())[:, 0]
+    return value_head(pack_hidden(lm, pack)[pack.last.to(lm.device)].float())[:, 0]
 
 
 def step_advantages(q, parent, draws, value=None, value_draws: float = 0.0):
@@ -944,9 +944,9 @@ def is_sharded(module) -> bool:
     return isinstance(module, FSDPModule)
 
 
-def shard(lm: LM, head: torch.nn.Module | None = None, offload: bool = False):
-    """Shard a model's weights over the processes, each decoder layer and then the rest; head: the
-    critic's. offload: weights, gradients and moments lie in the host's memory.
+def shard(lm: LM, value_head: torch.nn.Module | None = None, offload: bool = False):
+    """Shard a model's weights over the processes, each decoder layer and then the rest; value_head:
+    the critic's, too. offload: weights, gradients and moments lie in the host's memory.
 
     What uses weights outside the layers (embedding, last norm, the vocabulary products) runs inside
     `LM.with_weights`, for which they are gathered; so tied embeddings stay one parameter.
@@ -973,7 +973,10 @@ def shard(lm: LM, head: torch.nn.Module | None = None, offload: bool = False):
     fully_shard(lm.model, mp_policy=precise, **flags)
     lm.model.with_weights = types.MethodType(lambda model, function: function(), lm.model)
     register_fsdp_forward_method(lm.model, "with_weights")
-    for module in [lm.model] if head is None else [lm.model, fully_shard(head, **flags)]:
+    sharded = [lm.model]
+    if value_head is not None:
+        sharded.append(fully_shard(value_head, **flags))
+    for module in sharded:
         for part in module.modules():
             if is_sharded(part):  # the shares of a batch's mean are summed, not averaged
                 part.set_gradient_divide_factor(1.0)
@@ -1053,6 +1056,7 @@ class Checkpoints:
         if rank() == 0:
             for half in work.glob("step-*.new"):  # a kill while it was written
                 shutil.rmtree(half) if half.is_dir() else half.unlink()
+        wait_for_all()  # or the others would find no room for what is being removed
         self.sharded = any(is_sharded(module) for module in modules.values())
         files, folders = sorted(work.glob("step-*.pt")), sorted(work.glob("step-*.dcp"))
         self.saved = folders if self.sharded else files
@@ -1071,7 +1075,8 @@ class Checkpoints:
         return need
 
     def _sharded_state(self) -> dict:
-        """Not before the first step: it would leave AdamW's count of steps at 1."""
+        """Before the first step torch makes the moments by an empty step, and AdamW's count of steps
+        stays at 1: so only `_load_sharded`, which overwrites both, calls it then."""
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
         together = torch.nn.ModuleDict(self.modules)
@@ -1153,10 +1158,11 @@ def fit(modules, batches, make_packs, loss, work: Path, lr: float, save_minutes:
     loss      (*arguments) -> (the pack's share of the batch's mean loss, {metric: its sum}); shares
               add up, so gradients do not depend on how a batch is cut into packs (8 x 1 = 1 x 8)
     name      batch -> what to call it in the report on a loss that is not finite
+
     The rate is the lower of two lines: one rises to lr over the first 5 % of the steps, one falls from
-    lr to a tenth of it over all steps. `work` holds the
-    two newest checkpoints, one every `save_minutes`, and metrics.jsonl, a line a step; seconds go to
-    timing.jsonl apart. Of several processes each runs its share of a batch's packs.
+    lr to a tenth of it over all of them. `work` holds the two newest checkpoints, one every
+    `save_minutes`, and metrics.jsonl, a line a step; seconds go to timing.jsonl apart. Of several
+    processes each runs its share of a batch's packs.
     """
     work.mkdir(parents=True, exist_ok=True)
     give_back_whole_weights(modules)
@@ -1185,12 +1191,12 @@ def fit(modules, batches, make_packs, loss, work: Path, lr: float, save_minutes:
             for group in optimiser.param_groups:
                 group["lr"] = lr * rate
             sums = {"loss": 0.0}
-            share = own_share(items)
-            for j, (arguments, is_used) in enumerate(share):
-                synchronise(modules, last=j == len(share) - 1)
-                part, parts = loss(*arguments)
-                (part if is_used else 0.0 * part).backward()
-                for key, value in {"loss": part.detach(), **parts}.items():
+            own = own_share(items)
+            for j, (arguments, is_used) in enumerate(own):
+                synchronise(modules, last=j == len(own) - 1)
+                share, numbers = loss(*arguments)
+                (share if is_used else 0.0 * share).backward()
+                for key, value in {"loss": share.detach(), **numbers}.items():
                     sums[key] = sums.get(key, 0.0) + float(value) * is_used
             sums = summed(sums)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -1282,14 +1288,15 @@ def memory(config, columns: int, tokens: int, rows: int, cards: int, offload: bo
     layer = sum(p.numel() for p in decoder_layers(model)[0].parameters())
     inner = getattr(config, "intermediate_size", None) or 4 * width
     heads, _, size = head_sizes(config)
-    sizes = heads * size
+    queries = heads * size  # width of all query heads
     sampling = {
         "weights": 2 * count,
         "key/value cache": rows * row_bytes(config, columns, 2),
         "logits and their sums": rows * vocabulary * 20,
     }
-    alone = cards == 1 and not offload  # then autocast rounds float32 weights, and the residual
-    wide = 4 if alone else 2  # stream is float32
+    # On one card autocast rounds float32 weights, and the residual stream is float32.
+    alone = cards == 1 and not offload
+    stream = 4 if alone else 2  # bytes of a number of it
     state = 0 if offload else 16 * count // cards  # float32 weights, gradients and two moments
     if alone:
         whole_weights = 2 * layer  # of the layer that is computed, rounded
@@ -1297,7 +1304,8 @@ def memory(config, columns: int, tokens: int, rows: int, cards: int, offload: bo
         whole_weights = 6 * count  # until a step's last pack, gradients in float32 too
     else:  # of two layers, and of what is outside them; gradients, and their sum in float32
         whole_weights = 10 * layer + 8 * (count - layers * layer)
-    one_layer = 4 * tokens * (4 * width + 3 * sizes + 4 * inner)
+    # A layer while it is computed again: 4 bytes a number of its activations and their gradients.
+    one_layer = 4 * tokens * (4 * width + 3 * queries + 4 * inner)
     # Two blocks of logits and one rounded; the head rounded, its gradient, a block's in float32; of
     # the hidden states copies and gradients.
     block = min(vocabulary, 16384)
@@ -1306,7 +1314,7 @@ def memory(config, columns: int, tokens: int, rows: int, cards: int, offload: bo
     training = {
         "weights, gradients, moments": state,
         "gathered weights and gradients": whole_weights,
-        "layers' inputs": wide * (layers + 2) * tokens * width,  # the last norm keeps two more
+        "layers' inputs": stream * (layers + 2) * tokens * width,  # the last norm keeps two more
         "one layer, or blocks of the vocabulary": max(one_layer, blocks),
     }
     # Each process reads the whole model, which is then sharded.
@@ -1336,8 +1344,9 @@ def require_memory(path: str, tokens: int, offload: bool, card: float | None = N
         return
     config = config_of(path)
     found = memory(config, 0, tokens, 0, world(), offload)
+    without = " and without --offload" if offload else ", --offload"
     for stage, mend in (
-        ("training", "a smaller --budget" if offload else "torchrun with more cards, --offload"),
+        ("training", f"torchrun with more cards{without}, or a smaller --budget"),
         ("loading to train", "cards of more memory"),
     ):
         need = sum(found[stage].values())
@@ -1348,7 +1357,7 @@ def require_memory(path: str, tokens: int, offload: bool, card: float | None = N
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if host > have:
         wrong = f"training needs {host / 1e9:.0f} GB of the host's memory, which has"
-        mend = "torchrun with more cards" if offload else "fewer cards"
+        mend = "more of it, or torchrun without --offload" if offload else "fewer cards"
         raise UserError(f"{path}: {wrong} {have / 1e9:.0f}; mend it by {mend}")
 
 
@@ -1378,11 +1387,14 @@ def print_memory(arguments: list[str]):
             listed = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items())
             verdict = ""
             if stage not in ("host", "disk"):
-                fits = total < 0.92 * s.memory  # the rest: kernels, fragments
-                help = {"sampling": "--batch is lowered to what fits"}
-                help["loading to train"] = "cards of more memory"
-                help["training"] = "more cards, --offload, or a smaller --budget"
-                verdict = " fits" if fits else f" does not fit: {help[stage]}"
+                room = 0.92e9 * s.memory  # the rest: kernels, fragments
+                mend = {"sampling": "--batch is lowered to what fits"}
+                if parts.get("weights", 0) > room:
+                    mend["sampling"] = "an engine on more cards"
+                mend["loading to train"] = "cards of more memory"
+                without = " without it" if offload else ", --offload"
+                mend["training"] = f"more cards{without}, or a smaller --budget"
+                verdict = " fits" if 1e9 * total < room else f" does not fit: {mend[stage]}"
             print(f"  {title}: {total:.1f}{verdict} ({listed})")
 
 

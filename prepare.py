@@ -504,6 +504,9 @@ def main(stage, settings_class, doc: str):
     finally:
         if Stage.lock:
             Stage.lock.close()
+    if rank() > 0 and code != 130:  # If the first process has met it too, it says it, and torchrun
+        time.sleep(3)  # ends this one meanwhile; else nobody but this one knows.
+        sys.stderr = sys.__stderr__
     print(*line.splitlines(), file=sys.stderr)
     sys.exit(code)
 

@@ -318,21 +318,21 @@ class Slots:
         """One token for every living row.
 
         A GPU runs a token's kernels in less time than Python needs to launch them. So they are
-        recorded once as a CUDA graph and then replayed, until a row outgrows the columns that the
+        captured once as a CUDA graph and then replayed, until a row outgrows the columns that the
         graph reads: each serves COLUMNS widths, since columns behind a row's end are masked.
         """
         columns = self.cache.keys[0].shape[2]
         self.width = min(self.width + 1, columns)
-        if not self.lm.may_record:
+        if not self.lm.may_capture:
             self.next_token_of_width(self.width)
             return
         width = min(self.width + -self.width % COLUMNS, columns)
         if width in self.graphs:
             self.graphs[width].replay()
         else:
-            # Kernels that run for the first time cannot be recorded.
+            # Kernels that run for the first time cannot be captured.
             self.next_token_of_width(width)
-            self.record(width)
+            self.capture(width)
 
     def next_token_of_width(self, width: int):
         """A forward of all slots that reads `width` columns of the cache, then the draws."""
@@ -346,8 +346,8 @@ class Slots:
             living = self.alive.nonzero()[:, 0]
             self.write(living, logits[living])
 
-    def record(self, width: int):
-        """Record the next token's kernels; it does not run them. A model that cannot be recorded
+    def capture(self, width: int):
+        """Capture the next token's kernels; it does not run them. A model that cannot be captured
         (some rotary embeddings ask the GPU for the longest row) goes on without."""
         graph, others = torch.cuda.CUDAGraph(), list(self.graphs.values())
         pool = others[0].pool() if others else None  # graphs never run together: one workspace
@@ -358,7 +358,7 @@ class Slots:
         except RuntimeError as e:
             wrong = f"{self.lm.path}: no CUDA graph, slower ({first_line(e)})"
             print(f"warning: {wrong}", file=sys.stderr)
-            self.lm.may_record = False
+            self.lm.may_capture = False
 
     def look(self) -> int:
         """How many rows live; on a GPU this waits for its work."""
@@ -386,7 +386,7 @@ class Slots:
         for name in ("row", "alive", "key", "room", "new", "out", "token", "length"):
             setattr(self, name, getattr(self, name)[first])
         self.size = size
-        self.graphs = {}  # they were recorded for the old tensors
+        self.graphs = {}  # they were captured for the old tensors
 
 
 def _at_least_16(f, x):

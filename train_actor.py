@@ -317,8 +317,7 @@ def stage(s: Settings):
         return
     join(s.offload)
     require_memory(s.actor, s.budget, s.offload)
-    lm = LM(s.actor, train=True, dtype=s.dtype)
-    facts = tokenizer_facts(lm)
+    facts = tokenizer_facts(LM(s.actor, weights=False))
     out.begin(facts, {"actor": fingerprint(s.actor), "trees": sha256(Path(s.trees)), **facts})
     if not by_steps:
         records = [outcome_record(r) for r in records]
@@ -330,12 +329,11 @@ def stage(s: Settings):
         lines = list(each_record(table, may_be_empty=True))
     values = [None] * len(records)
     if lines is None and by_steps and s.kappa > 0:
-        lm.model.cpu()  # a GPU holds one after the other
-        critic, head = load_critic(s.critic, dtype=s.dtype)
+        critic, value_head = load_critic(s.critic, dtype=s.dtype)
         retokenise = tokenizer_facts(critic)["tokenizer"] != facts["tokenizer"]
-        values = tree_values(critic, head, records, retokenise, s.budget)
-        del critic, head
-        lm.model.to(lm.device)
+        values = tree_values(critic, value_head, records, retokenise, s.budget)
+        del critic, value_head  # memory holds the critic and the actor one after the other
+    lm = LM(s.actor, train=True, dtype=s.dtype)
     shard(lm, offload=s.offload)
     of_id = {record["id"]: record for record in records}
     if lines is None:

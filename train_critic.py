@@ -84,21 +84,23 @@ def load_critic(path, train=False, dtype="", new: bool = False) -> tuple[LM, tor
     if not new and not file.exists():
         raise UserError(f"{path}: no value_head.safetensors, so no critic; run train_critic.py")
     lm = LM(path, train, dtype=dtype)
-    head = torch.nn.Linear(lm.config.hidden_size, 1).to(lm.device)
+    value_head = torch.nn.Linear(lm.config.hidden_size, 1).to(lm.device)
     if file.exists():
         try:
-            head.load_state_dict(load_file(file))
+            value_head.load_state_dict(load_file(file))
         except (RuntimeError, SafetensorError) as e:
             why = str(e).splitlines()[-1].strip()
             raise UserError(f"{file}: broken or of another model ({why})") from e
     else:
-        torch.nn.init.zeros_(head.weight)
-        torch.nn.init.zeros_(head.bias)
-    return lm, head
+        torch.nn.init.zeros_(value_head.weight)
+        torch.nn.init.zeros_(value_head.bias)
+    return lm, value_head
 
 
 @torch.no_grad()
-def tree_values(lm: LM, head, records: list[dict], retokenise: bool, budget: int) -> list[list]:
+def tree_values(
+    lm: LM, value_head, records: list[dict], retokenise: bool, budget: int
+) -> list[list]:
     """V of every node of trees.jsonl lines, one pass over each tree; the reward where a step ended."""
     other = lm if retokenise else None
     trees, values = [], []
@@ -108,7 +110,7 @@ def tree_values(lm: LM, head, records: list[dict], retokenise: bool, budget: int
         values.append([float(node["reward"] or 0) for node in record["nodes"]])
     found = []
     for pack, is_used in own_share(pack_trees(trees, budget)):
-        value = torch.sigmoid(step_values(lm, head, pack)).tolist()
+        value = torch.sigmoid(step_values(lm, value_head, pack)).tolist()
         found += zip(pack.owner, value) if is_used else ()
     for (t, v), value in from_all(found):
         if not np.isfinite(value):
@@ -149,7 +151,7 @@ def split_by_hash(records: list[dict]) -> tuple[list[dict], list[dict]]:
     return training, [record for record in records if place(record) == least]
 
 
-def critic_loss(lm, head, pack, target, weight, token_share: float):
+def critic_loss(lm, value_head, pack, target, weight, token_share: float):
     """Eq. 15 on one pack: V read at each state's last token and, token_share of it, at every token.
 
     target, weight (M,): MC of each scored node, and its share of the batch's weight.
@@ -160,7 +162,7 @@ def critic_loss(lm, head, pack, target, weight, token_share: float):
     that begin alike short ones weigh more, and those that end the response not at all. The prompt
     is the root's step; its first token knows nothing and is left out.
     """
-    logit = head(pack_hidden(lm, pack).float())[:, 0]  # (N,)
+    logit = value_head(pack_hidden(lm, pack).float())[:, 0]  # (N,)
     target, weight = target.to(logit.device), weight.to(logit.device)
     loss = (1 - token_share) * value_loss(logit[pack.last], target, weight)
     if token_share:
@@ -172,7 +174,7 @@ def critic_loss(lm, head, pack, target, weight, token_share: float):
     return loss
 
 
-def train(lm, head, records: list[dict], retokenise: bool, s: Settings, work: Path):
+def train(lm, value_head, records: list[dict], retokenise: bool, s: Settings, work: Path):
     """A.3: min over phi of eq. 15, whole problems a batch. With --states all a node weighs its n."""
     trees = []
     for record in records:
@@ -192,12 +194,12 @@ def train(lm, head, records: list[dict], retokenise: bool, s: Settings, work: Pa
         return [(pack, target, weight / total) for pack, target, weight in items]
 
     def loss(pack, target, weight):
-        return critic_loss(lm, head, pack, target, weight, s.token_share), {}
+        return critic_loss(lm, value_head, pack, target, weight, s.token_share), {}
 
     sizes = [sum(tree.score) for tree in trees]
     batches = whole_batches(sizes, s.batch, s.passes, f"critic {s.seed}")
     ids = lambda batch: [records[i]["id"] for i in batch]
-    modules = {"model": lm.model, "head": head}
+    modules = {"model": lm.model, "head": value_head}
     fit(modules, batches, make_packs, loss, work, s.lr, s.save_minutes, ids)
 
 
@@ -253,9 +255,11 @@ def siblings(records: list[dict], value: list[list[float]]) -> tuple[float | Non
     return right / pairs if pairs else None, pairs
 
 
-def measure(lm, head, records: list[dict], retokenise: bool, budget: int, constant: float) -> dict:
+def measure(
+    lm, value_head, records: list[dict], retokenise: bool, budget: int, constant: float
+) -> dict:
     """How good V is on labelled states of problems that it was not trained on."""
-    value = tree_values(lm, head, records, retokenise, budget)
+    value = tree_values(lm, value_head, records, retokenise, budget)
     v, mc = [], []
     for record, values in zip(records, value):
         for node, x in zip(record["nodes"], values):
@@ -298,7 +302,7 @@ def stage(s: Settings):
         return
     join(s.offload)
     require_memory(s.critic_model, s.budget, s.offload)
-    lm, head = load_critic(s.critic_model, train=True, dtype=s.dtype, new=True)
+    lm, value_head = load_critic(s.critic_model, train=True, dtype=s.dtype, new=True)
     if lm.head is not lm.model.get_input_embeddings().weight:
         lm.head.requires_grad_(False)  # V does not use it
     out.begin({"trees": sha256(Path(paths[-1]))})
@@ -320,17 +324,17 @@ def stage(s: Settings):
         for node in record["nodes"]:
             if node["labelled"]:
                 n, wins = n + node["n"], wins + node["wins"]
-    if not head.weight.any():  # a new head starts as the constant predictor
-        torch.nn.init.constant_(head.bias, math.log((wins + 1) / (n - wins + 1)))
-    shard(lm, head, s.offload)
+    if not value_head.weight.any():  # a new head starts as the constant predictor
+        torch.nn.init.constant_(value_head.bias, math.log((wins + 1) / (n - wins + 1)))
+    shard(lm, value_head, s.offload)
     out.start()
-    train(lm, head, training, retokenise, s, out.work)
-    metrics = measure(lm, head, testing, retokenise, s.budget, wins / n)
+    train(lm, value_head, training, retokenise, s, out.work)
+    metrics = measure(lm, value_head, testing, retokenise, s.budget, wins / n)
     print(json.dumps({k: v and round(v, 4) for k, v in metrics.items() if k != "bins"}))
 
     def write(folder):
         lm.save(folder)
-        state = whole_state(head)
+        state = whole_state(value_head)
         if rank() == 0:
             save_file(state, folder / "value_head.safetensors")
 

@@ -60,8 +60,7 @@ def problems_and_base(args, run: Path):
     train = read_jsonl(folder / "train.jsonl")
     for problem in rng.sample(train, len(train)):
         halves[problem["source"] == "gsm8k"].append(problem)
-    size = min(map(len, halves))
-    mixed = [problem for pair in zip(*halves) for problem in pair][: 2 * size]
+    mixed = [problem for pair in zip(*halves) for problem in pair]
     held_out = read_jsonl(folder / "valid.jsonl")
     held_out = [p for p in held_out if p["source"] != "gsm8k"]
     held_out += read_jsonl(folder / "test.jsonl")[: args.gsm8k]
@@ -78,7 +77,10 @@ def problems_and_base(args, run: Path):
 
 
 def measure(args, run: Path, line: dict, actor: Path):
-    """Evaluate an actor and add its line to --out."""
+    """Evaluate an actor and add its line to --out, if it is not there."""
+    for old in read_rows(Path(args.out)) if Path(args.out).exists() else []:
+        if all(old[key] == line[key] for key in ("method", "rate", "iteration")):
+            return
     test = read_jsonl(run / "test.jsonl")[: args.tests]
     begin = time.perf_counter()
     greedy, rights = evaluate(LM(actor), test, args.max_new)
@@ -145,11 +147,20 @@ def start(args, method: str, rate: float, first: int, last: int):
     return subprocess.Popen([*words, "--arm", json.dumps([method, rate, first, last])])
 
 
+def finish(jobs: list):
+    """Wait for all of them; end if one has failed, since what it should have measured is missing."""
+    if failed := [job.args for job in jobs if job.wait()]:
+        sys.exit(f"{failed} failed")
+
+
 def main(args):
+    if args.tests and args.tests <= CHOICE:
+        sys.exit(f"--tests {args.tests}: wanted more than the {CHOICE} that choose the rates")
     run = Path(args.runs)
     run.mkdir(parents=True, exist_ok=True)
     if args.arm:
-        return arm(args, run, *json.loads(args.arm))
+        arm(args, run, *json.loads(args.arm))
+        return
     say = lambda what: print(f"{what} at {time.time() - args.begin:.0f} s", flush=True)
     problems_and_base(args, run)
     say("problems and base")
@@ -162,19 +173,15 @@ def main(args):
     jobs += [start(args, "dapo", rate, 1, 1) for rate in RATES]
     line = {"method": "base", "rate": 0, "iteration": 0, "sampled": 0}
     measure(args, run, line, base)
-    for job in jobs:
-        job.wait()
+    finish(jobs)
     best = best_rates(read_rows(Path(args.out)))
-    best["regression"] = best["dapo"]
     say(f"rates {best}")
     jobs = []
     for method, rate in best.items():
         first = 1 if method == "regression" else 2
         jobs.append(start(args, method, rate, first, args.iterations))
-    for job in jobs:
-        job.wait()
+    finish(jobs)
     table(args.out)
-    return None
 
 
 def best_rates(rows: list[dict]) -> dict[str, float]:
@@ -183,6 +190,7 @@ def best_rates(rows: list[dict]) -> dict[str, float]:
     for line in sorted(rows, key=lambda line: t1(line, True)):
         if line["iteration"] == 1 and line["method"] != "regression":
             best[line["method"]] = line["rate"]
+    best["regression"] = best["dapo"]  # which is DAPO's without a term
     return best
 
 
@@ -192,7 +200,6 @@ def table(path):
         read_rows(Path(path)), key=lambda line: (line["iteration"], line["method"], line["rate"])
     )
     best = best_rates(rows)
-    best["regression"] = best["dapo"]
     ours = {}
     for line in rows:
         if line["method"] == "dapo" and line["rate"] == best["dapo"]:

@@ -192,15 +192,14 @@ def test_reports_of_less(tmp_path, capsys):
     page = report(base)  # the base alone: no training to show, no comparison
     assert page.count("details") == 10 and not (base / "tree.png").exists()
     run = make_run(tmp_path / "run")
-    (run / "iter1" / "actor.advantages.jsonl").rename(run / "iter1" / "advantages.jsonl")
-    assert report(run).count("details") == 20  # the name of before
+    assert report(run).count("details") == 20
     settings = {"advantage": "outcome"}
     manifest = {"stage": "train_actor", "settings": settings, "inputs": {}, "facts": {}}
     manifest |= {"code": {}, "grader": ""}
     (run / "iter1" / "actor.manifest.json").write_text(json.dumps(manifest))
     assert report(run).count("details") == 10  # its pairs are whole responses, not the trees' steps
     rows = {"iter1": json.loads((run / "iter1" / "summary.json").read_text())["sets"]["all"]}
-    assert len(evaluate.draw_report(run, rows).axes[1].lines) == 2  # its critic beside the diagonal
+    assert len(evaluate.plot_report(run, rows).axes[1].lines) == 2  # its critic beside the diagonal
     for name in ("train.jsonl", "test.jsonl", "iter0/eval.jsonl"):
         (run / name).unlink()
     assert report(run).count("details") == 0

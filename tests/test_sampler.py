@@ -103,13 +103,13 @@ def test_replayed_steps_draw_the_same(peaked, crowd, monkeypatch):
     prefixes, _, rows = crowd
     drawn, recorded = draw_rows(peaked, prefixes, rows), []
 
-    def record(slots, width):
+    def capture(slots, width):
         recorded.append((slots.size, width))
         slots.graphs[width] = Replayed(slots, width)
 
-    monkeypatch.setattr(Slots, "record", record)
+    monkeypatch.setattr(Slots, "capture", capture)
     monkeypatch.setattr(sample, "COLUMNS", 16)
-    monkeypatch.setattr(peaked, "may_record", True)
+    monkeypatch.setattr(peaked, "may_capture", True)
     for batch in (16, 64, 1000):
         recorded.clear()
         assert draw_rows(peaked, prefixes, rows, batch=batch) == drawn, batch
