@@ -173,7 +173,7 @@ class Settings:
     samples: int = flag("responses a problem at temperature 1, beside the greedy one", 0)
     critic: str = flag("critic that picks the best of --samples (with the actor's tokenizer)", "")
     max_new: int = flag("length limit of a response in tokens", 2048)
-    batch: int = flag("rows decoded at once", 256)
+    batch: int = flag("rows decoded at once, at least 16", 256)
     server: str = flag("URL of a server that serves the actor, or several, comma separated", "")
     dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the samples", 0)

@@ -284,7 +284,11 @@ class Stage:
             for k, v in asdict(settings).items()
             if k not in ("out", "force", "server", *inputs)
         }
-        self.defaults = {f.name: f.default for f in fields(settings) if f.name in flags}
+        # How the output is made and not what it is: a half-done one may go on with another.
+        how = {"budget", "save_minutes", "unsafe"} | ({"batch"} if "max_new" in flags else set())
+        self.defaults = {
+            f.name: f.default for f in fields(settings) if f.name in flags.keys() - how
+        }
         self.manifest = {
             "stage": script.removesuffix(".py"),
             "settings": flags,
@@ -304,10 +308,11 @@ class Stage:
         if not old:
             return {}
         # A flag younger than it had its default; one that is no more is not compared.
-        known = {k: v for k, v in old["settings"].items() if k in self.defaults}
-        old["settings"] = self.defaults | known
+        was = {name: old["settings"].get(name, x) for name, x in self.defaults.items()}
+        now = {name: self.manifest["settings"][name] for name in self.defaults}
         facts = self.manifest.get("facts", old["facts"])  # they come with `begin`
-        if found := differences(old, self.manifest | {"facts": facts}):
+        new = self.manifest | {"settings": now, "facts": facts}
+        if found := differences(old | {"settings": was}, new):
             raise UserError(f"{self.out}: {found[0]}; --force starts over, or change --out")
         changed = changed_files(old, self.manifest)
         own = f"{self.manifest['stage']}.py"
@@ -451,7 +456,7 @@ def tokenizer_facts(lm: LM) -> dict:
 
 def actor_facts(lm: LM, max_new: int) -> dict:
     """What two stages must agree on if one's responses are to fit the other's."""
-    facts = {"actor": fingerprint(lm.path), "max_new": str(max_new)}
+    facts = {"actor": fingerprint(lm.path), "eos": str(lm.eos), "max_new": str(max_new)}
     return {**facts, "grader": version("math-verify"), **tokenizer_facts(lm)}
 
 
@@ -936,7 +941,7 @@ def apps(row: dict) -> dict:
         if all(isinstance(value, list) and len(value) == 1 for value in outputs):
             ways.insert(0, [value[0] for value in outputs])
     else:
-        tests = {"kind": "stdin", "entry": name, "setup": "", "inputs": [lines(x) for x in inputs]}
+        tests = {"kind": "stdin", "setup": "", "inputs": [lines(x) for x in inputs]}
         ways = [[lines(x) for x in outputs]]
     readings = []
     for wanted in ways:
@@ -1122,7 +1127,7 @@ def first_passing(problem: dict, box: Sandbox) -> tuple[str, dict | None]:
         if tests.get("outputs", "") is None:
             verdict, values = box.run(tests | {"kind": "call"}, problem["solutions"][0])
             if verdict != "right":
-                return "no answer", None
+                return verdict, None
             tests = tests | {"outputs": values}
         for solution in problem["solutions"][:3]:
             verdict, _ = box.run(tests, solution)
@@ -1156,6 +1161,8 @@ def gsm8k_demos(row: dict) -> dict:
 def asdiv_demos(row: dict) -> dict:
     """'4/2 (box)=2; 2+1=3' -> "4 / 2 = 2", "2 + 1 = 3" and "#### 3", a line each."""
     gold = row["answer"].partition("(")[0].strip()
+    if re.match(r"[a-z]\s*:", row["formula"]):
+        raise LeftOut("the formula has a variable")
     formula = re.sub(r"\s*\([A-Za-z][^()]*\)|\s+", "", row["formula"])  # units and spaces
     results = formula.rpartition("=")[2].split("r")  # 9/2=4r1: the quotient or the remainder
     if exact_number(gold) is None or exact_number(gold) not in map(exact_number, results):
@@ -1196,12 +1203,12 @@ def load_set(name: str, path: str | Path, unsafe=False, loaders=LOADERS) -> tupl
     if name not in loaders:
         what = "data set" if loaders is LOADERS else "set of demonstrations"
         raise UserError(f"no {what} is called {name!r}; there are {', '.join(loaders)}")
-    fields, convert, kind = loaders[name]
+    needed, convert, kind = loaders[name]
     domain = "code" if kind == "program" else "math"
     records, left_out = [], []
     for index, row in enumerate(read_rows(path)):
-        if any(row.keys().isdisjoint(field.split("/")) for field in fields.split()):
-            wanted = fields.replace(" ", ", ").replace("/", " or ")
+        if any(row.keys().isdisjoint(field.split("/")) for field in needed.split()):
+            wanted = needed.replace(" ", ", ").replace("/", " or ")
             raise UserError(f"{path}: row {index} has {', '.join(row)}; {name} wants {wanted}")
         record = {"id": f"{name}/{Path(path).name.split('.')[0]}/{index}", "source": name}
         record |= {"domain": domain, "prompt": "", "answer": None, "tests": None}

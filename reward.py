@@ -56,6 +56,7 @@ import signal
 import socket
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import types
@@ -131,7 +132,8 @@ _graders, _starting = ThreadPoolExecutor(CPUS), threading.Lock()
 
 
 def remember(known: dict, key, verdict):
-    """Keep a verdict, so that an answer drawn again, which is usual, costs nothing."""
+    """Keep a verdict: an answer drawn again, which is usual, costs nothing. If there are too many, all
+    are forgotten."""
     if len(known) >= REMEMBERED:
         known.clear()
     known[key] = verdict
@@ -160,7 +162,8 @@ import shutil, signal, socket, sys, tempfile, threading, time, types
 
 
 class Worker(Popen):
-    """A Python process that answers each line of JSON with a line of JSON, [verdict, values].
+    """A Python process that answers each line of JSON with one: [verdict, values] of a judge,
+    [verdict, seconds left] of a math_worker.
 
     parts: the functions and classes that it consists of; main: code that runs them.
     """
@@ -172,7 +175,7 @@ class Worker(Popen):
         super().__init__([sys.executable, flags, source, *args], start_new_session=True, **options)
 
     def ask(self, question: list, seconds: float) -> list:
-        """[verdict, values]; one that is too slow ("timed out") or dead ("error") is ended."""
+        """Its answer; ["timed out" or "error", None] from one that is too slow or dead: it is ended."""
         answer, late, poll = None, False, select.poll()
         poll.register(self.stdout, select.POLLIN)
         try:
@@ -195,15 +198,20 @@ class Worker(Popen):
 # ------------------------------------------------------------ grading math answers
 
 MAX_ANSWER = 1000  # characters; a longer answer must be the gold answer's very text
-UNITS = """millimeter mm, centimeter cm, meter m, kilometer km, inch inche in, foot ft feet,
-yard yd, mile mi, gram g gm, kilogram kg, pound lb, ounce oz, liter l, milliliter ml, second s sec,
-minute min, hour h hr, day, week, month, year yr, cent, dollar usd, euro, degree, radian, percent,
-acre, gigabyte gb, am, pm, th st nd rd, ^2 square sq, ^3 cubic cu, / per"""
+UNITS = """millimeter mm, centimeter cm, decimeter dm, meter m, kilometer km, micrometer, nanometer nm,
+inch inche in, foot ft feet, yard yd, mile mi, angstrom, parsec pc, milligram mg, gram g gm,
+kilogram kg, pound lb, ounce oz, ton, liter l, milliliter ml, cup, pint pt, quart qt, gallon gal,
+millisecond ms, second s sec, minute min, hour h hr, day, week, month, year yr, cent penny pennie,
+nickel, dime, dollar usd, euro, degree, radian, percent, acre, megabyte mb, gigabyte gb, hertz hz,
+electronvolt ev, kelvin K, newton N, joule J, watt W, volt V, am, pm, th st nd rd, ^2 square sq,
+^3 cubic cu, / per"""
 UNITS = {word: unit.split()[0] for unit in UNITS.split(",") for word in unit.split()}
 # Words that change the number before them.
 NO_UNIT = (
-    r"(?:hundred|thousand|.illion|dozen|halves|squared|cubed|factorial|mod|sin|cos|tan|log)( .*)?|"
-    r"tens?|(?:thir|four|fif|six|seven|eigh|nin|ten|hundred|thousand)(?:d|th)s?"
+    r"(?:hundred|thousand|.illion|dozen)s?( .*)?|half|(?:half|quarters?) of .*|"
+    r"(?:halves|squared|cubed|factorial|mod|sin|cos|tan|log)( .*)?|.*\bbelow zero|"
+    r"(?:plus|minus|to the) .*|(?:times|less than|more than) [a-z]( .*)?|tens?|"
+    r"(?:thir|four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand)(?:d|th)s?( of .*)?"
 )
 # What may stand before a value: x=, f(x)=, (x,y)= or x\in
 NAME = r"(?:[A-Za-z](?:\([a-z]\))?|\([a-z](?:,[a-z])+\))(?:=|\\in(?![a-z]) ?)(?!.*[=<>])"
@@ -223,7 +231,7 @@ REWRITES = [
     # Thin spaces and braces between thousands: 10{,}000, 10,\!000 and 10\,000.
     (r"(?:\{,\}|,\s*\\!\s*|(?<=\d)\\,)(?=\d{3})|\\!", ""),
     # Spacing commands.
-    (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-z])", " "),
+    (r"(?<!\\)\\(?:[,;: ]|$)|~|\\q?quad(?![a-z])", " "),
     # Lists: "and", "or" and semicolons are commas; a space after them says: none between thousands.
     (rf",?\s*(?:{TEXT}[\s,]*(?:and|or)\s*\}}|\b(?:and|or)\b)\s*,?|;|,\s+(?={HUNDREDS})", ", "),
     # Text and units: ASDiv's "9 (apples)", \text{cm}; money, percent and degrees are units too.
@@ -233,6 +241,10 @@ REWRITES = [
     (r"\\?%", " percent "),
     (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°", " degree "),
     (r"(?i)\s*\b([ap])\.?m\b\.?", r" \1m"),
+    (r"\\AA(?![a-zA-Z])|Å", " angstrom"),
+    (r"\\mu\s*(?=meter)", " micro"),
+    (r"²", "^2"),
+    (r"³", "^3"),
     (r"(?<=[\d}])\s*mph\b", " miles per hour"),
     (r"(?<=[\d}])\s*km?ph\b", " kilometers per hour"),
     # Fractions and roots get their braces.
@@ -258,8 +270,9 @@ REWRITES = [
 
 
 def extract_answer(text: str) -> str | None:
-    r"""What the last \boxed or \fbox holds; without a box what follows the last ####; else the last
-    "answer is" or "answer:", to the end of its sentence. A last box left unclosed is no answer."""
+    r"""What the last \boxed or \fbox holds; without a box what follows the last ####, unless that is a
+    heading; else the last "answer is" or "answer:", to the end of its sentence. A last box left
+    unclosed is no answer."""
     *before, box = re.split(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*", text)
     if before:
         depth = 0
@@ -269,11 +282,14 @@ def extract_answer(text: str) -> str | None:
                 return box[1 : brace.start()].strip() or None
         bare = re.match(r"[^\s{}$]*", box)[0]  # \boxed 5
         return bare.rstrip(".,") or None
-    for marker in (r"(?<!#)####(?!#)[^\S\n]*", r"(?i)\banswer(?:\s+is\b|\s*:)[\s:*]*"):
+    says = r"(?i)\banswer(?:\s+is\b|[\s*]*:)[\s:*]*(?:\$\$|\\\[)?\s*"
+    for marker in (r"(?<!#)####(?!#)[^\S\n]*(?:(?i:final answer)[\s:*]*)?", says):
         *before, answer = re.split(marker, text)
-        sentence = re.split(r"\n|(?<!Mrs)(?<!Mr)(?<!Dr)\.\s+(?=[A-Z])", answer)[0].strip(" \t\r*")
-        if before and sentence.rstrip(".*"):
-            return sentence.rstrip(".*")
+        ends = r"\n|(?<!Mrs)(?<!Mr)(?<!Dr)\.\s+(?=[A-Z])|,\s+(?=because\b|since\b|as\b)"
+        sentence = re.split(ends, answer)[0].strip(" \t\r*").rstrip(".*")
+        heading = marker is not says and not re.match(r"[^A-Za-z]*\d|\\", sentence)
+        if before and sentence and not (heading and re.search(says, answer)):
+            return sentence
     return None
 
 
@@ -299,16 +315,27 @@ def exact_number(answer: str) -> Fraction | None:
 
 
 def split_unit(answer: str) -> tuple[str, set[str]]:
-    """'5 cm^2' -> ('5', {'centimeter', '^2'}); a thing counted measures nothing."""
+    """'5 cm^2' -> ('5', {'centimeter', '^2'}); a thing counted measures nothing. 'AB=5 cm' is 5 cm."""
     unit = r"[A-Za-z](?:[A-Za-z' ./-]|\\cdot|\^\{?-?\d\}?)+"
-    match = re.fullmatch(r"(.*(?:[\d})]|\\pi))( ?)(" + unit + ")", answer)
+    match = re.fullmatch(r"(?:[^=]*=)?(.*(?:[\d})]|\\pi))( ?)(" + unit + ")", answer)
     if not match or re.search(r"(?<![\\a-zA-Z])[a-zA-Z]", match[1]):
         return answer, set()
-    words = re.findall(r"[a-z][a-z'-]*|\^\d|/", match[3].lower())
-    measures = [UNITS.get(word) or UNITS.get(word.rstrip("s")) for word in words]
-    product = not match[2] and match[1][-1].isdigit()  # 6xyz
-    product |= len(max(words, key=len)) < 3
-    if not measures[0] and (product or re.fullmatch(NO_UNIT, " ".join(words))):
+    phrase = re.sub(r"[{}]", "", match[3]).lower()
+    if re.fullmatch(NO_UNIT, phrase):
+        return answer, set()
+    # What follows is about the measure, not of it: 9 dollars in total.
+    phrase = re.split(r"(?:^|\s)(?:in|on|of|at|for|from|by)\s", phrase)[0]
+    words = re.findall(r"[a-z][a-z'-]*|\^-?\d|/", phrase)
+    if not words:
+        return match[1], set()
+    measures = []
+    for word in words:
+        measures.append(UNITS.get(word) or UNITS.get(word.rstrip("s") if len(word) > 2 else word))
+    # Letters without a space, or one by one, are variables: 6xyz, 3s^2, 6 m n. But 25 m^2 is an area.
+    product = not match[2] and match[1][-1].isdigit() or len(max(words, key=len)) < 3
+    letters = "/" not in words and max(map(len, re.findall(r"[a-z'-]+", phrase))) == 1
+    area = match[2] and re.fullmatch(r"m\^[23]", phrase)
+    if (product and not measures[0]) or (letters and not area):
         return answer, set()
     return match[1], set(measures) - {None}
 
@@ -477,12 +504,19 @@ TESTS = {  # the fields of a problem's tests, and what holds where one is not gi
 
 def extract_program(setup: str, text: str) -> str | None:
     """The program in a response, None if there is none; setup: of the problem's tests."""
-    blocks = re.findall(r"^ *```[^`\n]*\n(.*?)(?:^ *```|\Z)", text, re.DOTALL | re.MULTILINE)
-    if blocks:  # the last one; a fence left open runs to the end
-        return blocks[-1]
-    if re.search(r"^(async def|def|class) ", text, re.MULTILINE):  # all from the margin on
-        first = re.search(r"^(import |from |async |def |class |@)", text, re.MULTILINE)
-        return text[first.start() :]
+    defines = re.compile(r"^(async def|def|class) ", re.MULTILINE)
+    fence = r"^ *```([^`\n]*)\n(.*?)(?:^ *```|\Z)"  # one left open runs to the end
+    blocks, programs = [], []
+    for info, block in re.findall(fence, text, re.DOTALL | re.MULTILINE):
+        if block.strip():
+            blocks.append(textwrap.dedent(block))
+            if info.strip().lower().startswith("py") or defines.search(blocks[-1]):
+                programs.append(blocks[-1])
+    if blocks:  # the last program; what is none may be its output
+        return (programs or blocks)[-1]
+    if defines.search(text):  # all from the margin on, to a fence that only closes
+        first = re.search(r"^(import |from |async def |def |class |@)", text, re.MULTILINE)
+        return re.split(r"^ *```", text[first.start() :], maxsplit=1, flags=re.MULTILINE)[0]
     if re.search(r"^def \w+\(", setup, re.MULTILINE):  # HumanEval: the prompt, to be completed
         body = re.split(r"^(?=\S)", text, maxsplit=1, flags=re.MULTILINE)[0]
         return f"{setup.rstrip()}\n{body}" if body.strip() else None
@@ -528,6 +562,16 @@ def decode(value):
     return (makers | {"!dict": dict})[kind](decode(body))
 
 
+def identity(value):
+    """Of an element or key: what is equal exactly where `same` finds it so."""
+    kind = type(value)
+    if kind in (int, float, complex):  # a NaN is equal to nothing, its repr is
+        return "number", repr(value) if "nan" in repr(value) else value
+    if kind in (tuple, frozenset):
+        return kind, kind(identity(item) for item in value)
+    return kind, value
+
+
 def same(want, got, atol):
     """Equal values of equal types all through; but 2 equals 2.0, as in every benchmark."""
     if {type(want), type(got)} <= {int, float, complex}:  # so no bool
@@ -538,10 +582,13 @@ def same(want, got, atol):
         return False
     if type(want) in (list, tuple):
         return len(want) == len(got) and all(same(w, g, atol) for w, g in zip(want, got))
-    if type(want) in (dict, set, frozenset):
-        if sorted(map(repr, want)) != sorted(map(repr, got)):  # == would take {True} for {1}
+    if type(want) in (set, frozenset):  # == would take {True} for {1}
+        return {identity(w) for w in want} == {identity(g) for g in got}
+    if type(want) is dict:
+        theirs = {identity(key): item for key, item in got.items()}
+        if {identity(key) for key in want} != theirs.keys():
             return False
-        return type(want) is not dict or all(same(want[key], got[key], atol) for key in want)
+        return all(same(item, theirs[identity(key)], atol) for key, item in want.items())
     return want == got
 
 
@@ -584,7 +631,10 @@ class Judge:
         self.task = {key: tests[key] for key in ("kind", "entry", "setup")} | {"program": program}
         self.begin, self.spent, self.idle = time.monotonic(), 0, 0
         with contextlib.suppress(Verdict):
-            if not tests["code" if tests["kind"] == "assert" else "inputs"]:
+            given, wanted = tests["inputs"], tests["outputs"]
+            if tests["kind"] == "assert":
+                given, wanted = tests["code"], None
+            if not given or (wanted is not None and len(given) != len(wanted)):
                 self.stop("error")  # without a test there is no pass
             getattr(self, f"run_{tests['kind']}")()
         return self.verdict, self.values
@@ -871,7 +921,19 @@ MODES = {  # ways to wall programs off, best first, and what they leave open
     "none": "your files, your processes, the network",
 }
 # The judge runs in an interpreter of its own, without torch and site-packages.
-JUDGE_PARTS = [encode, decode, same, same_text, Verdict, Judge, libc, zygote, wall_off, warden]
+JUDGE_PARTS = [
+    encode,
+    decode,
+    identity,
+    same,
+    same_text,
+    Verdict,
+    Judge,
+    libc,
+    zygote,
+    wall_off,
+    warden,
+]
 JUDGE_PARTS += [sweep, confine, candidate, printed]
 JUDGE_MAIN = """
 judge = Judge(sys.argv[1])
@@ -927,8 +989,10 @@ class Sandbox:
         judge = self._judges.get()
         # The judge keeps the limits itself; this one is for test code that chokes on an answer.
         found = judge.ask([tests, program], 60 * tests["seconds"])
-        self._judges.put(judge if judge.poll() is None else self._start())
-        remember(self.known, key, found)
+        alive = judge.poll() is None
+        self._judges.put(judge if alive else self._start())
+        if alive or found[0] == "timed out":  # a judge that died may be this machine's fault
+            remember(self.known, key, found)
         return found
 
     def _start(self):

@@ -189,12 +189,12 @@ class Harmful:
         (
             "humaneval_plus",
             PLUS | {"canonical_solution": "    raise ValueError"},
-            "its own solution: no answer",
+            "its own solution: error",
         ),
         (
             "humaneval_plus",
             PLUS | {"canonical_solution": "    return object()"},
-            "its own solution: no answer",
+            "its own solution: wrong",
         ),
         ("apps", STDIN | {"solutions": "[]"}, "no solution"),
         ("apps", STDIN | {"input_output": ""}, "no tests"),

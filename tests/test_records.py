@@ -284,6 +284,21 @@ def test_complete_run_says_so(work, monkeypatch):
     assert toy.hashes(work) == there
 
 
+def test_how_it_is_made_may_change_on_the_way(work):
+    """After a full memory a smaller batch goes on, to the same bytes; another seed is refused."""
+    path = work / "run" / "samples.jsonl"
+    whole, manifest = path.read_bytes(), Path(f"{path}.manifest.json")
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:7]))
+    half = json.loads(manifest.read_text())
+    del half["output"]
+    manifest.write_text(json.dumps(half))
+    code, _, err = toy.stage(S, f"{toy.FLAGS[S]} --seed 9")
+    assert code == 2 and "settings seed was" in err
+    code, _, err = toy.stage(S, f"{toy.FLAGS[S]} --batch 16 --unsafe")
+    assert code == 0 and not err and path.read_bytes() == whole
+    assert json.loads(manifest.read_text())["settings"]["batch"] == 16
+
+
 def test_deleted_output_is_made_again(work):
     there = toy.hashes(work)
     (work / "run" / "samples.jsonl").unlink()

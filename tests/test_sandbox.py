@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from model import UserError
-from reward import Sandbox, decode, encode, extract_program, same, same_text
+from reward import Sandbox, Worker, decode, encode, extract_program, same, same_text
 
 ROOT = os.getuid() == 0
 NONCE = secrets.token_hex(4)  # names the processes and files of this run
@@ -526,13 +526,23 @@ def test_a_set_has_the_same_order_in_every_run():
     assert found[0] == found[1]
 
 
-def test_identical_jobs_are_graded_once_and_in_order():
-    slow = "import time\ndef f(x): time.sleep(0.1); return x * x"
+def test_identical_jobs_are_not_graded_again_and_come_in_order(monkeypatch):
+    usual, asked = Worker.ask, []
     with started(2, unsafe=True) as sandbox:
-        begin = time.monotonic()
-        found = verdicts(sandbox, [(dict(SQUARE), program) for program in [slow, BAD, None] * 20])
-        assert time.monotonic() - begin < 4
+        monkeypatch.setattr(Worker, "ask", lambda *job: asked.append(job) or usual(*job))
+        found = verdicts(sandbox, [(dict(SQUARE), program) for program in [GOOD, BAD, None] * 20])
     assert found == ["right", "wrong", "no answer"] * 20
+    assert 2 <= len(asked) <= 4  # two that are in flight at once may be the same job
+
+
+def test_a_verdict_of_a_judge_that_died_is_not_remembered():
+    with started(1, unsafe=True) as sandbox:
+        judge = sandbox._judges.get()
+        judge.kill()
+        judge.wait()
+        sandbox._judges.put(judge)
+        assert sandbox.run(dict(SQUARE), GOOD)[0] == "error"
+        assert sandbox.run(dict(SQUARE), GOOD)[0] == "right"
 
 
 def test_the_trainer_is_told_when_nothing_is_walled_off(capsys):
@@ -599,6 +609,9 @@ def test_speed():
         ({1, 2}, {2, 1}, 0, True), ({1}, {True}, 0, False), ({1}, frozenset({1}), 0, False), (b"1", "1", 0, False),
         (1.0, 1.0 + 1e-7, 0, False), (1.0, 1.0 + 1e-7, 1e-6, True), (1.0, 1.1, 1e-6, False), (1j, 1j + 1e-9, 1e-6, True),
         ([0.1], [0.1 + 1e-9], 1e-6, True), (float("nan"), float("nan"), 0, True), (1.0, float("nan"), 1e-6, False),
+        ({1, 2}, {1.0, 2.0}, 0, True), ({1: 2}, {1.0: 2}, 0, True), ({True}, {1}, 0, False), ({(1, 2)}, {(1, 2.0)}, 0, True),
+        ({frozenset([0, 8])}, {frozenset([8, 0])}, 0, True), ({float("nan"): 1}, {float("nan"): 1}, 0, True),
+        ({1: 0.5}, {1: 0.6}, 0, False), ({1, 2}, {1, 3}, 0, False),
         (float("inf"), 1e308, 1e-6, False), ({"a": 1}, {"a": 1, "b": 2}, 0, False), ("\ud800", "\ud800", 0, True),
     ],
 )  # fmt: skip
@@ -646,7 +659,11 @@ SIGNATURE = 'from typing import List\n\n\ndef f(x: int) -> int:\n    """Double x
             "def f(x): return 2\n",
         ),
         ("", "```python\ndef f(x):\n    return 1", "def f(x):\n    return 1"),
-        ("", "1. So:\n   ```py\n   x = 1\n   ```", "   x = 1\n"),
+        ("", "1. So:\n   ```py\n   x = 1\n   ```", "x = 1\n"),
+        ("", "```python\ndef f(x): return 1\n```\n```\n>>> f(2)\n1\n```", "def f(x): return 1\n"),
+        ("", "```py\ndef f(x): return 1\n```\nOutput:\n```\n4\n```\n```\n", "def f(x): return 1\n"),
+        ("", "def f(x):\n    return 1\n```", "def f(x):\n    return 1\n"),
+        ("", "def f(x):\n    return 1\n```\n", "def f(x):\n    return 1\n"),
         ("", "Sure.\nimport math\n\ndef f(x): return 1\n", "import math\n\ndef f(x): return 1\n"),
         ("", "def f(x):\n  y = x\n  return y", "def f(x):\n  y = x\n  return y"),
         ("", "n = int(input())\nprint(n)", "n = int(input())\nprint(n)"),
