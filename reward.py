@@ -332,7 +332,8 @@ def split_unit(answer: str) -> tuple[str, set[str]]:
     for word in words:
         measures.append(UNITS.get(word) or UNITS.get(word.rstrip("s") if len(word) > 2 else word))
     # Letters without a space, or one by one, are variables: 6xyz, 3s^2, 6 m n. But 25 m^2 is an area.
-    product = not match[2] and match[1][-1].isdigit() or len(max(words, key=len)) < 3
+    attached = not match[2] and match[1][-1].isdigit()
+    product = attached or len(max(words, key=len)) < 3
     letters = "/" not in words and max(map(len, re.findall(r"[a-z'-]+", phrase))) == 1
     area = match[2] and re.fullmatch(r"m\^[23]", phrase)
     if (product and not measures[0]) or (letters and not area):
