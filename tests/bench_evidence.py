@@ -21,6 +21,7 @@ Methods, each in iterations by the stages that users run, but for the two online
     regression  the same as dapo without the likelihood term
     counts      the same as dapo without a critic: kappa 0, so a step that was drawn once in its state has no advantage
     critic      the same as dapo with Q = V: kappa inf
+    likelihood  the same as dapo without eq. 12 (--gap 2): the likelihood of right steps alone, and so no critic
     outcome     whole responses: outcome minus mean for A, and the likelihood of right responses beside it
     rft         rejection sampling: that likelihood alone
     paper       run.sh's RECIPE=paper: labels of kept states, Q = V, first steps; 100 problems an iteration
@@ -101,6 +102,13 @@ METHODS = {
     "counts": OURS
     | {"actor": OURS["actor"].replace("--kappa 4 --value_draws 1", "--kappa 0"), "critic": ""},
     "critic": OURS | {"actor": OURS["actor"].replace("--kappa 4", "--kappa inf")},
+    "likelihood": OURS
+    | {
+        "actor": OURS["actor"]
+        .replace("--kappa 4 --value_draws 1", "--kappa 0")
+        .replace("--gap 0.05", "--gap 2"),
+        "critic": "",
+    },
     "outcome": WHOLE
     | {
         "actor": f"{OUTCOME} --batch 16 --by_draws --beta 0.005 --likelihood 1 --lr 2e-4 --passes 4"
@@ -359,6 +367,7 @@ STYLE = {  # method: what the figure calls it, colour, line
     "regression": ("the same without the likelihood term", "C8", "o-"),
     "counts": ("the same without a critic, κ = 0", "C5", "o-"),
     "critic": ("the same with Q = V, κ = ∞", "C6", "o-"),
+    "likelihood": ("the same without eq. 12: the likelihood alone", "k", "o-"),
     "outcome": ("outcome advantages and likelihood", "C2", "s--"),
     "rft": ("rejection sampling, as many iterations", "C4", "s--"),
     "paper": ("DAPO, the paper's recipe", "C7", "o-"),
@@ -383,6 +392,7 @@ RIVALS = (
     "rft_online",
     "labels",
     "regression",
+    "likelihood",
     "counts",
     "critic",
 )
