@@ -245,7 +245,8 @@ class LM:
         dropout is refused rather than trained without it unasked."""
         names = []
         for name, value in self.config.to_dict().items():
-            if "drop" in name and isinstance(value, float) and value:
+            of_a_classifier = name.startswith(("summary", "classifier"))
+            if "drop" in name and isinstance(value, float) and value and not of_a_classifier:
                 names.append(name)
         if names:
             wrong = f"its config has dropout ({', '.join(names)}), training has none"
