@@ -374,6 +374,15 @@ STYLE = {  # method: what the figure calls it, colour, line
     "grpo": ("GRPO, online", "C0", "-"),
     "rft_online": ("rejection sampling, online", "C9", "-"),
 }
+IN_FIGURE = (
+    "dapo",
+    "likelihood",
+    "outcome",
+    "rft",
+    "paper",
+    "grpo",
+    "rft_online",
+)  # others: tables
 ROUND_NAMES = {
     "one_dapo": "DAPO",
     "one_likelihood": "the same, likelihood of right steps alone",
@@ -458,8 +467,8 @@ def plot(path: Path):
         1, len(levels), figsize=(5.2 * len(levels), 5.4), sharey=True, squeeze=False
     )
     for level, axis in zip(levels, axes[0]):
-        for method, (name, color, line) in STYLE.items():
-            seeds = found.get((level, method))
+        for method in IN_FIGURE:
+            (name, color, line), seeds = STYLE[method], found.get((level, method))
             if not seeds:
                 continue
             every = []

@@ -1063,7 +1063,9 @@ def test_dropout_is_refused_in_training(build):
     """A policy that flips coins has no log-ratio of exactly 0 at step 0, so training has none."""
     kind, fields, sizes = GPT2
     path = build(kind, fields, sizes | {"resid_pdrop": 0.3, "embd_pdrop": 0.1})
-    with pytest.raises(UserError, match=r"dropout \(resid_pdrop, embd_pdrop, attn_pdrop\).*to 0\.0"):
+    with pytest.raises(
+        UserError, match=r"dropout \(resid_pdrop, embd_pdrop, attn_pdrop\).*to 0\.0"
+    ):
         LM(path, train=True, device="cpu")
     lm = LM(path, device="cpu")
     (pack,) = pack_trees(forest(100)[:2], 9999)
