@@ -61,8 +61,11 @@ import os, runpy, signal, subprocess, sys
 
 stopped = []
 signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
-import matplotlib.figure, torch
-from transformers import AutoTokenizer, LlamaForCausalLM
+try:
+    import matplotlib.figure, torch
+    from transformers import AutoTokenizer, LlamaForCausalLM
+except ImportError as e:
+    sys.exit(f"error: run.sh: {e}; pip install -r requirements.txt")
 
 codes = os.fdopen(3, "w")
 forks = sys.platform == "linux" and not torch.cuda.is_available()
@@ -92,7 +95,7 @@ rm -r "$pipes"
 # Run a stage: `stage sample.py FLAGS` does what `python sample.py FLAGS` does.
 stage() {
   local code break=$'\n' mark=$'\037' # a word with a line break travels on one line
-  printf '%s\n' $# "${@//$break/$mark}" >&4
+  (trap '' PIPE && printf '%s\n' $# "${@//$break/$mark}" >&4 2> /dev/null) || true # it may have ended already
   read -r code <&5 || code=1
   if [ "$code" -gt 128 ] && [ "$code" != 130 ]; then
     echo "error: run.sh: signal $((code - 128)) ended $1 (9: perhaps for want of memory); the same command goes on" >&2
