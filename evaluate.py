@@ -491,7 +491,7 @@ def plot_solution(trees: list[TrainedTree]) -> Figure | None:
     for v in path:
         adv = best.action[v]["adv"] if v in best.action else None
         step = best.nodes[v]["text"].rstrip().lstrip("\n")  # an indent stays
-        lines.append((short(" ".join(step.splitlines()), 72), adv))
+        lines.append((short(step, 72), adv))
     width = max(len(text) for text, _ in lines)
     figure = Figure(figsize=(0.125 * width + 2, 0.36 * len(lines)))
     axis = figure.add_axes((0, 0, 1, 1))
@@ -537,9 +537,7 @@ def plot_tree(trees: list[TrainedTree], most: int = 10) -> Figure | None:
     prompt = wrapped(tree.nodes[0]["text"], 60, 8)
     above = max(len(prompt), len(TREE_KEY))  # lines of text
     top = -0.55 - 0.27 * above  # a row of the tree is 1, a line of text 0.27
-    label = {}
-    for v in place.keys() - {0}:
-        label[v] = short(" ".join(tree.nodes[v]["text"].split("\n")).strip(), 22)
+    label = {v: short(tree.nodes[v]["text"].strip(), 22) for v in place if v}
     inches = 1.2 + 0.16 * max(15, *map(len, label.values()))  # from one state to the next
     figure = Figure(figsize=(inches * (columns - 0.55), 1.15 * (rows - 0.5 - top)))
     axis = figure.add_axes((0, 0, 1, 1))
@@ -602,8 +600,9 @@ def wrapped(text: str, width: int, most: int) -> list[str]:
 
 
 def short(text: str, most: int) -> str:
-    """The text, or its beginning and three dots where it is longer than `most` characters."""
-    text = visible(text)
+    """The text on one line, or its beginning and three dots where it is longer than `most`
+    characters."""
+    text = " ".join(visible(text).splitlines())
     return text if len(text) <= most else text[: most - 3] + "..."
 
 

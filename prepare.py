@@ -804,6 +804,8 @@ def demo_tree(lm: LM, demo: dict) -> Tree:
 
 def fine_tune(lm: LM, trees: list[Tree], work: Path, lr, batch, passes, seed, prompt_weight):
     """Next-token training; a prompt's tokens count `prompt_weight`, a response's 1."""
+    if prompt_weight == 0:  # prompts are context alone
+        trees = [tree._replace(score=[False, True]) for tree in trees]
 
     def make_packs(rows):
         chosen = [trees[r] for r in rows]
@@ -1396,8 +1398,7 @@ def tune_base(out: Stage, demos: list[dict], folder: Path, s: Settings):
     require_memory(s.base, DEMO_PACK, s.offload)
     lm = LM(s.base, train=True, dtype=s.dtype)
     shard(lm, offload=s.offload)
-    # Their prompts have no weight, so they are context alone.
-    trees = [demo_tree(lm, d)._replace(score=[False, True]) for d in chosen]
+    trees = [demo_tree(lm, d) for d in chosen]
     out.start()
     fine_tune(lm, trees, out.work, s.lr, batch=32, passes=s.passes, seed=s.seed, prompt_weight=0.0)
     out.finish(lm.save)

@@ -104,21 +104,22 @@ def grade_ids(lm: LM, problems: list[dict], responses: list[list[int]], unsafe: 
 
     Identical responses to a problem are graded once, different ones several at a time.
     """
-    texts = [lm.text(ids) for ids in responses]
-    tasks = {}  # (problem's id, text, did it end by itself): what to grade
-    for problem, ids, text in zip(problems, responses, texts):
-        tasks[problem["id"], text, ids[-1] in lm.eos] = problem
+    keys = []  # of each response: (problem's id, text, did it end by itself)
+    tasks = {}  # the different ones, each with its problem: what to grade
+    for problem, ids in zip(problems, responses):
+        keys.append((problem["id"], lm.text(ids), ids[-1] in lm.eos))
+        tasks[keys[-1]] = problem
 
-    def judged(task, problem):
-        _, text, finished = task
+    def judged(key, problem):
+        _, text, finished = key
         judgement = grade(problem, text, unsafe)
         return judgement, reward(problem, text, unsafe) if finished else 0.0
 
     found = dict(zip(tasks, _graders.map(judged, tasks, tasks.values())))
     graded = []
-    for problem, ids, text in zip(problems, responses, texts):
-        finished = ids[-1] in lm.eos
-        (verdict, prediction), value = found[problem["id"], text, finished]
+    for key in keys:
+        _, text, finished = key
+        (verdict, prediction), value = found[key]
         line = {"text": text, "prediction": prediction, "correct": value >= 0.5}
         line["reward"] = int(value) if value in (0, 1) else value  # 0 and 1 are written as such
         graded.append(line | {"verdict": verdict, "finished": finished})
@@ -334,7 +335,7 @@ def split_unit(answer: str) -> tuple[str, set[str]]:
     # Letters without a space, or one by one, are variables: 6xyz, 3s^2, 6 m n. But 25 m^2 is an area.
     attached = not match[2] and match[1][-1].isdigit()
     product = attached or len(max(words, key=len)) < 3
-    letters = "/" not in words and max(map(len, re.findall(r"[a-z'-]+", phrase))) == 1
+    letters = all(len(word) == 1 or word[0] == "^" for word in words) and "/" not in words
     area = match[2] and re.fullmatch(r"m\^[23]", phrase)
     if (product and not measures[0]) or (letters and not area):
         return answer, set()
@@ -586,10 +587,11 @@ def same(want, got, atol):
     if type(want) in (set, frozenset):  # == would take {True} for {1}
         return {identity(w) for w in want} == {identity(g) for g in got}
     if type(want) is dict:
+        ours = {identity(key): item for key, item in want.items()}
         theirs = {identity(key): item for key, item in got.items()}
-        if {identity(key) for key in want} != theirs.keys():
+        if ours.keys() != theirs.keys():
             return False
-        return all(same(item, theirs[identity(key)], atol) for key, item in want.items())
+        return all(same(item, theirs[key], atol) for key, item in ours.items())
     return want == got
 
 
@@ -922,20 +924,8 @@ MODES = {  # ways to wall programs off, best first, and what they leave open
     "none": "your files, your processes, the network",
 }
 # The judge runs in an interpreter of its own, without torch and site-packages.
-JUDGE_PARTS = [
-    encode,
-    decode,
-    identity,
-    same,
-    same_text,
-    Verdict,
-    Judge,
-    libc,
-    zygote,
-    wall_off,
-    warden,
-]
-JUDGE_PARTS += [sweep, confine, candidate, printed]
+JUDGE_PARTS = [encode, decode, identity, same, same_text, Verdict, Judge, libc, zygote]
+JUDGE_PARTS += [wall_off, warden, sweep, confine, candidate, printed]
 JUDGE_MAIN = """
 judge = Judge(sys.argv[1])
 for line in sys.stdin.buffer:

@@ -95,20 +95,20 @@ ONE_DAPO = OURS | {
     "actor": "--kappa 4 --value_draws 1 --by_draws --likelihood 1 --gap 0.05 --beta 0.0125 "
     "--lr 2e-4 --passes 8 --batch 256",
 }
+
+
+def without_critic(settings: dict) -> dict:
+    actor = settings["actor"].replace("--kappa 4 --value_draws 1", "--kappa 0")
+    return settings | {"actor": actor, "critic": ""}
+
+
 METHODS = {
     "dapo": OURS,
     "labels": OURS | {"label": "--whole_draws --m 2"},
     "regression": OURS | {"actor": OURS["actor"].replace("--likelihood 4 ", "")},
-    "counts": OURS
-    | {"actor": OURS["actor"].replace("--kappa 4 --value_draws 1", "--kappa 0"), "critic": ""},
+    "counts": without_critic(OURS),
     "critic": OURS | {"actor": OURS["actor"].replace("--kappa 4", "--kappa inf")},
-    "likelihood": OURS
-    | {
-        "actor": OURS["actor"]
-        .replace("--kappa 4 --value_draws 1", "--kappa 0")
-        .replace("--gap 0.05", "--gap 2"),
-        "critic": "",
-    },
+    "likelihood": without_critic(OURS | {"actor": OURS["actor"].replace("--gap 0.05", "--gap 2")}),
     "outcome": WHOLE
     | {
         "actor": f"{OUTCOME} --batch 16 --by_draws --beta 0.005 --likelihood 1 --lr 2e-4 --passes 4"
@@ -136,11 +136,7 @@ METHODS = {
         "actor": f"{OUTCOME} --by_draws --beta 0.005 --likelihood 16 --batch 64 --lr 2e-4 --passes 8",
     },
     # and what its parts are worth there, each with its own best beta
-    "one_counts": ONE_DAPO
-    | {
-        "actor": ONE_DAPO["actor"].replace("--kappa 4 --value_draws 1", "--kappa 0"),
-        "critic": "",
-    },
+    "one_counts": without_critic(ONE_DAPO),
     "one_critic": ONE_DAPO | {"actor": ONE_DAPO["actor"].replace("--kappa 4", "--kappa inf")},
     "one_regression": ONE_DAPO
     | {"actor": ONE_DAPO["actor"].replace("--likelihood 1 ", "").replace("0.0125", "0.025")},
@@ -374,15 +370,8 @@ STYLE = {  # method: what the figure calls it, colour, line
     "grpo": ("GRPO, online", "C0", "-"),
     "rft_online": ("rejection sampling, online", "C9", "-"),
 }
-IN_FIGURE = (
-    "dapo",
-    "likelihood",
-    "outcome",
-    "rft",
-    "paper",
-    "grpo",
-    "rft_online",
-)  # others: tables
+# The others are in the tables alone.
+IN_FIGURE = ("dapo", "likelihood", "outcome", "rft", "paper", "grpo", "rft_online")
 ROUND_NAMES = {
     "one_dapo": "DAPO",
     "one_likelihood": "the same, likelihood of right steps alone",
@@ -393,18 +382,6 @@ ROUND_NAMES = {
     "one_regression": "DAPO without the likelihood term",
     "one_labels": "DAPO of 25 problems with completions",
 }
-RIVALS = (
-    "outcome",
-    "rft",
-    "paper",
-    "grpo",
-    "rft_online",
-    "labels",
-    "regression",
-    "likelihood",
-    "counts",
-    "critic",
-)
 READ = (6_250, 12_500, 25_000, 50_000)  # tokens at which the tables are read
 
 
@@ -556,7 +533,7 @@ def difference_cell(pairs: list[tuple]) -> str:
 def compare(level: str, found: dict):
     """Differences at the budgets that both methods reach."""
     ours = found.get((level, "dapo"), {})
-    for rival in RIVALS:
+    for rival in [method for method in STYLE if method != "dapo"]:
         theirs = found.get((level, rival), {})
         cells = []
         for budget in READ:
