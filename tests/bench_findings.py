@@ -8,11 +8,15 @@ one thing changed a row; whatever lies before the change is shared. A line of --
     {"row": "beta 0.1", "seed": 0, "greedy": 0.98, "t1": 0.62, "tokens": 351004, "correlation": 0.51, "siblings": 0.6,
      "sibling_pairs": 5}
 correlation, siblings: the critic's, on held-out states of the row's own trees, so with the noise of its own m.
+And of some rows what eq. 12 got (`regression_of`), on the pairs that it was trained on and on pairs of other problems:
+    {"row": "beta 0.1", "seed": 0, "pairs": {"loss": 0.5, "asked": -1.8, "got": -1.5, "right": 0.3}, "held_out_pairs": ..}
 """
 
 import argparse
+import contextlib
 import functools
 import json
+import math
 import sys
 from pathlib import Path
 from unittest import mock
@@ -61,7 +65,13 @@ ACTORS = {  # rows that train the actor anew on the same trees with the same cri
     "kappa 4; beta 0.025": f"{ACTOR.replace('0.05', '0.025')} --kappa 4",
     "kappa 0; beta 0.1": f"{ACTOR.replace('0.05', '0.1')} --kappa 0",
     "kappa 0; beta 0.025": f"{ACTOR.replace('0.05', '0.025')} --kappa 0",
+    "half the rate": ACTOR.replace("1e-4", "5e-5"),
+    "twice the rate": ACTOR.replace("1e-4", "2e-4"),
+    "8 passes": ACTOR.replace("--passes 4", "--passes 8"),
+    "batches of 64 pairs": ACTOR.replace("--batch 256", "--batch 64"),
 }
+CLIPS = (1.0, 2.0)  # bounds of A / beta
+BY_TOKEN = (0.25, 0.5, 1.0)  # beta where log-ratios are means over a step's tokens, 9 on average
 BOTH = f"{CRITIC} --states all --token_share 0.5"
 CRITICS = {  # rows that train critic and actor anew on the same trees
     "critic: all states": f"{CRITIC} --states all",
@@ -101,6 +111,76 @@ def with_pair_loss():
         return usual(lm, head, pack, target, weight, token_share) + pairs
 
     return mock.patch.object(train_critic, "critic_loss", loss)
+
+
+def with_clipped_targets(bound: float):
+    """Eq. 12's targets A / beta are cut off at +-bound."""
+    usual = train_actor.actor_loss
+
+    def loss(logp, logp_ref, adv, beta):
+        return usual(logp, logp_ref, adv.clamp(-bound * beta, bound * beta), beta)
+
+    return mock.patch.object(train_actor, "actor_loss", loss)
+
+
+def with_token_means():
+    """A step's log-prob is the mean over its tokens, not the sum."""
+    usual = train_actor.step_logprobs
+
+    def logprobs(lm, pack):
+        logp = usual(lm, pack)
+        length = torch.bincount(pack.node[pack.node >= 0], minlength=len(logp))
+        return logp / length.to(logp.device)
+
+    return mock.patch.object(train_actor, "step_logprobs", logprobs)
+
+
+def where_first_steps_lead():
+    """Critics are trained on the states that Q is of, those that first steps lead to, alone."""
+
+    def nodes(record, states):
+        return [node["reward"] is None and node["draws"] > 0 for node in record["nodes"]]
+
+    return mock.patch.object(train_critic, "training_nodes", nodes)
+
+
+def rescaled(critic: Path, trees: Path):
+    """V becomes sigmoid(a + b logit V), a and b fitted on the labelled states that it was not trained on."""
+    usual = train_actor.tree_values
+    _, held_out = train_critic.split_by_hash(train_actor.read_trees(trees))
+    logits, n, wins = [], [], []
+    values = usual(*train_critic.load_critic(critic), held_out, False, 8192)
+    for record, value in zip(held_out, values):
+        for node, v in zip(record["nodes"], value):
+            if node["labelled"] and node["n"]:
+                logits.append(math.log(v / (1 - v)))
+                n.append(node["n"])
+                wins.append(node["wins"])
+    x, n, wins = torch.tensor(logits), torch.tensor(n), torch.tensor(wins)
+    line = torch.tensor([0.0, 1.0], requires_grad=True)
+    optimiser = torch.optim.LBFGS([line], max_iter=100, line_search_fn="strong_wolfe")
+
+    def step():
+        optimiser.zero_grad()
+        logit = line[0] + line[1] * x
+        loss = (n * F.softplus(logit) - wins * logit).sum() / n.sum()
+        loss.backward()
+        return loss
+
+    optimiser.step(step)
+    a, b = line.tolist()
+    print(f"V rescaled: a {a:.3f}, b {b:.3f}", flush=True)
+
+    def values(lm, head, records, retokenise, budget):
+        found = usual(lm, head, records, retokenise, budget)
+        for record, value in zip(records, found):
+            for v, node in enumerate(record["nodes"]):
+                if node["reward"] is None:
+                    logit = a + b * math.log(value[v] / (1 - value[v]))
+                    value[v] = 1 / (1 + math.exp(-logit))
+        return found
+
+    return mock.patch.object(train_actor, "tree_values", values)
 
 
 def half_of(trees: Path, which: int) -> Path:
@@ -151,6 +231,114 @@ def labels_where_unsure(critic: Path, low: float):
         return tree
 
     return mock.patch.object(label_steps, "plant", plant)
+
+
+def labels_by_bisection(trees: Path):
+    """From now on only the states that a search for a wrong kept response's first wrong step visits,
+    and the prompt, get completions.
+
+    The search halves the response's states: where a completion was right the first wrong step comes
+    later, else before. It reads the counts of trees, in which every kept state has completions, so
+    the draws of the states that it visits, which the tree's own key fixes, are the same ones.
+    """
+    usual = label_steps.plant
+    records = {record["id"]: record for record in train_actor.read_trees(trees)}
+
+    def plant(sampled, cut, whole_draws):
+        tree = usual(sampled, cut, whole_draws)
+        known, visited = tree_of(records[sampled["id"]]), {0}
+        for k in sampled["kept"]:
+            response = sampled["responses"][k]
+            if response["reward"] == 1:
+                continue
+            states, begin = [()], 0
+            for end in response["ends"][:-1]:
+                states.append((*states[-1], tuple(response["ids"][begin:end])))
+                begin = end
+            # states[low] was right at times, or is the prompt; what comes at states[high] is wrong
+            low, high = 0, len(states)
+            while high - low > 1:
+                middle = (low + high) // 2
+                visited.add(node_at(tree, states[middle]))
+                if known[states[middle]]["wins"] > 0:
+                    low = middle
+                else:
+                    high = middle
+        for v in range(len(tree.nodes)):
+            tree.to_label[v] &= v in visited
+        return tree
+
+    return mock.patch.object(label_steps, "plant", plant)
+
+
+def tree_of(record: dict) -> dict[tuple, dict]:
+    """The nodes of a tree by the steps that lead to them."""
+    steps, found = [()], {(): record["nodes"][0]}
+    for node in record["nodes"][1:]:
+        steps.append((*steps[node["parent"]], tuple(node["ids"])))
+        found[steps[-1]] = node
+    return found
+
+
+def node_at(tree, steps: tuple) -> int:
+    v = 0
+    for ids in steps:
+        v = tree.child[v, ids]
+    return v
+
+
+def regression_of(actor: Path, base: Path, records: list[dict], lines: list[dict], beta: float):
+    """What eq. 12 asks of the pairs in lines of advantages.jsonl, and what the actor got.
+
+    -> {"loss": share of doing nothing's, "asked", "got": mean log-ratio of steps with A <= 0,
+    "right": of those with A > 0}
+    """
+    logp = []
+    for path in (base, actor):
+        train_actor.reference_logprobs(LM(path), records, lines, 8192)
+        actions = [action for line in lines for action in train_actor.pairs(line)]
+        logp.append(torch.tensor([action["logp_ref"] for action in actions]))
+    adv = torch.tensor([action["adv"] for action in actions])
+    ratio, down = logp[1] - logp[0], adv <= 0
+    loss = train_actor.actor_loss(logp[1], logp[0], adv, beta).mean()
+    nothing = train_actor.actor_loss(logp[0], logp[0], adv, beta).mean()
+    numbers = {"loss": loss / nothing, "asked": (adv[down] / beta).mean()}
+    numbers |= {"got": ratio[down].mean(), "right": ratio[~down].mean()}
+    return {name: round(float(number), 3) for name, number in numbers.items()}
+
+
+def pairs_of(critic: Path, trees: Path) -> tuple[list[dict], list[dict]]:
+    """The problems of trees that have a pair to train on, and their lines of advantages.jsonl, by
+    the paper's Q = V and gap."""
+    records = train_actor.read_trees(trees)
+    values = train_actor.tree_values(*train_critic.load_critic(critic), records, False, 8192)
+    s = train_actor.Settings(actor="", trees=str(trees), out="")
+    lines = train_actor.advantages(records, values, s)
+    known = {record["id"]: record for record in records}
+    return [known[line["id"]] for line in lines], lines
+
+
+def regressions(args, work: Path, base: Path, given: dict, flags: str):
+    """A line of --out a row of the paper's recipe: its eq. 12 on its pairs, and on those of 20 problems more."""
+    first, more, out = work / "the paper's recipe", work / "held out", Path(args.out)
+    given = given | {"samples": more / "samples.jsonl"}
+    some = SAMPLE.replace("--limit 100", "--first 100 --limit 20")
+    call(sample, some + flags, actor=base, problems=given["problems"], out=given["samples"])
+    call(label_steps, "--m 4 --batch 512" + flags, **given, out=more / "trees.jsonl")
+    kinds = {"pairs": first, "held_out_pairs": more}
+    pairs = {kind: pairs_of(first / "critic", at / "trees.jsonl") for kind, at in kinds.items()}
+    rows = {"the paper's recipe": 0.05, "beta 0.1": 0.1, "beta 0.025": 0.025, "half the rate": 0.05}
+    rows |= {"twice the rate": 0.05, "8 passes": 0.05, "batches of 64 pairs": 0.05}
+    rows |= {f"targets within {bound:g}": 0.05 for bound in CLIPS}
+    rows |= {f"log-ratios a token; beta {beta:g}": beta for beta in BY_TOKEN}
+    for name, beta in rows.items():
+        with with_token_means() if "token" in name else contextlib.nullcontext():
+            line = {"row": name, "seed": args.seed}
+            for kind, (records, lines) in pairs.items():
+                line[kind] = regression_of(work / name / "actor", base, records, lines, beta)
+        with out.open("a") as f:
+            f.write(json.dumps(line) + "\n")
+        print(line, flush=True)
 
 
 def main(args):
@@ -205,14 +393,34 @@ def main(args):
     tokens = draw(first, "--m 4")
     for name, flags in ACTORS.items():
         row(name, first, CRITIC if name == first else "", flags, tokens)
+    for bound in CLIPS:
+        with with_clipped_targets(bound):
+            row(f"targets within {bound:g}", first, "", ACTOR, tokens)
+    for beta in BY_TOKEN:
+        with with_token_means():
+            flags = ACTOR.replace("0.05", str(beta))
+            row(f"log-ratios a token; beta {beta:g}", first, "", flags, tokens)
     for name, flags in CRITICS.items():
         row(name, first, flags, ACTOR, tokens)
+    with where_first_steps_lead():
+        row("critic: where first steps lead alone", first, CRITIC, ACTOR, tokens)
     with_counts = f"{ACTOR} --kappa 4"
     row("critic: both; kappa 4", first, "", with_counts, tokens, of="critic: both")
     name = "critic: both, and pairs of siblings"
     with with_pair_loss():
         row(name, first, BOTH, ACTOR, tokens)
     row(f"{name}; kappa 4", first, "", with_counts, tokens, of=name)
+    of = "critic: both"
+    for name, flags in ((of, ACTOR), (f"{of}; kappa 4", with_counts)):
+        name = f"{name}; V rescaled on held-out problems"
+        if (name, args.seed) not in there:
+            with rescaled(work / of / "critic", work / first / "trees.jsonl"):
+                row(name, first, "", flags, tokens, of=of)
+    name = "critic: both; kappa 4; m 4 where a bisection asks"
+    if (name, args.seed) not in there:
+        with labels_by_bisection(work / first / "trees.jsonl"):
+            fewer = draw(name, "--m 4")
+        row(name, name, BOTH, with_counts, fewer)
     name = "critic: both; kappa 4; cross-fitted by halves"
     if (name, args.seed) not in there:
         trees, halves = work / first / "trees.jsonl", []
@@ -239,6 +447,7 @@ def main(args):
             with labels_where_unsure(work / "whole draws; m 0; kappa 4/critic", low):
                 tokens = draw(name, "--m 4 --whole_draws")
             row(name, name, LONGER, with_counts, tokens)
+    regressions(args, work, run / "base", labelled, length + seed)
     # An actor that GRPO has trained, as the start of an iteration.
     grpo, name = work / "grpo", "GRPO base"
     if (name, args.seed) in there:
@@ -259,9 +468,9 @@ def main(args):
 
 
 def table(path: Path):
-    rows = {}
+    rows, regression = {}, {}
     for line in read_rows(path):
-        rows.setdefault(line["row"], []).append(line)
+        (regression if "pairs" in line else rows).setdefault(line["row"], []).append(line)
     print(
         "| one thing changed | seeds | tokens | greedy | T = 1 | points more than the first row, by seed "
         "| critic's correlation | siblings |"
@@ -281,6 +490,17 @@ def table(path: Path):
             line["siblings"] * line["sibling_pairs"] for line in lines if line.get("siblings")
         )
         cells.append(f"{right / pairs:.2f} of {pairs}" if pairs else "")
+        print(f"| {' | '.join(cells)} |")
+    print(
+        "\n| one thing changed | T = 1 | loss of doing nothing's, trained pairs | asked | got "
+        "| of steps with A > 0 | other problems: loss | asked | got | of steps with A > 0 |"
+    )
+    print("| --- " * 10 + "|")
+    for name, lines in regression.items():
+        cells = [name, f"{100 * np.mean([line['t1'] for line in rows[name]]):.1f}"]
+        for kind in ("pairs", "held_out_pairs"):
+            for key in ("loss", "asked", "got", "right"):
+                cells.append(f"{np.mean([line[kind][key] for line in lines]):.2f}")
         print(f"| {' | '.join(cells)} |")
 
 
