@@ -331,7 +331,12 @@ def regressions(args, work: Path, base: Path, given: dict, flags: str):
     rows |= {"twice the rate": 0.05, "8 passes": 0.05, "batches of 64 pairs": 0.05}
     rows |= {f"targets within {bound:g}": 0.05 for bound in CLIPS}
     rows |= {f"log-ratios a token; beta {beta:g}": beta for beta in BY_TOKEN}
+    there = {
+        line["row"] for line in read_rows(out) if "pairs" in line and line["seed"] == args.seed
+    }
     for name, beta in rows.items():
+        if name in there:
+            continue
         with with_token_means() if "token" in name else contextlib.nullcontext():
             line = {"row": name, "seed": args.seed}
             for kind, (records, lines) in pairs.items():
