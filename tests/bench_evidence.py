@@ -21,6 +21,8 @@ Methods, each in iterations by the stages that users run, but for the two online
     regression  the same as dapo without the likelihood term
     counts      the same as dapo without a critic: kappa 0, so a step that was drawn once in its state has no advantage
     critic      the same as dapo with Q = V: kappa inf
+    siblings    the same as dapo without V(s) in the mean of eq. 13: there too a step that was drawn once has no advantage
+    siblings_regression   and without the likelihood term
     likelihood  the same as dapo without eq. 12 (--gap 2): the likelihood of right steps alone, and so no critic
     outcome     whole responses: outcome minus mean for A, and the likelihood of right responses beside it
     rft         rejection sampling: that likelihood alone
@@ -28,7 +30,7 @@ Methods, each in iterations by the stages that users run, but for the two online
     grpo, rft_online   one optimiser step an iteration of a few problems: group-normalised rewards; right responses alone
     one_dapo, one_likelihood, one_rft, one_outcome   one round of 100 problems, each with settings for that (--tokens 1);
                 one_likelihood is one_dapo with the likelihood of right steps and next to nothing beside it (LIKELIHOOD)
-    one_counts, one_critic, one_regression, one_labels   one_dapo with the change of the method of that name
+    one_counts, one_critic, one_siblings, one_regression, one_labels   one_dapo with the change of the method of that name
 Rows that are called "before" are dapo's of commit 036af04, where the likelihood (weight 1) kept to the states that pass
 --gap.
 Settings come from the trials in tests/tuning.jsonl (--split valid --seed 10 --set ...).
@@ -97,9 +99,13 @@ ONE_DAPO = OURS | {
 }
 
 
+def without_value_draws(settings: dict) -> dict:
+    return settings | {"actor": settings["actor"].replace("--value_draws 1 ", "")}
+
+
 def without_critic(settings: dict) -> dict:
-    actor = settings["actor"].replace("--kappa 4 --value_draws 1", "--kappa 0")
-    return settings | {"actor": actor, "critic": ""}
+    settings = without_value_draws(settings)
+    return settings | {"actor": settings["actor"].replace("--kappa 4", "--kappa 0"), "critic": ""}
 
 
 METHODS = {
@@ -108,6 +114,10 @@ METHODS = {
     "regression": OURS | {"actor": OURS["actor"].replace("--likelihood 4 ", "")},
     "counts": without_critic(OURS),
     "critic": OURS | {"actor": OURS["actor"].replace("--kappa 4", "--kappa inf")},
+    "siblings": without_value_draws(OURS),
+    "siblings_regression": without_value_draws(
+        OURS | {"actor": OURS["actor"].replace("--likelihood 4 ", "")}
+    ),
     "likelihood": without_critic(OURS | {"actor": OURS["actor"].replace("--gap 0.05", "--gap 2")}),
     "outcome": WHOLE
     | {
@@ -140,6 +150,7 @@ METHODS = {
     "one_critic": ONE_DAPO | {"actor": ONE_DAPO["actor"].replace("--kappa 4", "--kappa inf")},
     "one_regression": ONE_DAPO
     | {"actor": ONE_DAPO["actor"].replace("--likelihood 1 ", "").replace("0.0125", "0.025")},
+    "one_siblings": without_value_draws(ONE_DAPO),
     "one_labels": ONE_DAPO | {"problems": 25, "label": "--whole_draws --m 2"},
 }
 ELSEWHERE = {  # flags of the actor that are best, or needed, on other levels
@@ -363,6 +374,8 @@ STYLE = {  # method: what the figure calls it, colour, line
     "regression": ("the same without the likelihood term", "C8", "o-"),
     "counts": ("the same without a critic, κ = 0", "C5", "o-"),
     "critic": ("the same with Q = V, κ = ∞", "C6", "o-"),
+    "siblings": ("the same without V(s) in the mean of eq. 13", "C2", "o:"),
+    "siblings_regression": ("and without the likelihood term", "C8", "o:"),
     "likelihood": ("the same without eq. 12: the likelihood alone", "k", "o-"),
     "outcome": ("outcome advantages and likelihood", "C2", "s--"),
     "rft": ("rejection sampling, as many iterations", "C4", "s--"),
@@ -379,6 +392,7 @@ ROUND_NAMES = {
     "one_outcome": "outcome advantages and likelihood",
     "one_counts": "DAPO without a critic, κ = 0",
     "one_critic": "DAPO with Q = V, κ = ∞",
+    "one_siblings": "DAPO without V(s) in the mean of eq. 13",
     "one_regression": "DAPO without the likelihood term",
     "one_labels": "DAPO of 25 problems with completions",
 }
