@@ -541,7 +541,8 @@ def difference_cell(pairs: list[tuple]) -> str:
     _, p = paired_test(difference)
     by_seed = [100 * (a[1] - b[1]) for a, b in pairs]
     spread = f"{min(by_seed):+.1f} to {max(by_seed):+.1f}"
-    return f"{100 * difference.mean():+.1f} ({spread}; p {p:.1g})"
+    chance = f"p {p:.1g}" if p else "p < 1e-300"
+    return f"{100 * difference.mean():+.1f} ({spread}; {chance})"
 
 
 def compare(level: str, found: dict):
