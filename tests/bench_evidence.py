@@ -108,16 +108,15 @@ def without_critic(settings: dict) -> dict:
     return settings | {"actor": settings["actor"].replace("--kappa 4", "--kappa 0"), "critic": ""}
 
 
+REGRESSION = OURS | {"actor": OURS["actor"].replace("--likelihood 4 ", "")}
 METHODS = {
     "dapo": OURS,
     "labels": OURS | {"label": "--whole_draws --m 2"},
-    "regression": OURS | {"actor": OURS["actor"].replace("--likelihood 4 ", "")},
+    "regression": REGRESSION,
     "counts": without_critic(OURS),
     "critic": OURS | {"actor": OURS["actor"].replace("--kappa 4", "--kappa inf")},
     "siblings": without_value_draws(OURS),
-    "siblings_regression": without_value_draws(
-        OURS | {"actor": OURS["actor"].replace("--likelihood 4 ", "")}
-    ),
+    "siblings_regression": without_value_draws(REGRESSION),
     "likelihood": without_critic(OURS | {"actor": OURS["actor"].replace("--gap 0.05", "--gap 2")}),
     "outcome": WHOLE
     | {

@@ -45,7 +45,7 @@ import sample
 import train_actor
 import train_critic
 from model import LM, pack_hidden
-from prepare import each_record, read_jsonl, sha256
+from prepare import each_record, read_jsonl, read_manifest, sha256
 
 CRITIC, ACTOR = PAPER["critic"], PAPER["actor"]
 SAMPLE = "--n1 8 --n 4 --batch 512 --limit 100"
@@ -70,8 +70,16 @@ ACTORS = {  # rows that train the actor anew on the same trees with the same cri
     "8 passes": ACTOR.replace("--passes 4", "--passes 8"),
     "batches of 64 pairs": ACTOR.replace("--batch 256", "--batch 64"),
 }
-CLIPS = (1.0, 2.0)  # bounds of A / beta
-BY_TOKEN = (0.25, 0.5, 1.0)  # beta where log-ratios are means over a step's tokens, 9 on average
+CLIPS = {"targets within 1": 1.0, "targets within 2": 2.0}  # bounds of A / beta
+BY_TOKEN = {  # beta where log-ratios are means over a step's tokens, 9 on average
+    "log-ratios a token; beta 0.25": 0.25,
+    "log-ratios a token; beta 0.5": 0.5,
+    "log-ratios a token; beta 1": 1.0,
+}
+REGRESSIONS = [  # rows of which is told, too, what eq. 12 asks and gets
+    "the paper's recipe", "beta 0.1", "beta 0.025", "half the rate", "twice the rate", "8 passes",
+    "batches of 64 pairs", *CLIPS, *BY_TOKEN,
+]  # fmt: skip
 BOTH = f"{CRITIC} --states all --token_share 0.5"
 CRITICS = {  # rows that train critic and actor anew on the same trees
     "critic: all states": f"{CRITIC} --states all",
@@ -157,13 +165,13 @@ def rescaled(critic: Path, trees: Path):
                 n.append(node["n"])
                 wins.append(node["wins"])
     x, n, wins = torch.tensor(logits), torch.tensor(n), torch.tensor(wins)
+    target, weight = wins / n, n / n.sum()
     line = torch.tensor([0.0, 1.0], requires_grad=True)
     optimiser = torch.optim.LBFGS([line], max_iter=100, line_search_fn="strong_wolfe")
 
     def step():
         optimiser.zero_grad()
-        logit = line[0] + line[1] * x
-        loss = (n * F.softplus(logit) - wins * logit).sum() / n.sum()
+        loss = train_critic.value_loss(line[0] + line[1] * x, target, weight)
         loss.backward()
         return loss
 
@@ -245,22 +253,22 @@ def labels_by_bisection(trees: Path):
     records = {record["id"]: record for record in train_actor.read_trees(trees)}
 
     def plant(sampled, cut, whole_draws):
-        tree = usual(sampled, cut, whole_draws)
-        known, visited = tree_of(records[sampled["id"]]), {0}
+        tree, visited = usual(sampled, cut, whole_draws), {0}
+        nodes = records[sampled["id"]]["nodes"]  # numbered as the tree's, new ones behind those
         for k in sampled["kept"]:
             response = sampled["responses"][k]
             if response["reward"] == 1:
                 continue
-            states, begin = [()], 0
+            states, begin = [0], 0
             for end in response["ends"][:-1]:
-                states.append((*states[-1], tuple(response["ids"][begin:end])))
+                states.append(tree.child[states[-1], tuple(response["ids"][begin:end])])
                 begin = end
             # states[low] was right at times, or is the prompt; what comes at states[high] is wrong
             low, high = 0, len(states)
             while high - low > 1:
                 middle = (low + high) // 2
-                visited.add(node_at(tree, states[middle]))
-                if known[states[middle]]["wins"] > 0:
+                visited.add(states[middle])
+                if nodes[states[middle]]["wins"] > 0:
                     low = middle
                 else:
                     high = middle
@@ -269,22 +277,6 @@ def labels_by_bisection(trees: Path):
         return tree
 
     return mock.patch.object(label_steps, "plant", plant)
-
-
-def tree_of(record: dict) -> dict[tuple, dict]:
-    """The nodes of a tree by the steps that lead to them."""
-    steps, found = [()], {(): record["nodes"][0]}
-    for node in record["nodes"][1:]:
-        steps.append((*steps[node["parent"]], tuple(node["ids"])))
-        found[steps[-1]] = node
-    return found
-
-
-def node_at(tree, steps: tuple) -> int:
-    v = 0
-    for ids in steps:
-        v = tree.child[v, ids]
-    return v
 
 
 def regression_of(actor: Path, base: Path, records: list[dict], lines: list[dict], beta: float):
@@ -318,32 +310,28 @@ def pairs_of(critic: Path, trees: Path) -> tuple[list[dict], list[dict]]:
     return [known[line["id"]] for line in lines], lines
 
 
-def regressions(args, work: Path, base: Path, given: dict, flags: str):
-    """A line of --out a row of the paper's recipe: its eq. 12 on its pairs, and on those of 20 problems more."""
-    first, more, out = work / "the paper's recipe", work / "held out", Path(args.out)
-    given = given | {"samples": more / "samples.jsonl"}
-    some = SAMPLE.replace("--limit 100", "--first 100 --limit 20")
-    call(sample, some + flags, actor=base, problems=given["problems"], out=given["samples"])
-    call(label_steps, "--m 4 --batch 512" + flags, **given, out=more / "trees.jsonl")
-    kinds = {"pairs": first, "held_out_pairs": more}
-    pairs = {kind: pairs_of(first / "critic", at / "trees.jsonl") for kind, at in kinds.items()}
-    rows = {"the paper's recipe": 0.05, "beta 0.1": 0.1, "beta 0.025": 0.025, "half the rate": 0.05}
-    rows |= {"twice the rate": 0.05, "8 passes": 0.05, "batches of 64 pairs": 0.05}
-    rows |= {f"targets within {bound:g}": 0.05 for bound in CLIPS}
-    rows |= {f"log-ratios a token; beta {beta:g}": beta for beta in BY_TOKEN}
-    there = {
-        line["row"] for line in read_rows(out) if "pairs" in line and line["seed"] == args.seed
-    }
-    for name, beta in rows.items():
-        if name in there:
-            continue
-        with with_token_means() if "token" in name else contextlib.nullcontext():
-            line = {"row": name, "seed": args.seed}
+def regressions(work: Path, base: Path, out: Path, seed: int):
+    """A line of --out for each of REGRESSIONS: its eq. 12 on its pairs, and on those of other problems."""
+    known = {line["row"] for line in read_rows(out) if "pairs" in line and line["seed"] == seed}
+    missing = [name for name in REGRESSIONS if name not in known]
+    if not missing:
+        return
+    first, pairs = work / "the paper's recipe", {}
+    for kind, at in (("pairs", first), ("held_out_pairs", work / "held out")):
+        pairs[kind] = pairs_of(first / "critic", at / "trees.jsonl")
+    for name in missing:
+        actor, line = work / name / "actor", {"row": name, "seed": seed}
+        beta = read_manifest(actor)["settings"]["beta"]
+        with with_token_means() if name in BY_TOKEN else contextlib.nullcontext():
             for kind, (records, lines) in pairs.items():
-                line[kind] = regression_of(work / name / "actor", base, records, lines, beta)
-        with out.open("a") as f:
-            f.write(json.dumps(line) + "\n")
-        print(line, flush=True)
+                line[kind] = regression_of(actor, base, records, lines, beta)
+        add(out, line)
+
+
+def add(out: Path, line: dict):
+    with out.open("a") as f:
+        f.write(json.dumps(line) + "\n")
+    print(line, flush=True)
 
 
 def main(args):
@@ -356,13 +344,13 @@ def main(args):
     labelled = base | {"problems": run / "train.jsonl", "samples": work / "samples.jsonl"}
     seed = f" --seed {args.seed}"
 
-    def draw(name: str, label: str, actor=None) -> int:
-        """Samples and trees of a row; -> tokens drawn."""
+    def draw(name: str, label: str, actor=None, some="") -> int:
+        """Samples and trees of a row, samples of its own with `actor`; -> tokens drawn."""
         given = labelled | ({"actor": actor} if actor else {})
         if actor:
             given["samples"] = work / name / "samples.jsonl"
         problems = {k: v for k, v in given.items() if k != "samples"}
-        call(sample, SAMPLE + length + seed, **problems, out=given["samples"])
+        call(sample, SAMPLE + some + length + seed, **problems, out=given["samples"])
         trees = work / name / "trees.jsonl"
         call(label_steps, f"{label} --batch 512" + length + seed, **given, out=trees)
         tokens = sum(record["tokens"] for record in each_record(trees))
@@ -390,21 +378,18 @@ def main(args):
         line |= {"t1": round(sum(rights) / 4 / len(test), 4), "tokens": tokens}
         for key in ("correlation", "siblings", "sibling_pairs"):  # None: there was no pair
             line[key] = None if measured[key] is None else round(measured[key], 3)
-        with out.open("a") as f:
-            f.write(json.dumps(line) + "\n")
-        print(line, flush=True)
+        add(out, line)
 
     first = "the paper's recipe"
     tokens = draw(first, "--m 4")
     for name, flags in ACTORS.items():
         row(name, first, CRITIC if name == first else "", flags, tokens)
-    for bound in CLIPS:
+    for name, bound in CLIPS.items():
         with with_clipped_targets(bound):
-            row(f"targets within {bound:g}", first, "", ACTOR, tokens)
-    for beta in BY_TOKEN:
+            row(name, first, "", ACTOR, tokens)
+    for name, beta in BY_TOKEN.items():
         with with_token_means():
-            flags = ACTOR.replace("0.05", str(beta))
-            row(f"log-ratios a token; beta {beta:g}", first, "", flags, tokens)
+            row(name, first, "", ACTOR.replace("0.05", str(beta)), tokens)
     for name, flags in CRITICS.items():
         row(name, first, flags, ACTOR, tokens)
     with where_first_steps_lead():
@@ -415,11 +400,11 @@ def main(args):
     with with_pair_loss():
         row(name, first, BOTH, ACTOR, tokens)
     row(f"{name}; kappa 4", first, "", with_counts, tokens, of=name)
-    of = "critic: both"
-    for name, flags in ((of, ACTOR), (f"{of}; kappa 4", with_counts)):
-        name = f"{name}; V rescaled on held-out problems"
-        if (name, args.seed) not in there:
-            with rescaled(work / of / "critic", work / first / "trees.jsonl"):
+    of, names = "critic: both", {"critic: both": ACTOR, "critic: both; kappa 4": with_counts}
+    names = {f"{name}; V rescaled on held-out problems": flags for name, flags in names.items()}
+    if any((name, args.seed) not in there for name in names):
+        with rescaled(work / of / "critic", work / first / "trees.jsonl"):
+            for name, flags in names.items():
                 row(name, first, "", flags, tokens, of=of)
     name = "critic: both; kappa 4; m 4 where a bisection asks"
     if (name, args.seed) not in there:
@@ -452,7 +437,8 @@ def main(args):
             with labels_where_unsure(work / "whole draws; m 0; kappa 4/critic", low):
                 tokens = draw(name, "--m 4 --whole_draws")
             row(name, name, LONGER, with_counts, tokens)
-    regressions(args, work, run / "base", labelled, length + seed)
+    draw("held out", "--m 4", run / "base", " --first 100 --limit 20")
+    regressions(work, run / "base", out, args.seed)
     # An actor that GRPO has trained, as the start of an iteration.
     grpo, name = work / "grpo", "GRPO base"
     if (name, args.seed) in there:
@@ -467,15 +453,15 @@ def main(args):
     greedy, rights = evaluate(lm, test, max_new)
     before = {"row": "GRPO base, before", "seed": args.seed, "greedy": round(greedy, 4)}
     before |= {"t1": round(sum(rights) / 4 / len(test), 4), "tokens": spent}
-    with out.open("a") as f:
-        f.write(json.dumps(before) + "\n")
+    add(out, before)
     row(name, name, CRITIC, ACTOR, draw(name, "--m 4", actor=grpo), start=grpo)
 
 
 def table(path: Path):
     rows, regression = {}, {}
     for line in read_rows(path):
-        (regression if "pairs" in line else rows).setdefault(line["row"], []).append(line)
+        kind = regression if "pairs" in line else rows
+        kind.setdefault(line["row"], []).append(line)
     print(
         "| one thing changed | seeds | tokens | greedy | T = 1 | points more than the first row, by seed "
         "| critic's correlation | siblings |"
