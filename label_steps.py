@@ -33,21 +33,14 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from model import LM, Progress, UserError, flag, record_tree
-from prepare import Stage, actor_facts, each_record, main, misfit, read_jsonl, sha256
+from model import LM
 from reward import grade_ids
-from sample import (
-    REWARD,
-    Prefixes,
-    Row,
-    Server,
-    alone,
-    draw,
-    draw_key,
-    each_sample,
-    prefixes_fit,
-    work_through,
-)
+from support.cli import Progress, UserError, flag, main
+from support.packing import record_tree
+from support.records import each_sample, read_jsonl, sha256
+from support.sampler import Prefixes, Row, alone, draw, draw_key, prefixes_fit
+from support.server import Server, work_through
+from support.stage import Stage, actor_facts
 
 
 @dataclass(frozen=True)
@@ -65,41 +58,6 @@ class Settings:
     seed: int = flag("of the draws", 0)
     unsafe: bool = flag("run programs even where they cannot be walled off", False)
     force: bool = flag("throw an existing output away", False)
-
-
-NODE = {"parent": int, "ids": [int], "text": str, "draws": int, "n": int, "wins": REWARD}
-NODE |= {"reward": REWARD | None, "labelled": bool}
-
-
-def read_trees(path: str) -> list[dict]:
-    """trees.jsonl, looked at whole: a tree that is none would be trained on without a word."""
-    records, known = [], {}
-    for record in each_record(path, ("id", "prompt_ids", "nodes")):
-        if bad := broken_tree(record):
-            raise UserError(f"{path}: {record['id']}, {bad}: no step tree; make it anew")
-        for node in record["nodes"]:
-            share_numbers(node, known)
-        records.append(record)
-    return records
-
-
-def share_numbers(node: dict, known: dict[int, int]):
-    """Make equal token ids one object: in a list each takes 8 bytes of memory then, not 36."""
-    node["ids"] = [known.setdefault(i, i) for i in node["ids"]]
-
-
-def broken_tree(record: dict) -> str | None:
-    """What is wrong with a line of trees.jsonl; None if it is a step tree."""
-    if bad := misfit(record, {"prompt_ids": [int], "nodes": [NODE]}):
-        return bad
-    for v, node in enumerate(record["nodes"]):
-        grows = node["parent"] in range(v) and node["ids"] if v else node["parent"] == -1
-        counts = 0 <= node["wins"] <= node["n"] and node["draws"] >= 0
-        if not (grows and counts):
-            return f"nodes[{v}]"
-        if not 0 <= (node["reward"] or 0) <= 1:
-            return f"nodes[{v}] reward"
-    return None
 
 
 class StepTree:

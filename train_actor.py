@@ -39,37 +39,14 @@ from pathlib import Path
 
 import torch
 
-from label_steps import read_trees
-from model import (
-    BLOCK,
-    LM,
-    UserError,
-    fit,
-    flag,
-    from_all,
-    join,
-    own_share,
-    pack_trees,
-    rank,
-    record_tree,
-    replace,
-    require_memory,
-    shard,
-    step_advantages,
-    step_logprobs,
-    whole_batches,
-)
-from prepare import (
-    Stage,
-    dump,
-    each_record,
-    fingerprint,
-    main,
-    read_manifest,
-    sha256,
-    tokenizer_facts,
-)
-from sample import each_sample
+from model import LM, step_advantages, step_logprobs
+from support.cli import UserError, flag, main
+from support.distributed import from_all, join, own_share, rank, shard
+from support.memory import require_memory
+from support.packing import BLOCK, pack_trees, record_tree
+from support.records import dump, each_record, each_sample, read_trees, replace, sha256
+from support.stage import Stage, fingerprint, read_manifest, tokenizer_facts
+from support.training import fit, whole_batches
 from train_critic import load_critic, tree_values
 
 

@@ -27,7 +27,6 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -36,27 +35,16 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from label_steps import read_trees
-from model import (
-    LM,
-    UserError,
-    fit,
-    flag,
-    from_all,
-    join,
-    own_share,
-    pack_hidden,
-    pack_trees,
-    rank,
-    record_tree,
-    replace,
-    require_memory,
-    shard,
-    step_values,
-    whole_batches,
-    whole_state,
-)
-from prepare import Stage, main, read_manifest, sha256, tokenizer_facts
+from model import LM, step_values
+from support.attention import pack_hidden
+from support.cli import UserError, flag, main
+from support.distributed import from_all, join, own_share, rank, shard, whole_state
+from support.memory import require_memory
+from support.packing import pack_trees, record_tree
+from support.records import read_trees, replace, sha256
+from support.stage import Stage, read_manifest, tokenizer_facts
+from support.stats import auc, calibration, siblings
+from support.training import fit, whole_batches
 
 
 @dataclass(frozen=True)
@@ -201,58 +189,6 @@ def train(lm, value_head, records: list[dict], retokenise: bool, s: Settings, wo
     ids = lambda batch: [records[i]["id"] for i in batch]
     modules = {"model": lm.model, "head": value_head}
     fit(modules, batches, make_packs, loss, work, s.lr, s.save_minutes, ids)
-
-
-def auc(v: np.ndarray, mc: np.ndarray) -> float:
-    """Chance that V puts a completion that was right above one that was wrong; a tie is half.
-
-    v and mc (S,): V of each state and the share of its completions that were right.
-    v [.9, .2], mc [1, 0] -> 1.0; v [.9, .5, .5], mc [0, 1, 0] -> (0 + .5) / 2 = .25
-    """
-    losses, rank_of = 1 - mc, np.unique(v, return_inverse=True)[1]
-    rivals = mc.sum() * losses.sum() - (mc * losses).sum()  # a state is no rival of itself
-    if rivals <= 0:
-        return 0.5
-    tied = np.bincount(rank_of, losses)  # failures at each value of V
-    below = (np.cumsum(tied) - tied / 2)[rank_of] - losses / 2
-    return float((mc * below).sum() / rivals)
-
-
-def calibration(v: np.ndarray, mc: np.ndarray) -> tuple[float, list[dict]]:
-    """Expected calibration error over ten bins of V, and the bins: how far V is from MC on average.
-
-    v [.91, .95, .2], mc [1, .8, .1]: bins [.9, 1] and [.2, .3): |1.86 - 1.8| + |.2 - .1| = .16, / 3
-    """
-    which, error, bins = np.minimum((v * 10).astype(int), 9), 0.0, []
-    for b in range(10):
-        value, success = v[which == b], mc[which == b]
-        error += abs(value.sum() - success.sum())
-        if len(value):
-            row = {"states": len(value), "value": float(value.mean()), "mc": float(success.mean())}
-            bins.append(row)
-    return float(error / len(v)), bins
-
-
-def siblings(records: list[dict], value: list[list[float]]) -> tuple[float | None, int]:
-    """Of the pairs of actions of one state whose MC differ by at least 0.5, the share that V puts in
-    the right order, a tie being half; and how many pairs. 0.5 is chance, None: there is no pair.
-
-    Only actions that go on and have n >= 4 count: at an end the reward stands for V, so such pairs are
-    in order whatever the critic says. MC 1, .75, .25 and V .9, .4, .5: pairs (1, .25) right,
-    (.75, .25) wrong -> (0.5, 2)
-    """
-    pairs, right = 0, 0.0
-    for record, values in zip(records, value):
-        actions = {}  # of each state: (MC, V)
-        for node, v in zip(record["nodes"][1:], values[1:]):
-            if node["reward"] is None and node["n"] >= 4:
-                actions.setdefault(node["parent"], []).append((node["wins"] / node["n"], v))
-        for group in actions.values():
-            for (mc, v), (other_mc, other_v) in combinations(group, 2):
-                if abs(mc - other_mc) >= 0.5:
-                    pairs += 1
-                    right += 0.5 if v == other_v else (mc > other_mc) == (v > other_v)
-    return right / pairs if pairs else None, pairs
 
 
 def measure(

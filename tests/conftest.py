@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import support.embedded
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)
@@ -20,15 +22,14 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """A random 2-layer model with the embedded tokenizer, as an ordinary folder."""
-    import prepare
 
     texts = [
         d[k]
-        for d in prepare.demonstrations(prepare.TASKS["math"], 0, 200, True)
+        for d in support.embedded.demonstrations(support.embedded.TASKS["math"], 0, 200, True)
         for k in ("prompt", "response")
     ]
-    tokenizer = prepare.build_tokenizer(texts)
-    model = prepare.new_model(tokenizer, seed=0, layers=2, width=64)
+    tokenizer = support.embedded.build_tokenizer(texts)
+    model = support.embedded.new_model(tokenizer, seed=0, layers=2, width=64)
     path = tmp_path_factory.mktemp("model") / "tiny"
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)

@@ -9,8 +9,8 @@ import zlib
 import pytest
 
 import reward
-from model import UserError
-from prepare import load_set
+from support.cli import UserError
+from support.datasets import load_set
 
 # openai/human-eval, MIT
 HUMANEVAL = {

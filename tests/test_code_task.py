@@ -11,21 +11,24 @@ import tokenizers as tk
 import toy
 from transformers import PreTrainedTokenizerFast
 
-import prepare
 import reward
+import support.embedded
+import support.records
 from reward import grade
 
-MATH = prepare.TASKS["math"]
-CODE = prepare.TASKS["code"]
+MATH = support.embedded.TASKS["math"]
+CODE = support.embedded.TASKS["code"]
 SIZES = {"train": 60, "valid": 20, "test": 20}
 
 
-@pytest.mark.parametrize("kind", prepare.OPERATIONS)
+@pytest.mark.parametrize("kind", support.embedded.OPERATIONS)
 def test_the_right_reading_passes_and_the_misreading_does_not(kind):
     skeleton = [("more", 1), (kind, 3)]
     problem = {"id": kind, **CODE.check(skeleton)[0]}
     right = CODE.solve(random.Random(0), skeleton)
-    reading, misreading = (text.format(x="a", k=3) for text in prepare.OPERATIONS[kind][1:3])
+    reading, misreading = (
+        text.format(x="a", k=3) for text in support.embedded.OPERATIONS[kind][1:3]
+    )
     assert reading in right
     texts = [right, right.replace(reading, misreading), right.replace("    return b", "    return")]
     verdicts = [grade(problem, text, unsafe=True)[0] for text in texts]
@@ -42,15 +45,19 @@ def test_a_problem_that_a_misreading_would_solve_is_lucky():
 
 def test_the_rule_against_luck_gives_way_where_it_would_leave_nothing(capsys):
     for steps, lucky in (((3, 3), False), ((12, 12), True)):
-        problems = prepare.demo_problems(MATH, 0, SIZES, steps)["train"]
+        problems = support.embedded.demo_problems(MATH, 0, SIZES, steps)["train"]
         assert {p["prompt"].count(" has ") for p in problems} == {steps[0] + 1}
         assert ("100 of 100 problems can be solved by luck" in capsys.readouterr().out) == lucky
 
 
 def test_wordings_change_how_a_solution_is_said_and_nothing_else():
-    plain = prepare.demonstrations(MATH, 0, 200, misread=False, steps=(6, 6))
-    worded = prepare.demonstrations(MATH, 0, 2000, misread=False, steps=(6, 6), wordings=20)
-    assert plain == prepare.demonstrations(MATH, 0, 200, misread=False, steps=(6, 6), wordings=1)
+    plain = support.embedded.demonstrations(MATH, 0, 200, misread=False, steps=(6, 6))
+    worded = support.embedded.demonstrations(
+        MATH, 0, 2000, misread=False, steps=(6, 6), wordings=20
+    )
+    assert plain == support.embedded.demonstrations(
+        MATH, 0, 200, misread=False, steps=(6, 6), wordings=1
+    )
     said = set()
     for demo in worded:
         *lines, answer = demo["response"].splitlines()
@@ -64,7 +71,7 @@ def test_wordings_change_how_a_solution_is_said_and_nothing_else():
 
 def test_a_more_careless_reader_misreads_more():
     def wrong(careless):
-        demos = prepare.demonstrations(MATH, 0, 1000, careless)
+        demos = support.embedded.demonstrations(MATH, 0, 1000, careless)
         lines = [line for demo in demos for line in demo["prompt"].splitlines() if "twice" in line]
         right = [line for demo in demos for line in demo["response"].splitlines() if "* 2 " in line]
         return 1 - len(right) / len(lines)
@@ -75,15 +82,15 @@ def test_a_more_careless_reader_misreads_more():
 
 
 def test_splits_share_no_skeleton_and_texts_come_back_from_their_tokens():
-    problems = prepare.demo_problems(CODE, 0, SIZES)
+    problems = support.embedded.demo_problems(CODE, 0, SIZES)
     prompts = [p["prompt"] for split in problems.values() for p in split]
     assert len(set(prompts)) == len(prompts) == sum(SIZES.values())
     assert all(p["domain"] == "code" and p["answer"] is None for p in problems["train"])
-    demos = prepare.demonstrations(CODE, 0, 300, misread=True)
+    demos = support.embedded.demonstrations(CODE, 0, 300, misread=True)
     held_out = {p["prompt"] for split in ("valid", "test") for p in problems[split]}
     assert held_out.isdisjoint(d["prompt"] for d in demos)
     texts = prompts + [d["response"] for d in demos]
-    tokenizer = prepare.build_tokenizer(texts)
+    tokenizer = support.embedded.build_tokenizer(texts)
     for text in texts:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert "    " in tokenizer.get_vocab()
@@ -137,15 +144,15 @@ def records(path):
 def test_every_stage_with_programs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = tokenizer()
-    prepare.new_model(words, seed=0, layers=1, width=16).save_pretrained("tiny")
+    support.embedded.new_model(words, seed=0, layers=1, width=16).save_pretrained("tiny")
     words.save_pretrained("tiny")
     rows = []
     for i in range(24):
         tests = {"entry": "f", "setup": SETUP, "inputs": [[1], [i]]}
         tests["outputs"] = [2, i + 1] if i % 2 else [0, i - 1]
         rows.append({"prompt": f"{i % 10}{i // 10}", "tests": tests})
-    (tmp_path / "rows.jsonl").write_bytes(b"".join(map(prepare.dump, rows[:16])))
-    (tmp_path / "more.jsonl").write_bytes(b"".join(map(prepare.dump, rows[16:])))
+    (tmp_path / "rows.jsonl").write_bytes(b"".join(map(support.records.dump, rows[:16])))
+    (tmp_path / "more.jsonl").write_bytes(b"".join(map(support.records.dump, rows[16:])))
     actor, draws = "--actor tiny --problems run/train.jsonl", "--max_new 6 --unsafe"
     for script, flags in (
         (

@@ -16,6 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import model
+import support.cli
+import support.distributed
+import support.packing
+import support.training
 
 C, A = "train_critic.py", "train_actor.py"
 # Runs a stage, and kills process `rank` when it has written its second checkpoint.
@@ -23,13 +27,13 @@ KILLED = """
 import os, runpy, signal, sys
 import model
 victim, script = int(sys.argv[1]), sys.argv[2]
-save, count = model.Checkpoints.save, [0]
+save, count = support.training.Checkpoints.save, [0]
 def saved(self, step):
     save(self, step)
     count[0] += 1
-    if count[0] == 2 and model.rank() == victim:
+    if count[0] == 2 and support.distributed.rank() == victim:
         os.kill(os.getpid(), signal.SIGKILL)
-model.Checkpoints.save = saved
+support.training.Checkpoints.save = saved
 sys.argv = sys.argv[2:]
 runpy.run_path(script, run_name="__main__")
 """
@@ -172,17 +176,17 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(both, victim, processes, 
 @pytest.fixture
 def sharded(both):
     """(function that loads the toy's model sharded over this one process, its packs)"""
-    trees = [model.Tree([[3, 4], [5, 6], [7]], [-1, 0, 0], [False, True, True])]
-    packs = model.pack_trees(trees, 99)
+    trees = [support.packing.Tree([[3, 4], [5, 6], [7]], [-1, 0, 0], [False, True, True])]
+    packs = support.packing.pack_trees(trees, 99)
 
     def load(offload):
-        model.join(True)
+        support.distributed.join(True)
         lm = model.LM(both[0] / "tiny", train=True)
-        model.shard(lm, offload=offload)
+        support.distributed.shard(lm, offload=offload)
         return lm
 
     yield load, packs
-    model.leave()
+    support.distributed.leave()
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -191,7 +195,7 @@ def test_gradients_are_shards_before_a_step_s_last_pack(sharded, offload):
     load, packs = sharded
     lm = load(offload)
     for last in (False, True):
-        model.synchronise({"model": lm.model}, last)
+        support.training.synchronise({"model": lm.model}, last)
         model.step_logprobs(lm, *packs).sum().backward()
         shards = all(hasattr(p.grad, "full_tensor") for p in lm.model.parameters())
         assert shards == (last or not offload)
@@ -204,13 +208,13 @@ def test_a_broken_checkpoint_of_several_files_is_one_line(sharded, tmp_path, mon
     def train():
         loss = lambda pack: (model.step_logprobs(lm, pack).mean(), {})
         make = lambda batch: [(pack,) for pack in packs]
-        model.fit({"m": lm.model}, [0, 1], make, loss, tmp_path, lr=1e-3, save_minutes=0)
+        support.training.fit({"m": lm.model}, [0, 1], make, loss, tmp_path, lr=1e-3, save_minutes=0)
 
     train()
     newest = max(tmp_path.glob("step-*.dcp"))
     for part in newest.iterdir():
         part.write_bytes(b"")
-    with pytest.raises(model.UserError, match=f"{newest.name}: broken"):
+    with pytest.raises(support.cli.UserError, match=f"{newest.name}: broken"):
         train()
     shutil.rmtree(newest)
 

@@ -15,21 +15,19 @@ from torch.nn.attention import flex_attention
 
 import model
 import sample
+import support.attention
+import support.distributed
+import support.memory
+import support.packing
+import support.sampler
+import support.stats
+import support.training
 import train_actor
 import train_critic
-from model import (
-    BLOCK,
-    LM,
-    Tree,
-    TreeView,
-    UserError,
-    linear_logprobs,
-    pack_hidden,
-    pack_trees,
-    step_advantages,
-    step_logprobs,
-    step_values,
-)
+from model import LM, linear_logprobs, step_advantages, step_logprobs, step_values
+from support.attention import TreeView, pack_hidden
+from support.cli import UserError
+from support.packing import BLOCK, Tree, pack_trees
 from train_critic import load_critic
 
 SIZES = {
@@ -217,7 +215,7 @@ def flex(monkeypatch):
     ]
     # It refuses gradients on the CPU, for which nobody has compiled it.
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
-    monkeypatch.setattr(model, "_flex", lambda: compiled)
+    monkeypatch.setattr(support.attention, "_flex", lambda: compiled)
     yield counters
     torch._dynamo.reset()
 
@@ -230,7 +228,7 @@ def test_flex_attention_s_gradients_are_the_gathered_form_s(models, flex, dtype)
     for fused in (False, True):
         lm = LM(models("llama, GQA, tied"), train=True, device="cpu", dtype=dtype)
         lm.checkpoint_layers()
-        lm.flex = fused and model.flex_agrees(lm)
+        lm.flex = fused and support.attention.flex_agrees(lm)
         assert lm.flex is fused
         packs = pack_trees(trees, 250)
         with torch.no_grad():
@@ -253,11 +251,13 @@ def test_twelve_sizes_compile_twice_at_most(flex):
     for autocast in (False, True):
         for needed in (False, True):
             for size in range(64, 64 * 13, 64):
-                mask = model._block_mask(model._padded_ends(torch.arange(1, size + 1)))
+                mask = support.attention._block_mask(
+                    support.attention._padded_ends(torch.arange(1, size + 1))
+                )
                 query = torch.randn(1, size, 4, 16).transpose(1, 2).requires_grad_(needed)
                 key, value = torch.randn(2, 1, 2, size, 16)
                 with torch.autocast("cpu", enabled=autocast), torch.set_grad_enabled(needed):
-                    out = model.flex_tree_attention(query, key, value, mask, 0.25)
+                    out = support.attention.flex_tree_attention(query, key, value, mask, 0.25)
                 assert out.shape == query.shape
                 counts.add(tuple(counter.frame_count for counter in flex))
     # The very first compilation may count as two frames; no size and no autocast adds one.
@@ -275,8 +275,8 @@ def test_no_query_is_under_128_tokens_and_the_kernel_is_named(models, flex, monk
         assert flags["kernel_options"] == {"FORCE_USE_FLEX_ATTENTION": True}
         return torch.zeros_like(query)
 
-    _, create = model._flex()
-    monkeypatch.setattr(model, "_flex", lambda: (spy, create))
+    _, create = support.attention._flex()
+    monkeypatch.setattr(support.attention, "_flex", lambda: (spy, create))
     lm = LM(models("llama, GQA, tied"), device="cpu")
     for pack in pack_trees(forest(lm.config.vocab_size), 64):
         pack_hidden(lm, pack, TreeView(pack, "cpu", flex=True))
@@ -290,9 +290,9 @@ def test_flex_casts_what_rotary_positions_leave_in_float32(monkeypatch):
         seen.append((query.dtype, key.dtype, value.dtype))
         return query
 
-    monkeypatch.setattr(model, "_flex", lambda: (spy, None))
+    monkeypatch.setattr(support.attention, "_flex", lambda: (spy, None))
     query, key = torch.randn(1, 4, 64, 8), torch.randn(1, 2, 64, 8)
-    out = model.flex_tree_attention(query, key, key.bfloat16(), None, 1.0)
+    out = support.attention.flex_tree_attention(query, key, key.bfloat16(), None, 1.0)
     assert seen == [(torch.bfloat16,) * 3] and out.shape == query.shape
 
 
@@ -322,11 +322,11 @@ def test_flex_is_used_only_where_it_agrees(models, monkeypatch, capsys):
     def backward_is_wrong(query, key, value, **flags):
         return dense(query, key, value.detach() * 0.5 + value * 0.5, **flags)
 
-    monkeypatch.setattr(model, "_flex", lambda: (dense, dense_mask))
-    assert model.flex_agrees(lm) and capsys.readouterr().err == ""
+    monkeypatch.setattr(support.attention, "_flex", lambda: (dense, dense_mask))
+    assert support.attention.flex_agrees(lm) and capsys.readouterr().err == ""
     for pair in ((dense, everyone), (no_kernel, dense_mask), (backward_is_wrong, dense_mask)):
-        monkeypatch.setattr(model, "_flex", lambda pair=pair: pair)
-        assert not model.flex_agrees(lm)
+        monkeypatch.setattr(support.attention, "_flex", lambda pair=pair: pair)
+        assert not support.attention.flex_agrees(lm)
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(
             f"warning: {lm.path}: flex_attention is not used, a slower and larger form is ("
@@ -335,11 +335,11 @@ def test_flex_is_used_only_where_it_agrees(models, monkeypatch, capsys):
 
 def test_flex_is_tried_by_the_first_pack_and_not_by_the_sampler(models, monkeypatch):
     asked = []
-    monkeypatch.setattr(model, "flex_agrees", lambda lm: bool(asked.append(lm)))
+    monkeypatch.setattr(support.attention, "flex_agrees", lambda lm: bool(asked.append(lm)))
     lm = LM(models("llama, GQA, tied"), device="cpu")
     lm.flex = None  # as on CUDA
     tree = Tree([[5, 6, 7]], [-1], [True])
-    sample.draw(lm, [tree], [sample.Row(0, 0, 1, 4)])
+    support.sampler.draw(lm, [tree], [support.sampler.Row(0, 0, 1, 4)])
     assert asked == []
     for _ in range(2):
         step_values(lm, torch.nn.Linear(lm.config.hidden_size, 1), *pack_trees([tree], 99))
@@ -351,7 +351,7 @@ def test_flex_unfused_is_an_error(monkeypatch):
     is an error there, and without it the function would run operator by operator."""
     asked = {}
     monkeypatch.setattr(torch, "compile", lambda f, **flags: asked.setdefault(f.__name__, flags))
-    model._flex.__wrapped__()
+    support.attention._flex.__wrapped__()
     monkeypatch.undo()
     assert asked["flex_attention"] == {"dynamic": True, "fullgraph": True}
     torch._dynamo.reset()
@@ -454,7 +454,7 @@ def test_a_decoded_token_by_the_fused_kernel_is_the_cpu_s(monkeypatch, heads, gr
     torch.manual_seed(0)
     query, key, value = [torch.randn(5, n, 1, 8) for n in (heads, groups, groups)]
     length = torch.tensor([3, 9, 0, 12, 7])
-    cache = sample.CacheView(1, (5, groups, 16, 8), torch.float32, "cpu")
+    cache = support.sampler.CacheView(1, (5, groups, 16, 8), torch.float32, "cpu")
     cache.keys[0].normal_()
     cache.values[0].normal_()
     want = cache.at(length, 13)(0, query, key, value, 0.4)
@@ -468,14 +468,14 @@ def test_scores_are_float32_on_cuda(monkeypatch):
     torch.manual_seed(0)
     query, key, value = (6 * torch.randn(3, 1, 2, 9, 16)).bfloat16()
     bias = torch.zeros(1, 1, 9, 9)
-    exact = model.grouped_attention(
+    exact = support.attention.grouped_attention(
         query.double(), key.double(), value.double(), bias.double(), 0.25
     )
     errors = []
     for cuda in (False, True):
         as_if_on_cuda(monkeypatch, cuda)
         with torch.autocast("cpu", torch.bfloat16):
-            out = model.grouped_attention(query, key, value, bias, 0.25)
+            out = support.attention.grouped_attention(query, key, value, bias, 0.25)
         errors.append(float((out.double() - exact).abs().mean()))
     assert errors[1] < 0.5 * errors[0], errors
 
@@ -488,12 +488,12 @@ def test_the_forms_of_cuda_draw_and_score_as_the_cpu_s(models, name, monkeypatch
     trees = [tree._replace(score=[True] * len(tree.ids)) for tree in forest(40)[:4]]
     rows = []
     for t, tree in enumerate(trees):
-        rows += [sample.Row(t, v, 100 * t + v, 12) for v in range(len(tree.ids))]
+        rows += [support.sampler.Row(t, v, 100 * t + v, 12) for v in range(len(tree.ids))]
     found = []
     for cuda in (False, True):
         as_if_on_cuda(monkeypatch, cuda)
         logp = torch.cat([step_logprobs(lm, pack) for pack in pack_trees(trees, 250)])
-        found.append((logp, sample.draw(lm, trees, rows)))
+        found.append((logp, support.sampler.draw(lm, trees, rows)))
     (logp, drawn), (cuda_logp, cuda_drawn) = found
     torch.testing.assert_close(cuda_logp, logp, rtol=1e-5, atol=1e-4)
     same = sum(a == b for a, b in zip(drawn, cuda_drawn))
@@ -538,14 +538,16 @@ def test_the_memory_table_is_what_a_small_model_takes(build, tied, tmp_path):
     fields = {"num_key_value_heads": 2, "tie_word_embeddings": tied}
     path = build(hf.LlamaConfig, fields, BIGGER)
     rows, columns, tokens = 48, 64, 512
-    plan = model.memory(hf.AutoConfig.from_pretrained(path), columns, tokens, rows, 1, False)
+    plan = support.memory.memory(
+        hf.AutoConfig.from_pretrained(path), columns, tokens, rows, 1, False
+    )
 
     def size(tensors):
         return sum(x.numel() * x.element_size() for x in tensors)
 
     lm = LM(path, device="cpu", dtype="bfloat16")
     assert plan["sampling"]["weights"] == pytest.approx(size(lm.model.parameters()), rel=0.1)
-    cache = sample.CacheView(6, (rows, 2, columns, 16), torch.bfloat16, "cpu")
+    cache = support.sampler.CacheView(6, (rows, 2, columns, 16), torch.bfloat16, "cpu")
     taken = size([*cache.keys, *cache.values])
     assert plan["sampling"]["key/value cache"] == pytest.approx(taken, rel=0.1)
 
@@ -572,7 +574,7 @@ def test_the_memory_table_is_what_a_small_model_takes(build, tied, tmp_path):
     taken = size(parameters) + size([p.grad for p in parameters]) + size(state)
     assert plan["training"]["weights, gradients, moments"] == pytest.approx(taken, rel=0.1)
 
-    saved = model.Checkpoints(tmp_path, {"model": lm.model}, optimiser)
+    saved = support.training.Checkpoints(tmp_path, {"model": lm.model}, optimiser)
     saved.save(1)
     taken = 3 * (tmp_path / "step-00000001.pt").stat().st_size
     assert plan["disk"]["two checkpoints and a third"] == pytest.approx(taken, rel=0.1)
@@ -583,19 +585,19 @@ def test_the_memory_table_is_what_a_small_model_takes(build, tied, tmp_path):
 
 def test_the_memory_command(build, capsys):
     path = build(hf.LlamaConfig, {"num_key_value_heads": 2}, BIGGER)
-    model.print_memory([str(path), "--cards", "8", "--memory", "80"])
+    support.memory.print_memory([str(path), "--cards", "8", "--memory", "80"])
     out = capsys.readouterr().out
     assert out.count(" fits (") == 5 and "does not fit" not in out
-    model.print_memory([str(path), "--memory", "0.001"])
+    support.memory.print_memory([str(path), "--memory", "0.001"])
     assert "does not fit: more cards, --offload, or a smaller --budget" in capsys.readouterr().out
-    model.require_memory(path, 8192, False)  # no card, no refusal
-    model.require_memory(path, 8192, False, 80e9)
+    support.memory.require_memory(path, 8192, False)  # no card, no refusal
+    support.memory.require_memory(path, 8192, False, 80e9)
     with pytest.raises(UserError, match=r"needs \d+ GB of each card, which has 0; .*--offload"):
-        model.require_memory(path, 8192, False, 1e6)
+        support.memory.require_memory(path, 8192, False, 1e6)
     with pytest.raises(UserError, match="--budget"):
-        model.require_memory(path, 8192, True, 1e6)
+        support.memory.require_memory(path, 8192, True, 1e6)
     with pytest.raises(UserError, match="no/such: not a model folder"):
-        model.require_memory("no/such", 8192, False, 80e9)
+        support.memory.require_memory("no/such", 8192, False, 80e9)
 
 
 @pytest.mark.parametrize("name", ["llama, GQA, tied", "qwen2, MQA, biases"])
@@ -697,7 +699,7 @@ def actor_job(models):
         def catch(modules, batches, prepare, loss, *rest, **more):
             caught.update(batches=batches, prepare=prepare, loss=loss)
 
-        monkeypatch.setattr(train_actor, "fit", catch)
+        monkeypatch.setattr(support.training, "fit", catch)
         s = train_actor.Settings("a", "t", "o", beta=0.5, batch=10_000, budget=budget)
         train_actor.train(lm, records, lines, s, None)
         return caught
@@ -777,7 +779,7 @@ def test_the_critic_s_batch_too(models, monkeypatch, token_share):
     _, plain = slow(models(name), [])
     total = wanted = 0
     for record in records:
-        tree = model.record_tree(record, [True] * len(record["nodes"]))
+        tree = support.packing.record_tree(record, [True] * len(record["nodes"]))
         for v, node in enumerate(record["nodes"]):
             ids, first = path(tree, v)
             p = torch.sigmoid(twin(plain.base_model(torch.tensor([ids])).last_hidden_state[0]))[
@@ -792,7 +794,7 @@ def test_the_critic_s_batch_too(models, monkeypatch, token_share):
     wanted = wanted / total
     wanted.backward()
     caught = {}
-    monkeypatch.setattr(train_critic, "fit", lambda *args, **more: caught.update(args=args))
+    monkeypatch.setattr(support.training, "fit", lambda *args, **more: caught.update(args=args))
     for budget in (8192, 40):
         s = train_critic.Settings(
             "t", "c", "o", states="all", token_share=token_share, budget=budget
@@ -1024,28 +1026,28 @@ GPT2 = (hf.GPT2Config, {}, {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_position
 def test_the_critic_s_numbers_by_hand():
     """The worked numbers of the docstrings."""
     array = np.array
-    assert train_critic.auc(array([0.9, 0.2]), array([1, 0])) == 1
-    assert train_critic.auc(array([0.9, 0.5, 0.5]), array([0, 1, 0])) == 0.25
-    error, bins = train_critic.calibration(array([0.91, 0.95, 0.2]), array([1, 0.8, 0.1]))
+    assert support.stats.auc(array([0.9, 0.2]), array([1, 0])) == 1
+    assert support.stats.auc(array([0.9, 0.5, 0.5]), array([0, 1, 0])) == 0.25
+    error, bins = support.stats.calibration(array([0.91, 0.95, 0.2]), array([1, 0.8, 0.1]))
     assert error == pytest.approx(0.16 / 3) and [b["states"] for b in bins] == [1, 2]
     assert bins[1] == pytest.approx({"states": 2, "value": 0.93, "mc": 0.9})
     wins, value = [0, 4, 3, 1], [0.5, 0.9, 0.4, 0.5]
     nodes = [{"parent": 0, "reward": None, "n": 4, "wins": w} for w in wins]
-    assert train_critic.siblings([{"nodes": nodes}], [value]) == (0.5, 2)
-    assert train_critic.siblings([{"nodes": nodes[:2]}], [value]) == (None, 0)
+    assert support.stats.siblings([{"nodes": nodes}], [value]) == (0.5, 2)
+    assert support.stats.siblings([{"nodes": nodes[:2]}], [value]) == (None, 0)
     few = [nodes[0], nodes[1], nodes[3] | {"n": 3}]
-    assert train_critic.siblings([{"nodes": few}], [value]) == (None, 0)  # 3 draws are too few
+    assert support.stats.siblings([{"nodes": few}], [value]) == (None, 0)  # 3 draws are too few
     few[2] |= {"n": 4}
-    assert train_critic.siblings([{"nodes": few}], [[0.5, 1.0, 1.0]]) == (0.5, 1)  # a tie is half
+    assert support.stats.siblings([{"nodes": few}], [[0.5, 1.0, 1.0]]) == (0.5, 1)  # a tie is half
     few[1] |= {"reward": 1}
-    assert train_critic.siblings([{"nodes": few}], [value]) == (None, 0)  # its V is the reward
+    assert support.stats.siblings([{"nodes": few}], [value]) == (None, 0)  # its V is the reward
 
 
 def test_layers_are_found_whatever_a_model_calls_them(build, models):
     for path in (models("llama, GQA, tied"), build(*GPT2)):
         lm = LM(path, device="cpu")
-        assert len(model.decoder_layers(lm.model)) == lm.config.num_hidden_layers
-        model.require_memory(path, 8192, False, 80e9)
+        assert len(support.distributed.decoder_layers(lm.model)) == lm.config.num_hidden_layers
+        support.memory.require_memory(path, 8192, False, 80e9)
 
 
 def test_an_eos_of_id_0_is_one(build, tmp_path):

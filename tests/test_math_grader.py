@@ -16,7 +16,15 @@ from fractions import Fraction
 import pytest
 
 import reward
-from reward import MathVerifier, compare, exact_number, extract_answer, grade_math, normalise
+import support.math_answers
+from support.math_answers import (
+    MathVerifier,
+    compare,
+    exact_number,
+    extract_answer,
+    grade_math,
+    normalise,
+)
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +332,7 @@ def test_threads_share_workers_of_1_gb(verifier):
 SCRIPT = """
 import sys, time
 print("imported", flush=True)  # a stage without `if __name__ == "__main__"`
-from reward import MathVerifier, grade_math
+from support.math_answers import MathVerifier, grade_math
 verifier = MathVerifier()
 print(grade_math(r"2\\\\sqrt2", r"#### \\\\sqrt8", verifier)[0], verifier.worker.pid, flush=True)
 time.sleep(60)
@@ -395,12 +403,12 @@ BEFORE_AND_AFTER = [  # a row each of REWRITES, in its order: what that row alon
 ]
 
 
-@pytest.mark.parametrize("row", range(len(reward.REWRITES)))
+@pytest.mark.parametrize("row", range(len(support.math_answers.REWRITES)))
 def test_each_rewrite_does_what_it_is_for(row):
     before, after = BEFORE_AND_AFTER[row]
-    pattern, replacement = reward.REWRITES[row]
+    pattern, replacement = support.math_answers.REWRITES[row]
     assert re.sub(pattern, replacement, before, flags=re.DOTALL) == after
-    others = [r for i, r in enumerate(reward.REWRITES) if i != row]
+    others = [r for i, r in enumerate(support.math_answers.REWRITES) if i != row]
     text = before
     for pattern, replacement in others:  # and no other row does it
         text = re.sub(pattern, replacement, text.strip(), flags=re.DOTALL)
@@ -408,7 +416,7 @@ def test_each_rewrite_does_what_it_is_for(row):
 
 
 def test_each_rewrite_has_a_before_and_an_after():
-    assert len(BEFORE_AND_AFTER) == len(reward.REWRITES)
+    assert len(BEFORE_AND_AFTER) == len(support.math_answers.REWRITES)
 
 
 def test_one_function_is_the_reward_of_every_stage(monkeypatch):

@@ -7,21 +7,18 @@ import sys
 import pytest
 import toy
 
-from model import UserError
-from prepare import (
+from prepare import Settings, load, real_problems, without
+from support.cli import UserError
+from support.datasets import (
     INSTRUCTIONS,
     LOADERS,
     LeftOut,
     Loader,
-    Settings,
     asdiv_demos,
     gsm8k_demos,
-    load,
     load_set,
     normalised_question,
     read_rows,
-    real_problems,
-    without,
 )
 
 MATH = {  # MATH test row 0, its solution shortened

@@ -14,6 +14,7 @@ import toy
 from safetensors.torch import load_file, save_file
 
 import prepare
+import support.cli
 
 S, L, C = "sample.py", "label_steps.py", "train_critic.py"
 A, E, P = "train_actor.py", "evaluate.py", "prepare.py"
@@ -324,7 +325,7 @@ def test_mistake(script, flags, change, says, ready, monkeypatch):
 
 
 def test_a_zero_that_has_a_use_is_no_mistake():
-    prepare.check_numbers(prepare.Settings(out="new", clean_seed=0, careless=0.0))
+    support.cli.check_numbers(prepare.Settings(out="new", clean_seed=0, careless=0.0))
 
 
 @pytest.mark.parametrize("name", ["bom.jsonl", "crlf.jsonl"])

@@ -27,6 +27,8 @@ import evaluate
 import label_steps
 import prepare
 import sample
+import support.cli
+import support.records
 import train_actor
 import train_critic
 
@@ -48,7 +50,7 @@ def run(module, *flags):
     """A stage as the shell starts it, without a new process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
-        prepare.main(module.stage, module.Settings, module.__doc__)
+        support.cli.main(module.stage, module.Settings, module.__doc__)
 
 
 def iterate(run_folder, base, critic_base, i=1, kappa="4", gap=0.0):
@@ -134,8 +136,8 @@ def test_samples_as_trees_and_the_likelihood_of_right_steps(tmp_path, monkeypatc
     for script, flags in (("sample.py", toy.SAMPLE), ("label_steps.py", label), ("train_critic.py", toy.CRITIC)):  # fmt: skip
         code, _, err = toy.stage(script, flags)
         assert code == 0, err
-    drawn = {r["id"]: r["responses"] for r in prepare.read_jsonl("run/samples.jsonl")}
-    records = {r["id"]: r for r in prepare.read_jsonl("run/trees.jsonl")}
+    drawn = {r["id"]: r["responses"] for r in support.records.read_jsonl("run/samples.jsonl")}
+    records = {r["id"]: r for r in support.records.read_jsonl("run/trees.jsonl")}
     for name, record in records.items():
         root = record["nodes"][0]
         assert record["tokens"] == 0 and root["n"] == len(drawn[name]) == 5
@@ -150,7 +152,7 @@ def test_samples_as_trees_and_the_likelihood_of_right_steps(tmp_path, monkeypatc
         code, said, err = toy.stage("train_actor.py", actor)
         assert code == 0, err
         loss = nll = weights = pairs = regressed = 0
-        for line in prepare.read_jsonl("run/actor.advantages.jsonl"):
+        for line in support.records.read_jsonl("run/actor.advantages.jsonl"):
             for state in line["states"]:
                 for action in state["actions"]:
                     node = records[line["id"]]["nodes"][action["node"]]

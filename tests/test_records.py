@@ -15,8 +15,11 @@ import toy
 from safetensors.torch import load_file
 
 import model
-from model import LM, UserError, fit, replace
-from prepare import Stage, differences, dump, read_jsonl, sha256
+from model import LM
+from support.cli import UserError
+from support.records import dump, read_jsonl, replace, sha256
+from support.stage import Stage, differences
+from support.training import fit
 from train_actor import advantage_states
 from train_critic import load_critic
 

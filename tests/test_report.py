@@ -12,8 +12,12 @@ from pathlib import Path
 
 import pytest
 
-import evaluate
-from evaluate import TrainedTree, colour, layout, short, summarise, visible, wrapped
+import support.cli
+import support.embedded
+import support.report
+from evaluate import summarise
+from support.page import colour, short, visible, wrapped
+from support.report import TrainedTree, layout
 
 ROOT = Path(__file__).resolve().parents[1]
 HOSTILE = (
@@ -106,7 +110,7 @@ class Page(HTMLParser):
 
 
 def report(run: Path) -> Page:
-    evaluate.report(run)
+    support.report.report(run)
     return Page((run / "report.html").read_text())
 
 
@@ -199,13 +203,15 @@ def test_reports_of_less(tmp_path, capsys):
     (run / "iter1" / "actor.manifest.json").write_text(json.dumps(manifest))
     assert report(run).count("details") == 10  # its pairs are whole responses, not the trees' steps
     rows = {"iter1": json.loads((run / "iter1" / "summary.json").read_text())["sets"]["all"]}
-    assert len(evaluate.plot_report(run, rows).axes[1].lines) == 2  # its critic beside the diagonal
+    assert (
+        len(support.report.plot_report(run, rows).axes[1].lines) == 2
+    )  # its critic beside the diagonal
     for name in ("train.jsonl", "test.jsonl", "iter0/eval.jsonl"):
         (run / name).unlink()
     assert report(run).count("details") == 0
     capsys.readouterr()
-    with pytest.raises(evaluate.UserError, match="no iter"):
-        evaluate.report(tmp_path)
+    with pytest.raises(support.cli.UserError, match="no iter"):
+        support.report.report(tmp_path)
 
 
 def test_layout_keeps_rows_apart(rng):
@@ -396,7 +402,7 @@ from transformers import AutoTokenizer
 import prepare
 words = AutoTokenizer.from_pretrained({str(folder)!r})
 new, copy = Path({str(tmp_path)!r}, "new"), Path({str(tmp_path)!r}, "copy")
-prepare.new_model(words, seed=0, layers=1, width=16).save_pretrained(new)
+support.embedded.new_model(words, seed=0, layers=1, width=16).save_pretrained(new)
 words.save_pretrained(new)
 prepare.LM(new).save(copy)
 assert (copy / "model.safetensors").exists()

@@ -6,9 +6,11 @@ import pytest
 import torch
 import transformers as hf
 
-import sample
-from model import LM, Tree, UserError
-from sample import Prefixes, Row, Slots, draw, draw_key, draw_tokens, uniforms
+import support.sampler
+from model import LM
+from support.cli import UserError
+from support.packing import Tree
+from support.sampler import Prefixes, Row, Slots, draw, draw_key, draw_tokens, uniforms
 
 MASK = 2**64 - 1
 
@@ -108,7 +110,7 @@ def test_replayed_steps_draw_the_same(peaked, crowd, monkeypatch):
         slots.graphs[width] = Replayed(slots, width)
 
     monkeypatch.setattr(Slots, "capture", capture)
-    monkeypatch.setattr(sample, "COLUMNS", 16)
+    monkeypatch.setattr(support.sampler, "COLUMNS", 16)
     monkeypatch.setattr(peaked, "may_capture", True)
     for batch in (16, 64, 1000):
         recorded.clear()
@@ -324,7 +326,7 @@ def test_a_prompt_longer_than_learned_positions_is_refused(folder, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     lm, tree = LM(tmp_path, device="cpu"), Tree([[5] * 100], [-1], [True])
     with pytest.raises(UserError, match=r"100.*64"):
-        sample.draw(lm, [tree], [Row(0, 0, 1, 4)])
+        support.sampler.draw(lm, [tree], [Row(0, 0, 1, 4)])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -332,7 +334,7 @@ def test_a_logit_that_is_no_number_is_refused(peaked, temperature, monkeypatch):
     broken = lambda hidden: torch.full((len(hidden), peaked.config.vocab_size), torch.nan)
     monkeypatch.setattr(peaked, "logits", broken)
     with pytest.raises(UserError, match="no number"):
-        sample.draw(peaked, [Tree([[5, 6]], [-1], [True])], [Row(0, 0, 1, 4)], temperature)
+        support.sampler.draw(peaked, [Tree([[5, 6]], [-1], [True])], [Row(0, 0, 1, 4)], temperature)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -347,5 +349,5 @@ def test_so_is_one_in_the_middle_of_a_response(peaked, temperature, monkeypatch)
     monkeypatch.setattr(peaked, "logits", later)
     monkeypatch.setattr(peaked, "eos", [len(peaked.head)])  # no row ends before
     with pytest.raises(UserError, match="no number"):
-        sample.draw(peaked, [Tree([[5, 6]], [-1], [True])], [Row(0, 0, 1, 4)], temperature)
+        support.sampler.draw(peaked, [Tree([[5, 6]], [-1], [True])], [Row(0, 0, 1, 4)], temperature)
     assert len(calls) == 2

@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from model import UserError
-from reward import Sandbox, Worker, decode, encode, extract_program, same, same_text
+from support.cli import UserError
+from support.judge import decode, encode, same, same_text
+from support.sandbox import Sandbox, Worker, extract_program
 
 ROOT = os.getuid() == 0
 NONCE = secrets.token_hex(4)  # names the processes and files of this run

@@ -15,9 +15,13 @@ import toy
 
 import evaluate
 import label_steps
-import prepare
 import sample
-from model import LM, Tree, UserError
+import support.cli
+import support.sampler
+import support.server
+from model import LM
+from support.cli import UserError
+from support.packing import Tree
 
 FAULTS = ["500", "half a body", "dies", "hangs", "short", "other prompt", "no JSON", "too many"]
 FAULTS += ["no list"]
@@ -63,11 +67,13 @@ class Handler(BaseHTTPRequestHandler):
             fault = stub.always or (stub.faults.pop(0) if stub.faults and not check else None)
             n = len(stub.asked)
             rows = [
-                sample.Row(0, 0, sample.draw_key("stub", n, k), asked["max_tokens"])
+                support.sampler.Row(
+                    0, 0, support.sampler.draw_key("stub", n, k), asked["max_tokens"]
+                )
                 for k in range(asked["n"])
             ]
             tree = Tree([asked["prompt"]], [-1], [True])
-            drawn = sample.draw(stub.lm, [tree], rows, asked["temperature"])
+            drawn = support.sampler.draw(stub.lm, [tree], rows, asked["temperature"])
         choices = []
         for ids in drawn:
             ended = ids[-1] in stub.lm.eos
@@ -113,9 +119,9 @@ def work(ready, tmp_path, monkeypatch):
     """A folder with the tiny model, and a client that does not wait long."""
     shutil.copytree(ready, tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setattr(sample.Server, "pause", 0.0)
-    monkeypatch.setattr(sample.Server, "timeout", 2.0)
-    monkeypatch.setattr(sample.Server, "requests", 4)
+    monkeypatch.setattr(support.server.Server, "pause", 0.0)
+    monkeypatch.setattr(support.server.Server, "timeout", 2.0)
+    monkeypatch.setattr(support.server.Server, "requests", 4)
     return tmp_path / "work"
 
 
@@ -136,7 +142,7 @@ def run(module, flags, capsys):
     """-> exit code, stderr"""
     argv, sys.argv = sys.argv, [f"{module.__name__}.py", *flags.split()]
     try:
-        prepare.main(module.stage, module.Settings, module.__doc__)
+        support.cli.main(module.stage, module.Settings, module.__doc__)
         return 0, capsys.readouterr().err
     except SystemExit as e:
         return e.code, capsys.readouterr().err
@@ -192,13 +198,15 @@ def test_draws_come_from_the_model_s_distribution(work):
     lm = LM("tiny")
     prompts = [lm.prompt_ids(p["prompt"]) for p in lines("problems.jsonl")[:3]]
     trees = [Tree([ids], [-1], [True]) for ids in prompts]
-    rows = [sample.Row(t, 0, 0, 1 + t) for t in (2, 0, 1) for _ in range(200)]
+    rows = [support.sampler.Row(t, 0, 0, 1 + t) for t in (2, 0, 1) for _ in range(200)]
     with serving(Stub(lm, "tiny")) as url:
-        drawn = sample.Server(url, lm).draw(trees, rows, 1.0, None)
-    own = [row._replace(key=sample.draw_key(i)) for i, row in enumerate(rows)]
+        drawn = support.server.Server(url, lm).draw(trees, rows, 1.0, None)
+    own = [row._replace(key=support.sampler.draw_key(i)) for i, row in enumerate(rows)]
     for t in range(3):
         first = Counter(ids[0] for ids, row in zip(drawn, rows) if row[0] == t)
-        twin = Counter(ids[0] for ids, row in zip(sample.draw(lm, trees, own), rows) if row[0] == t)
+        twin = Counter(
+            ids[0] for ids, row in zip(support.sampler.draw(lm, trees, own), rows) if row[0] == t
+        )
         assert sum(first.values()) == 200
         assert sum(abs(first[i] - twin[i]) for i in first | twin) < 120  # of 400; others: 300
         assert all(len(ids) <= 1 + t for ids, row in zip(drawn, rows) if row[0] == t)
@@ -232,12 +240,12 @@ def test_a_server_that_is_away_for_seconds_rests_as_a_whole(work, monkeypatch):
 
     def complete(*question):
         if clock.now < 103.5:
-            raise sample.Fault("refused")
+            raise support.server.Fault("refused")
         return [[5, 0]]
 
     clock = Clock()
     with serving(Stub(LM("tiny"), "tiny")) as url:
-        server = sample.Server(url, LM("tiny", weights=False))
+        server = support.server.Server(url, LM("tiny", weights=False))
         monkeypatch.setattr(sample, "time", clock)
         monkeypatch.setattr(server, "_complete", complete)
         monkeypatch.setattr(server, "pause", 1.0)
@@ -251,8 +259,8 @@ def test_a_server_that_is_away_for_seconds_rests_as_a_whole(work, monkeypatch):
 def test_a_fault_that_stays_is_one_line_and_the_same_command_goes_on(
     fault, work, capsys, monkeypatch
 ):
-    monkeypatch.setattr(sample.Server, "timeout", 1.0)
-    monkeypatch.setattr(sample.Server, "tries", 2)
+    monkeypatch.setattr(support.server.Server, "timeout", 1.0)
+    monkeypatch.setattr(support.server.Server, "tries", 2)
     lm = LM("tiny")
     flags = f"{toy.SAMPLE} --limit 12"
     with serving(Stub(lm, "tiny", [None] * 5 + [fault] * 99)) as url:
@@ -295,7 +303,7 @@ def test_a_server_that_will_not_do_is_refused(name, always, said, work, capsys):
 
 
 def test_tokens_beyond_the_tokenizer_do_not_go_on_for_ever(work, capsys, monkeypatch):
-    monkeypatch.setattr(sample.Server, "tries", 2)
+    monkeypatch.setattr(support.server.Server, "tries", 2)
     lm = LM("tiny")
     with serving(Stub(lm, "tiny", [None] + ["padding row"] * 99)) as url:
         flags = f"{toy.SAMPLE} --n1 1 --n 1 --limit 2 --server {url}"
@@ -339,7 +347,7 @@ def test_a_prompt_that_a_server_refuses_is_said_at_once(work):
     stub.RequestHandlerClass = Refuses
     began = time.monotonic()
     with serving(stub) as url, pytest.raises(UserError, match="too long"):
-        sample.Server(url, LM("tiny", weights=False))
+        support.server.Server(url, LM("tiny", weights=False))
     assert time.monotonic() - began < 30
 
 
@@ -349,7 +357,7 @@ def test_a_context_that_would_cut_responses_off_is_refused(work, capsys):
     stub.context = 12
     with serving(stub) as url:
         code, err = run(sample, f"{toy.SAMPLE} --limit 12 --server {url}", capsys)
-        own = sample.Server(url, LM("tiny", weights=False))
+        own = support.server.Server(url, LM("tiny", weights=False))
         assert len(own._continuations([5] * 8, 3, 4, 1.0)) == 3
         with pytest.raises(UserError, match="are 13, the server's context is 12; lower --max_new"):
             own._continuations([5] * 9, 3, 4, 1.0)
@@ -361,9 +369,9 @@ def test_greedy_responses_of_one_state_are_a_request_each(work):
     """vLLM refuses to draw several at temperature 0."""
     stub = Stub(LM("tiny"), "tiny")
     with serving(stub) as url:
-        server = sample.Server(url, LM("tiny", weights=False))
+        server = support.server.Server(url, LM("tiny", weights=False))
         tree = Tree([[1, 5, 9]], [-1], [True])
-        drawn = server.draw([tree], [sample.Row(0, 0, 0, 4)] * 3, 0.0, None)
+        drawn = server.draw([tree], [support.sampler.Row(0, 0, 0, 4)] * 3, 0.0, None)
     assert drawn[0] == drawn[1] == drawn[2]
     assert [asked["n"] for asked in stub.asked] == [1] * 4  # the first is the stage's own question
 
@@ -376,4 +384,4 @@ def test_an_end_that_the_server_alone_knows_is_refused(work):
     lm = LM("tiny", weights=False)
     assert lm.eos == [5]
     with pytest.raises(UserError, match="tokenizer's EOS too, 0; add it to eos_token_id"):
-        sample.Server("http://127.0.0.1:9", lm)
+        support.server.Server("http://127.0.0.1:9", lm)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-import evaluate
-from evaluate import bootstrap, majority, mcnemar, paired, pass_at, wilson
+import support.math_answers
 from model import step_advantages
 from sample import keep_balanced
+from support.stats import bootstrap, majority, mcnemar, paired, pass_at, wilson
 from train_actor import action_values, actor_loss, advantage_states, success_share
 from train_critic import split_by_hash, training_nodes, value_loss
 
@@ -356,7 +356,9 @@ def test_majority_counts_equal_numbers_as_one_answer(monkeypatch):
     votes = [("5 km", False)] * 3 + [("5 cm", True), ("7", False), ("7", False)]
     assert not majority([{"prediction": p, "correct": c} for p, c in votes])
     long = {"prediction": "1" + " " * 100_000 + "2", "correct": False}
-    monkeypatch.setattr(evaluate, "normalise", None)  # which takes minutes for an answer so long
+    monkeypatch.setattr(
+        support.math_answers, "normalise", None
+    )  # which takes minutes for an answer so long
     assert not majority([long])
 
 

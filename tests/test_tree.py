@@ -15,8 +15,9 @@ import toy
 import transformers as hf
 
 import label_steps
-import prepare
 import sample as sample_stage
+import support.records
+import support.sampler
 from label_steps import StepTree
 from model import LM
 
@@ -424,7 +425,7 @@ def test_a_card_with_less_memory_makes_the_same_trees(labelled, monkeypatch):
         sizes.append(len(trees))
         return len(trees) <= 8
 
-    monkeypatch.setattr(label_steps, "prefixes_fit", fit)
+    monkeypatch.setattr(support.sampler, "prefixes_fit", fit)
     monkeypatch.setattr(sys, "argv", ["label_steps.py"])
     where = {"actor": str(run / "base"), "problems": str(run / "train.jsonl"), "max_new": 10}
     few = run / "few.jsonl"
@@ -557,7 +558,7 @@ def test_mixed_labels_only_problems_that_are_sometimes_right(tmp_path, monkeypat
     toy.build(tmp_path)
     assert toy.stage("sample.py", f"{toy.SAMPLE} --mixed")[0] == 0
     assert toy.stage("label_steps.py", toy.LABEL)[0] == 0
-    samples, trees = (prepare.read_jsonl(f"run/{x}.jsonl") for x in ("samples", "trees"))
+    samples, trees = (support.records.read_jsonl(f"run/{x}.jsonl") for x in ("samples", "trees"))
     mixed = []
     for r in samples:
         rewards = [x["reward"] for x in r["responses"]]

@@ -75,7 +75,8 @@ def tokenizer(extra=()):
 
 def build(folder: Path):
     """tiny/ and the problem files, in `folder`."""
-    from prepare import dump, new_model
+    from support.embedded import new_model
+    from support.records import dump
 
     words = tokenizer()
     model = new_model(words, seed=0, layers=1, width=16)

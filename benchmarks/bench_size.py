@@ -14,9 +14,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import support.sandbox
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import reward
-from label_steps import read_trees
+from support.records import read_trees
 
 NODES, TOKENS = (
     900,
@@ -38,7 +40,7 @@ def pairs(count: int) -> list[tuple[dict, str]]:
 
 def grading(count=400):
     tasks = pairs(count)
-    for threads in (1, reward.CPUS):
+    for threads in (1, support.sandbox.CPUS):
         reward._known.clear()
         with ThreadPoolExecutor(threads) as pool:
             judge = lambda task: reward.grade(*task)[0]

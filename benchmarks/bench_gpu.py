@@ -4,7 +4,7 @@
   logprobs       linear_logprobs at the sizes of a 0.5B and a 7B model, against its rivals
   tree, sampler  tree packing and the sampler on a 0.5B model with random weights, against their rivals
   big            a 7B model: decoding, a training pass by flex_attention and by the gathered form, memory
-  training       `fit` of a 1.5B model, checkpointed, with --offload, and not checkpointed: seconds a step, memory against model.memory
+  training       `fit` of a 1.5B model, checkpointed, with --offload, and not checkpointed: seconds a step, memory against support.memory.memory
   pipeline       run.sh with a random 0.5B model
   demo           run.sh as it is, only where it is named
 
@@ -26,7 +26,10 @@ from pathlib import Path
 import bench_kernels as bench
 import torch
 
-import model as dapo
+import support.attention
+import support.distributed
+import support.memory
+import support.training
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "--tiny" in sys.argv
@@ -167,7 +170,7 @@ def decoding(lm, rate: float, batch: int, prompt: int, new: int):
     prefixes = bench.Prefixes(lm, [bench.Tree([[5] * prompt], [-1], [True])])
     rows = [bench.Row(0, 0, i, new) for i in range(batch)]
     size = lm.head.element_size()
-    kept = batch * dapo.row_bytes(lm.config, prompt + new // 2, size)
+    kept = batch * support.attention.row_bytes(lm.config, prompt + new // 2, size)
     for graphs in (True, False):
         lm.may_capture = graphs and bench.CUDA
         took = bench.seconds(lambda: bench.draw(lm, None, rows, batch=batch, prefixes=prefixes), 2)
@@ -222,7 +225,7 @@ def big():
             decoding(lm, rate, batch, prompt, new)
         if bench.CUDA:
             most = torch.cuda.max_memory_allocated() / 1e9
-            found = dapo.memory(lm.model.config, 768, TOKENS, 256, 1, False)["sampling"]
+            found = support.memory.memory(lm.model.config, 768, TOKENS, 256, 1, False)["sampling"]
             print(f"  sampling took {most:.1f} GB, computed {sum(found.values()) / 1e9:.1f}")
             torch.cuda.empty_cache()
         (pack,) = bench.pack_trees([long_tree(TOKENS)], TOKENS)
@@ -241,7 +244,7 @@ def big():
             print(f"  training pass of {TOKENS} tokens, flex {bool(lm.flex)}: {took:.2f} s (first {first:.0f}), "
                   f"{TOKENS / took:.0f} tokens/s, {share:.0%} of the ceiling, "
                   f"{most - held:.1f} GB beside weights and gradients")  # fmt: skip
-        found = dapo.memory(lm.model.config, 768, TOKENS, 256, 8, False)["training"]
+        found = support.memory.memory(lm.model.config, 768, TOKENS, 256, 8, False)["training"]
         found = {part: size / 1e9 for part, size in found.items()}
         print(f"  computed beside them: {sum(list(found.values())[2:]):.1f} GB")
 
@@ -256,13 +259,15 @@ def one_training(how: str):
     offload = how == "offload"
     with tempfile.TemporaryDirectory() as folder:
         bench.random_model(f"{folder}/model", ONE_AND_A_HALF_B)
-        dapo.join(offload)
+        support.distributed.join(offload)
         lm = bench.LM(f"{folder}/model", train=True, checkpointed=how != "kept")
         if offload:
-            dapo.shard(lm, offload=True)
+            support.distributed.shard(lm, offload=True)
         tree = long_tree(TOKENS)
         packs = bench.pack_trees([tree, tree], TOKENS)
-        dapo.Checkpoints.save = lambda self, step: None  # the disk's speed is none of ours
+        support.training.Checkpoints.save = lambda self, step: (
+            None
+        )  # the disk's speed is none of ours
 
         def loss(pack):
             return 0.5 * bench.step_logprobs(lm, pack).mean().square(), {}
@@ -271,18 +276,20 @@ def one_training(how: str):
 
         def run():
             make_packs = lambda batch: [(pack,) for pack in packs]
-            dapo.fit({"actor": lm.model}, batches, make_packs, loss, work, lr=1e-6, save_minutes=99)
+            support.training.fit(
+                {"actor": lm.model}, batches, make_packs, loss, work, lr=1e-6, save_minutes=99
+            )
 
         _, most = peak(run)
         timing, metrics = (work / "timing.jsonl").read_text(), (work / "metrics.jsonl").read_text()
         steps = [json.loads(line)["seconds"] for line in timing.splitlines()]
         losses = [json.loads(line)["loss"] for line in metrics.splitlines()]
-        found = dapo.memory(lm.model.config, 0, TOKENS, 0, 1, offload)["training"]
+        found = support.memory.memory(lm.model.config, 0, TOKENS, 0, 1, offload)["training"]
         step = sorted(steps)[len(steps) // 2]
         print(f"1.5B, {how}: {step:.2f} s a step of {2 * TOKENS} tokens ({2 * TOKENS / step:.0f} "
               f"tokens/s), first {steps[0]:.0f} s; {most:.1f} GB of the card, computed "
               f"{sum(found.values()) / 1e9:.1f}; losses {losses[0]:.4f} to {losses[-1]:.4f}")  # fmt: skip
-        dapo.leave()
+        support.distributed.leave()
 
 
 # ------------------------------------------------------------ the stages

@@ -18,12 +18,14 @@ from pathlib import Path
 
 import torch
 
+import support.embedded
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import transformers as hf
 
-import prepare
-from model import LM, Tree, linear_logprobs, pack_trees, step_logprobs
-from sample import Prefixes, Row, draw, draw_key
+from model import LM, linear_logprobs, step_logprobs
+from support.packing import Tree, pack_trees
+from support.sampler import Prefixes, Row, draw, draw_key
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -132,8 +134,10 @@ SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embe
 
 def random_model(folder, sizes=SMALL):
     """Random weights in bfloat16 where they will be computed in it, and the embedded tokenizer."""
-    demos = prepare.demonstrations(prepare.TASKS["math"], 0, 200, True)
-    tokenizer = prepare.build_tokenizer([d[k] for d in demos for k in ("prompt", "response")])
+    demos = support.embedded.demonstrations(support.embedded.TASKS["math"], 0, 200, True)
+    tokenizer = support.embedded.build_tokenizer(
+        [d[k] for d in demos for k in ("prompt", "response")]
+    )
     eos = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
     sizes = {"vocab_size": len(tokenizer), "tie_word_embeddings": True, **eos, **sizes}
     torch.manual_seed(0)

@@ -33,9 +33,9 @@ import prepare
 import sample
 import train_actor
 import train_critic
-from evaluate import sampled_tokens
 from model import LM
-from prepare import dump, read_jsonl
+from support.records import dump, read_jsonl
+from support.report import sampled_tokens
 
 GIVEN = sys.argv[1:]  # `call` gives each stage a sys.argv of its own
 CHOICE = 400

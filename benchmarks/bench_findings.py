@@ -25,6 +25,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import support.embedded
+import support.records
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from bench_evidence import (
@@ -44,8 +47,10 @@ import prepare
 import sample
 import train_actor
 import train_critic
-from model import LM, pack_hidden
-from prepare import each_record, read_jsonl, read_manifest, sha256
+from model import LM
+from support.attention import pack_hidden
+from support.records import each_record, read_jsonl, sha256
+from support.stage import read_manifest
 
 CRITIC, ACTOR = PAPER["critic"], PAPER["actor"]
 SAMPLE = "--n1 8 --n 4 --batch 512 --limit 100"
@@ -155,7 +160,7 @@ def where_first_steps_lead():
 def rescaled(critic: Path, trees: Path):
     """V becomes sigmoid(a + b logit V), a and b fitted on the labelled states that it was not trained on."""
     usual = train_actor.tree_values
-    _, held_out = train_critic.split_by_hash(train_actor.read_trees(trees))
+    _, held_out = train_critic.split_by_hash(support.records.read_trees(trees))
     logits, n, wins = [], [], []
     values = usual(*train_critic.load_critic(critic), held_out, False, 8192)
     for record, value in zip(held_out, values):
@@ -220,9 +225,9 @@ def wide_model(folder: Path) -> Path:
     """As the clean model, but of twice the width: 1.7M parameters in place of 0.5M."""
     flags = {"steps": "6-6", "wordings": 32, "clean_size": 48000, "clean_seed": 1}
     s = prepare.Settings(out=str(folder / "wide"), clean=str(folder / "wide"), **flags)
-    wide = functools.partial(prepare.new_model, width=256)
+    wide = functools.partial(support.embedded.new_model, width=256)
     with mock.patch.object(prepare, "new_model", wide):
-        prepare.clean_model(folder / "wide/work", prepare.TASKS["math"], s)
+        prepare.clean_model(folder / "wide/work", support.embedded.TASKS["math"], s)
     return folder / "wide/math-6-6-32-48000-1"
 
 
@@ -250,7 +255,7 @@ def labels_by_bisection(trees: Path):
     the draws of the states that it visits, which the tree's own key fixes, are the same ones.
     """
     usual = label_steps.plant
-    records = {record["id"]: record for record in train_actor.read_trees(trees)}
+    records = {record["id"]: record for record in support.records.read_trees(trees)}
 
     def plant(sampled, cut, whole_draws):
         tree, visited = usual(sampled, cut, whole_draws), {0}
@@ -302,7 +307,7 @@ def regression_of(actor: Path, base: Path, records: list[dict], lines: list[dict
 def pairs_of(critic: Path, trees: Path) -> tuple[list[dict], list[dict]]:
     """The problems of trees that have a pair to train on, and their lines of advantages.jsonl, by
     the paper's Q = V and gap."""
-    records = train_actor.read_trees(trees)
+    records = support.records.read_trees(trees)
     values = train_actor.tree_values(*train_critic.load_critic(critic), records, False, 8192)
     s = train_actor.Settings(actor="", trees=str(trees), out="")
     lines = train_actor.advantages(records, values, s)

@@ -51,6 +51,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import support.cli
+import support.sampler
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import label_steps
@@ -58,11 +61,12 @@ import prepare
 import sample
 import train_actor
 import train_critic
-from evaluate import sampled_tokens
-from model import LM, Tree, pack_trees, step_logprobs
-from prepare import each_record, read_jsonl
+from model import LM, step_logprobs
 from reward import grade_ids
-from sample import draw_key
+from support.packing import Tree, pack_trees
+from support.records import each_record, read_jsonl
+from support.report import sampled_tokens
+from support.sampler import draw_key
 
 LEVELS = {  # flags of prepare.py, and the length limit of a response
     "short": ("", 64),
@@ -179,8 +183,8 @@ def evaluate(lm: LM, problems: list[dict], max_new: int, k: int = 4) -> tuple[fl
         rows = []
         for j, problem in enumerate(problems):
             for i in range(count):
-                rows.append(sample.Row(j, 0, draw_key("bench", problem["id"], i), max_new))
-        drawn = sample.draw(lm, trees, rows, temperature, 512)
+                rows.append(support.sampler.Row(j, 0, draw_key("bench", problem["id"], i), max_new))
+        drawn = support.sampler.draw(lm, trees, rows, temperature, 512)
         graded = grade_ids(lm, [problems[row.tree] for row in rows], drawn, unsafe=False)
         right = np.array([g["correct"] for g in graded]).reshape(len(problems), count)
         rights.append(right.sum(1).tolist())
@@ -203,8 +207,10 @@ def online(lm: LM, problems, max_new: int, seed: int, right_only: bool, prompts,
         rows = []
         for j in range(prompts):
             for i in range(group):
-                rows.append(sample.Row(j, 0, draw_key("online", seed, iteration, j, i), max_new))
-        drawn = sample.draw(lm, prompt_trees(lm, chunk), rows, 1.0, 512)
+                rows.append(
+                    support.sampler.Row(j, 0, draw_key("online", seed, iteration, j, i), max_new)
+                )
+        drawn = support.sampler.draw(lm, prompt_trees(lm, chunk), rows, 1.0, 512)
         sampled += sum(map(len, drawn))
         graded = grade_ids(lm, [chunk[row.tree] for row in rows], drawn, unsafe=False)
         reward = torch.tensor([float(g["correct"]) for g in graded]).view(prompts, group)
@@ -237,7 +243,7 @@ def call(script, flags: str, **paths):
     for name, path in paths.items():
         sys.argv += [f"--{name}", str(path)]
     with contextlib.redirect_stdout(io.StringIO()):
-        prepare.main(script.stage, script.Settings, script.__doc__)
+        support.cli.main(script.stage, script.Settings, script.__doc__)
 
 
 def passes(flags: str) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from label_steps import read_trees
+from support.records import read_trees
 from train_critic import load_critic, measure, tree_values
 
 

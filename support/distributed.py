@@ -1,0 +1,139 @@
+"""distributed. It knows nothing of the algorithm."""
+
+import os
+import types
+
+import torch
+import torch.distributed as dist
+
+
+def decoder_layers(model) -> list[torch.nn.Module]:
+    """The layers of a Hugging Face decoder, which one calls `layers` and another `h`."""
+    from transformers.modeling_layers import GradientCheckpointingLayer  # takes seconds
+
+    return [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+
+
+#
+# torchrun starts a process a card: `torchrun --nproc-per-node 8 train_actor.py ...`. Each runs the
+# whole script; weights, gradients and moments are sharded (FSDP2), packs are shared out, and the
+# first process alone speaks and writes. Without torchrun nothing of this happens.
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join(offload: bool = False):
+    """Meet the other processes; offload: a group of one, which CPUOffloadPolicy needs too."""
+    if dist.is_initialized() or (world() == 1 and not offload):
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world() == 1 else {}
+    dist.init_process_group(backend, **alone)
+
+
+def leave():
+    """Part from the other processes; gloo's threads would otherwise end some with an error."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wait_for_all():
+    if world() > 1 and dist.is_initialized():
+        dist.barrier()
+
+
+def own_share(items: list) -> list[tuple]:
+    """(item, True) of this process's share. (items[0], False) fills up: of sharded weights every
+    process must run equally many passes, and the result of this one is not used."""
+    share = [(item, True) for item in items[rank() :: world()]]
+    missing = -(-len(items) // world()) - len(share)
+    if missing:  # never of no items at all
+        share += [(items[0], False)] * missing
+    return share
+
+
+def from_all(items: list) -> list:
+    """The items of all processes, joined."""
+    if world() == 1:
+        return items
+    everyone = [None] * world()
+    dist.all_gather_object(everyone, items)
+    return [item for own in everyone for item in own]
+
+
+def is_sharded(module) -> bool:
+    if not dist.is_initialized():  # the import below takes a while
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def shard(lm, value_head: torch.nn.Module | None = None, offload: bool = False):
+    """Shard a model's weights over the processes, each decoder layer and then the rest; value_head:
+    the critic's, too. offload: weights, gradients and moments lie in the host's memory.
+
+    What uses weights outside the layers (embedding, last norm, the vocabulary products) runs inside
+    `LM.with_weights`, for which they are gathered; so tied embeddings stay one parameter.
+    """
+    if not dist.is_initialized():
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    mesh = init_device_mesh(lm.device, (world(),), mesh_dim_names=("shard",))
+    narrow = torch.bfloat16 if lm.in_bfloat16 else None
+    place = CPUOffloadPolicy(torch.cuda.is_available()) if offload else OffloadPolicy()
+    flags = {"mesh": mesh, "offload_policy": place}
+    precise = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32)
+    flags["reshard_after_forward"] = not offload  # offloaded weights go up once a step, not a pack
+    for layer in decoder_layers(lm.model):
+        fully_shard(layer, mp_policy=precise, **flags)
+    fully_shard(lm.model, mp_policy=precise, **flags)
+    lm.model.with_weights = types.MethodType(lambda model, function: function(), lm.model)
+    register_fsdp_forward_method(lm.model, "with_weights")
+    sharded = [lm.model]
+    if value_head is not None:
+        sharded.append(fully_shard(value_head, **flags))
+    for module in sharded:
+        for part in module.modules():
+            if is_sharded(part):  # the shares of a batch's mean are summed, not averaged
+                part.set_gradient_divide_factor(1.0)
+                part.set_force_sum_reduction_for_comms(True)
+        module.reshards_late = offload
+
+
+def whole_state(module: torch.nn.Module) -> dict:
+    """The state dict with whole tensors, on the first process; every process takes part."""
+    if not is_sharded(module):
+        return module.state_dict()
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+    )
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(module, options=options)
+    own = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    return {name: state[name] for name in own if name in state}  # a tied head is no second one
+
+
+def summed(sums: dict[str, float]) -> dict[str, float]:
+    """Each number summed over the processes."""
+    if world() == 1:
+        return sums
+    numbers = torch.tensor(list(sums.values()), dtype=torch.float64)
+    dist.all_reduce(numbers)
+    return dict(zip(sums, numbers.tolist()))
