@@ -1,6 +1,5 @@
 """sampler. It knows nothing of the algorithm."""
 
-import functools
 import hashlib
 import sys
 from typing import NamedTuple
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from support.attention import TreeView, grouped_attention, on_cuda, pack_hidden, row_bytes
+from support.attention import CacheView, TreeView, pack_hidden, row_bytes
 from support.cli import UserError, first_line
 from support.distributed import world
 from support.packing import BLOCK, Tree, pack_trees
@@ -47,44 +46,6 @@ def draw_tokens(logits, key, position, temperature: float) -> torch.Tensor:
 
 
 COLUMNS = 128  # of the cache, that one CUDA graph serves
-
-
-class CacheView:
-    """Keys and values of B rows, allocated once; row b has written columns 0 .. length[b] - 1."""
-
-    def __init__(self, layers: int, shape: tuple[int, ...], dtype: torch.dtype, device: str):
-        rows, groups, columns, size = shape
-        columns += -columns % 8  # CUDA's fused kernels want such widths
-        # Zeros: a masked column counts 0 times its value, which for a NaN left in memory is NaN.
-        zeros = functools.partial(torch.zeros, (rows, groups, columns, size))  # (B, G, T, D)
-        self.keys = [zeros(dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [zeros(dtype=dtype, device=device) for _ in range(layers)]
-
-    def at(self, length: torch.Tensor, width: int):
-        """The next token of a row goes to column `length` and sees columns 0 .. length < width."""
-        if on_cuda(length):
-            width += -width % 8
-        self.rows = torch.arange(len(length), device=length.device)
-        self.length, self.width = length, width
-        unseen = torch.arange(width, device=length.device) > length[:, None]
-        bias = torch.zeros(unseen.shape, dtype=self.keys[0].dtype, device=length.device)
-        self.bias = bias.masked_fill_(unseen, -torch.inf)[:, None, None]  # (B, 1, 1, T)
-        return self
-
-    def __call__(self, layer, query, key, value, scaling):
-        k, v = self.keys[layer], self.values[layer]
-        k[self.rows, :, self.length] = key[:, :, 0].to(k.dtype)
-        v[self.rows, :, self.length] = value[:, :, 0].to(v.dtype)
-        k, v = k[: len(query), :, : self.width], v[: len(query), :, : self.width]
-        # (B, G, R, D): the heads of a group share keys, as if they were R queries of one head.
-        q = query.view(len(query), k.shape[1], -1, query.shape[-1])
-        if not on_cuda(query):
-            return grouped_attention(q, k, v, self.bias, scaling).view(query.shape)
-        # So no kernel need know of groups (the one that takes a mask on most cards does not, and
-        # would give way to one that copies the cache). Scores and softmax are float32 inside.
-        bias = self.bias.expand(-1, -1, q.shape[2], -1)
-        out = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=bias, scale=scaling)
-        return out.reshape(query.shape)
 
 
 def free_memory() -> int:

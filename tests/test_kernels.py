@@ -454,7 +454,7 @@ def test_a_decoded_token_by_the_fused_kernel_is_the_cpu_s(monkeypatch, heads, gr
     torch.manual_seed(0)
     query, key, value = [torch.randn(5, n, 1, 8) for n in (heads, groups, groups)]
     length = torch.tensor([3, 9, 0, 12, 7])
-    cache = support.sampler.CacheView(1, (5, groups, 16, 8), torch.float32, "cpu")
+    cache = support.attention.CacheView(1, (5, groups, 16, 8), torch.float32, "cpu")
     cache.keys[0].normal_()
     cache.values[0].normal_()
     want = cache.at(length, 13)(0, query, key, value, 0.4)
@@ -547,7 +547,7 @@ def test_the_memory_table_is_what_a_small_model_takes(build, tied, tmp_path):
 
     lm = LM(path, device="cpu", dtype="bfloat16")
     assert plan["sampling"]["weights"] == pytest.approx(size(lm.model.parameters()), rel=0.1)
-    cache = support.sampler.CacheView(6, (rows, 2, columns, 16), torch.bfloat16, "cpu")
+    cache = support.attention.CacheView(6, (rows, 2, columns, 16), torch.bfloat16, "cpu")
     taken = size([*cache.keys, *cache.values])
     assert plan["sampling"]["key/value cache"] == pytest.approx(taken, rel=0.1)
 
