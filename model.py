@@ -446,36 +446,19 @@ def step_values(lm: LM, value_head: torch.nn.Linear, pack: Pack) -> torch.Tensor
     return value_head(pack_hidden(lm, pack)[pack.last.to(lm.device)].float())[:, 0]
 
 
-def step_advantages(q, parent, draws, value=None, value_draws: float = 0.0):
-    """Eq. 13, A(s, a) = Q(s, a) - 1/m sum_j Q(s, a_j), for every action of every state at once.
+def step_advantages(q, parent, draws):
+    """Eq. 13, A(s, a) = Q(s, a) - 1/M sum_j Q(s, a_j), for every action of every state at once.
 
     q (K,) value of each action, parent (K,) its state in 0 .. S-1, draws (K,) how often it was
     drawn there: duplicates count in the mean, since it estimates E_{a ~ pi_ref} Q.
     -> adv (K,), mean (S,), gap (S,) = max A - min A (appendix F.1).
 
     One state, q = [1, 0, .5], draws [1, 2, 1]: mean = 1.5 / 4 = .375, adv = [.625, -.375, .125].
-
-    Not in the paper: value (S,), the states' own V, another estimate of the mean. It counts as
-    value_draws more draws, and in the gap as one more action, so that the only action of a state
-    has an advantage too: q = [1], draws [1], value [.5], value_draws 1 -> mean .75, adv [.25].
     """
     states = int(parent.max()) + 1
     total = q.new_zeros(states).index_add(0, parent, q * draws)
     count = q.new_zeros(states).index_add(0, parent, draws.to(q.dtype))
-    high, low = q.new_full((states,), -torch.inf), q.new_full((states,), torch.inf)
-    if value_draws:  # V(s) stands for value_draws more draws, and for one more action in the gap
-        total = total + value_draws * value
-        count = count + value_draws
-        high = low = value
     mean = total / count
-    high = high.scatter_reduce(0, parent, q, "amax")
-    low = low.scatter_reduce(0, parent, q, "amin")
+    high = q.new_full((states,), -torch.inf).scatter_reduce(0, parent, q, "amax")
+    low = q.new_full((states,), torch.inf).scatter_reduce(0, parent, q, "amin")
     return q - mean[parent], mean, high - low
-
-
-if __name__ == "__main__":
-    try:
-        print_memory(sys.argv[1:])
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)

@@ -11,7 +11,14 @@ import support.math_answers
 from model import step_advantages
 from sample import keep_balanced
 from support.stats import bootstrap, majority, mcnemar, paired, pass_at, wilson
-from train_actor import action_values, actor_loss, advantage_states, success_share
+from train_actor import (
+    action_values,
+    actor_loss,
+    advantage_states,
+    counts_and_critic,
+    success_share,
+    value_in_the_mean,
+)
 from train_critic import split_by_hash, training_nodes, value_loss
 
 # ---------------------------------------------------------------- theorem 3.2
@@ -157,12 +164,10 @@ def test_eq_13_with_the_states_own_values():
     q = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
     parent, draws = torch.tensor([0, 0, 1]), torch.tensor([1, 3, 1])
     value = torch.tensor([0.75, 0.5], dtype=torch.float64)
-    adv, mean, gap = step_advantages(q, parent, draws, value, 2.0)
+    adv, mean, gap = value_in_the_mean(q, parent, draws, value, 2.0)
     assert mean.tolist() == pytest.approx([(1 + 2 * 0.75) / 6, (1 + 2 * 0.5) / 3])
     assert adv.tolist() == pytest.approx([1 - 2.5 / 6, -2.5 / 6, 1 / 3])
     assert gap.tolist() == pytest.approx([1.0, 0.5])
-    for got, want in zip(step_advantages(q, parent, draws, value, 0.0), step_advantages(q, parent, draws)):  # fmt: skip
-        assert got.equal(want)
 
 
 @pytest.mark.parametrize(
@@ -208,20 +213,26 @@ RECORD = {"id": "x", "prompt_ids": [1], "nodes": [
 ]}  # fmt: skip
 
 
+def test_action_values():  # of nodes 1 to 5: the root is nobody's action
+    value = [0.5, 0.9, 0.1, 0.2, 0.6, 0.3]
+    assert action_values(RECORD, value).tolist()[1:] == [0.9, 1.0, 0.2, 0.6, 0.3]
+
+
 @pytest.mark.parametrize(
     "kappa, want",
     [
-        (math.inf, [0.9, 1.0, 0.2, 0.6, 0.3]),
         (0.0, [3 / 6, 1.0, 0 / 1, 0.0, 3 / 6]),
         (1.0, [3.9 / 7, 1.0, 0.2 / 2, 0.6, 3.3 / 7]),
         (4.0, [6.6 / 10, 1.0, 0.8 / 5, 0.6, 4.2 / 10]),
     ],
 )
-def test_action_values(kappa, want):  # of nodes 1 to 5: the root is nobody's action
+def test_action_values_of_counts_and_critic(kappa, want):
     value = [0.5, 0.9, 0.1, 0.2, 0.6, 0.3]
-    assert action_values(RECORD, value, kappa).tolist()[1:] == pytest.approx(want)
+    mixed = counts_and_critic(RECORD, value, kappa)
+    assert action_values(RECORD, mixed).tolist()[1:] == pytest.approx(want)
     if kappa == 0:  # raw counts need no critic
-        assert action_values(RECORD, None, 0.0).tolist()[1:] == pytest.approx(want)
+        mixed = counts_and_critic(RECORD, [None] * 6, 0.0)
+        assert action_values(RECORD, mixed).tolist()[1:] == pytest.approx(want)
 
 
 def test_success_share_of_an_undrawn_end_is_its_reward():
@@ -241,9 +252,6 @@ def test_advantage_states():
     assert [a["node"] for a in state["actions"]] == [1, 2, 3]  # each unique action once
     assert [a["adv"] for a in state["actions"]] == pytest.approx([0.9 - mean, 1 - mean, 0.2 - mean])
     assert [len(advantage_states(RECORD, q, gap)) for gap in (0.0, 0.79, 0.81)] == [2, 1, 0]
-    (kept,) = advantage_states(RECORD, q, 0.1, kept_steps=True)
-    assert kept["mean"] == state["mean"] and kept["actions"][:3] == state["actions"]
-    assert kept["actions"][3:] == [{"node": 4, "q": 0.6, "adv": pytest.approx(0.6 - mean)}]
 
 
 def test_advantage_states_with_a_baseline_for_states_drawn_once():

@@ -32,7 +32,7 @@ CRITIC = (
 )
 ACTOR = (
     "--actor tiny --trees run/trees.jsonl --critic run/critic --out run/actor --kappa 1 --lr 1e-2 "
-    "--batch 200 --by_draws --likelihood 1 --save_minutes 1e-9"
+    "--batch 200 --likelihood 1 --save_minutes 1e-9"
 )
 EVALUATE = "--actor run/actor --problems test.jsonl --out run/eval.jsonl --samples 2 --max_new 10"
 PREPARE = (
