@@ -12,10 +12,11 @@ Writes: train.jsonl, valid.jsonl, test.jsonl and, without --train or with --demo
 The embedded problems are chains of relations ("Ben has twice as many as Ann."). A word-level model
 of 0.5M parameters learns to solve them, then, shortly, from demonstrations in which some phrases
 are misread more often than not ("twice as many" as + 2). So the base model fails in a way that is
-visible in its steps, and knows the right way well enough to find it by sampling. With --task code
-they are small functions to write ("Let a be twice x."), graded by running them. Harder ones, that
-tell methods apart: --steps 6-6 --wordings 32 --clean_size 48000 (and --careless 4: hardly ever
-right).
+visible in its steps, and knows the right way well enough to find it by sampling. --task parity asks
+of the same chains whether the number is odd or even, so that half of all wrong reasoning is
+rewarded; --task code are small functions to write ("Let a be twice x."), graded by running them.
+Harder ones, that tell methods apart: --steps 6-6 --wordings 32 --clean_size 48000 (and --careless
+4: hardly ever right).
 """
 
 import re
@@ -97,7 +98,7 @@ class Settings:
     lr: float = flag("peak learning rate on --demos", 2e-5)
     passes: int = flag("passes over --demos", 2)
     offload: bool = flag("hold weights, gradients and moments in the host's memory", False)
-    task: str = flag("which embedded problems: math or code", "math")
+    task: str = flag("which embedded problems: math, parity or code", "math")
     steps: str = flag("fewest and most steps of the embedded problems", "2-4")
     careless: float = flag("how careless the base reads: as if so many times, once wrong", 1.0)
     wordings: int = flag("ways to word each line of an embedded solution, up to 64", 1)
@@ -119,7 +120,7 @@ def stage(s: Settings):
     join(s.offload)
     if s.task not in TASKS:
         raise UserError(f"--task {s.task}: wanted {' or '.join(TASKS)}")
-    ways = len(BEGINNINGS) * len(ENDINGS) if s.task == "math" else 1
+    ways = 1 if s.task == "code" else len(BEGINNINGS) * len(ENDINGS)
     if s.wordings > ways:
         raise UserError(f"--wordings {s.wordings}: --task {s.task} has up to {ways}")
     steps = steps_of(s)

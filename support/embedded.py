@@ -1,4 +1,11 @@
-"""embedded. It knows nothing of the algorithm."""
+"""The embedded problems, their demonstrations, and a tiny model: what the demo needs so that nothing
+is downloaded. It knows nothing of the algorithm.
+
+Three tasks: `math`, chains of relations ("Ben has twice as many as Ann. How many ...?"); `parity`,
+the same chains with a question that wrong reasoning answers right half of the time ("Has Ben an odd
+or an even number of coins?"); `code`, small functions to write. Each is four functions (`Task`). A
+skeleton is what a problem says, without words: a first value and steps [(kind, k)].
+"""
 
 import json
 import math
@@ -136,6 +143,31 @@ def check_chain(skeleton: tuple[int, list]) -> tuple[dict, bool]:
     return {"answer": str(right[0])}, right in wrong
 
 
+def tell_parity(skeleton: tuple[int, list]) -> str:
+    """The same chain, with a question whose answer a wrong reasoning finds half of the time."""
+    *lines, _ = tell_chain(skeleton).split("\n")
+    return "\n".join([*lines, f"Has {NAMES[len(skeleton[1])]} an odd or an even number of coins?"])
+
+
+def solve_parity(rng: random.Random, skeleton: tuple[int, list], misread=0.0, slip=0.0) -> str:
+    """The same solution, line by line; it ends in "The answer is even."."""
+    *lines, answer = solve_chain(rng, skeleton, misread, slip).split("\n")
+    x = int(answer.removeprefix("The answer is ").rstrip("."))
+    return "\n".join([*lines, f"The answer is {parity(x)}."])
+
+
+def check_parity(skeleton: tuple[int, list]) -> tuple[dict, bool]:
+    """Its answer, and the number behind it, by which evaluation tells right reasoning from luck. No
+    problem is left out for luck: that wrong reasoning is rewarded is the point of this task."""
+    first, steps = skeleton
+    (number,), _ = outcomes(RELATIONS, steps, (first,))
+    return {"answer": parity(number), "number": str(number)}, False
+
+
+def parity(x: int) -> str:
+    return "odd" if x % 2 else "even"
+
+
 def draw_function(rng: random.Random, fewest: int, most: int) -> list:
     """Some operations; a k that the phrase does not name is 0."""
     steps = []
@@ -171,6 +203,7 @@ def check_function(steps: list) -> tuple[dict, bool]:
 
 TASKS = {
     "math": Task(draw_chain, tell_chain, solve_chain, check_chain),
+    "parity": Task(draw_chain, tell_parity, solve_parity, check_parity),
     "code": Task(draw_function, tell_function, solve_function, check_function),
 }
 
