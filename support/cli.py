@@ -77,26 +77,33 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (default: %(default)s)" if shown else action.help
 
 
-def main(stage, settings_class, doc: str):
-    """Parse the flags, run the stage, turn users' mistakes into one line on stderr and code 2."""
+def parse(settings_class, doc: str, words: list[str], script: str):
+    """The Settings that these words of a command line give; UserError where they give none."""
     parser = HfArgumentParser(
         settings_class, description=doc, formatter_class=Help, allow_abbrev=False
     )
 
     def refuse(message):
-        raise UserError(f"{Path(sys.argv[0]).name}: {message}; --help lists the flags")
+        raise UserError(f"{script}: {message}; --help lists the flags")
+
+    parser.error = refuse
+    settings = settings_class(**vars(parser.parse_args(words)))
+    check_numbers(settings)
+    return settings
+
+
+def main(stage, settings_class, doc: str):
+    """Parse the flags, run the stage, turn users' mistakes into one line on stderr and code 2."""
 
     def stop(*_):  # a record in hand is dropped; a second Ctrl-C ends the process at once
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         raise KeyboardInterrupt
 
-    parser.error = refuse
     if rank() > 0:  # the first process speaks for all
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  until the process ends
     signal.signal(signal.SIGINT, stop)
     try:
-        settings = settings_class(**vars(parser.parse_args()))
-        check_numbers(settings)
+        settings = parse(settings_class, doc, sys.argv[1:], Path(sys.argv[0]).name)
         stage(settings)
         return leave()
     except UserError as e:
@@ -107,7 +114,7 @@ def main(stage, settings_class, doc: str):
         code, line = 1, f"error: {e}; nothing is lost, the same command goes on"
     except OSError as e:
         room = "make room, " if e.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        where = e.filename or settings.out
+        where = e.filename or getattr(settings, "out", "the disk")
         code, line = 1, f"error: {where}: {e.strerror or e}; {room}the same command goes on"
     except KeyboardInterrupt:
         again = shlex.join(a for a in sys.argv if a != "--force")

@@ -1,0 +1,316 @@
+r"""Algorithm 1 from one command: problems and base model, then per iteration A.1 to B.2 and an evaluation.
+
+    python run.py                            # embedded problems and model, minutes on a CPU
+    python run.py --task parity --run runs/parity
+    python run.py --recipe frugal --run runs/frugal
+    python run.py --run runs/math --base MODEL --train math:train.jsonl --test math500:test.jsonl
+    python run.py --dry_run                  # the whole sequence as a shell script; nothing runs
+
+The same command goes on where it stopped. Each stage is printed as one can type it, and reads and
+writes plain files, so that any of them may be run by hand. Flags of a stage go into one string, and
+change just what they name:
+
+    python run.py --run runs/beta --actor "--beta 0.2" --label "--m 8"
+
+On a CPU without --launch all stages run in this process; elsewhere each is a process of its own.
+"""
+
+import importlib
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from support import cli
+from support.cli import UserError, flag
+from support.engine import Engine
+from support.records import read_jsonl
+from support.stage import read_manifest
+
+# What each recipe passes to the stages; what is not here is the stage's default, the paper's value.
+RECIPES = {
+    "demo": {
+        "about": "the paper's Algorithm 1; only its numbers are those of a tiny model",
+        "iterations": 2,  # as the paper's tables 4 and 10
+        "problems": 500,  # new ones per iteration: the embedded 2,000 last for four iterations
+        "replay": 1,  # the critic trains on this iteration's trees
+        "draw": {"max_new": 64, "batch": 512},  # no right solution is longer than 60 tokens
+        "sample": {
+            "n1": 8,
+            "n": 4,
+        },  # the paper: 32 and 6. A base that is right in 40 % needs fewer
+        "label": {"m": 4},  # the paper: 16. A critic averages over states that look alike
+        "critic": {"lr": 1e-3, "passes": 8, "batch": 128},  # 0.5M parameters bear a higher rate
+        "actor": {
+            "beta": 0.1,  # a step's log-ratio is to reach A / 0.1, that is -7 to +7: see README
+            "lr": 1.5e-4,
+            "passes": 4,
+            "batch": 256,
+        },
+        "evaluate": {"samples": 8},
+    },
+    "frugal": {
+        "about": "leaves the paper to save tokens: no completions (the samples are the tree), Q of counts "
+        "and critic, V(s) in the mean of eq. 13, the likelihood of right steps beside eq. 12",
+        "iterations": 4,
+        "problems": 25,  # small rounds: every actor draws the next samples
+        "replay": 4,  # so few problems teach a critic little
+        "draw": {"max_new": 64, "batch": 512},
+        "sample": {"n1": 4, "n": 4},
+        "label": {"whole_draws": True, "m": 0},
+        "critic": {"states": "all", "token_share": 0.5, "lr": 1e-3, "passes": 2, "batch": 128},
+        "actor": {
+            "kappa": 4,
+            "value_draws": 1,
+            "likelihood": 4,
+            "gap": 0.05,
+            "may_stay": True,
+            "beta": 0.05,
+            "lr": 2e-4,
+            "passes": 4,
+            "batch": 64,
+        },
+        "evaluate": {"samples": 8},
+    },
+    "paper": {
+        "about": "the paper's Algorithm 1 with the paper's numbers, for a model of 7B or 8B",
+        "iterations": 1,
+        "problems": 0,  # all in every iteration
+        "replay": 1,
+        "draw": {},
+        "sample": {},
+        "label": {},
+        "critic": {},
+        "actor": {},
+        "evaluate": {},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    run: str = flag("folder of the run; default: runs/ and the recipe's name", "")
+    recipe: str = flag(f"{', '.join(RECIPES)}; default: demo, and paper where --train is given", "")
+    iterations: int = flag("how many; 0: the recipe's number", 0)
+    problems: int = flag("new problems per iteration; 0: the recipe's number", 0)
+    task: str = flag("embedded problems: math, parity or code", "math")
+    seed: int = flag("of problems, base model, draws and training", 0)
+    base: str = flag("a model folder or hub id to start from, instead of making one", "")
+    train: str = flag("NAME:PATH of your training problems (see prepare.py)", "")
+    test: str = flag("NAME:PATH of your test problems", "")
+    critic_model: str = flag("what the first critic starts from; default: the base", "")
+    launch: str = flag('what starts training, such as "torchrun --nproc-per-node 8"', "")
+    engine: str = flag('what starts a server of each actor, such as "vllm serve"', "")
+    port: int = flag("of the server that --engine starts", 8000)
+    server: str = flag("URL of a server that is there; it must serve each actor in turn", "")
+    draw: str = flag("flags of the three stages that draw, in one string", "")
+    prepare: str = flag("flags of prepare.py", "")
+    sample: str = flag("flags of sample.py", "")
+    label: str = flag("flags of label_steps.py", "")
+    critic: str = flag("flags of train_critic.py", "")
+    actor: str = flag("flags of train_actor.py", "")
+    evaluate: str = flag("flags of evaluate.py", "")
+    force: str = flag("start over from a stage: label_steps, or iter2/train_actor", "")
+    dry_run: bool = flag("print the sequence as a shell script and run nothing", False)
+
+
+class Step(NamedTuple):
+    """One command of the sequence: `python SCRIPT.py WORDS`."""
+
+    place: str  # "iter1/sample": what --force calls it
+    title: str
+    words: list[str]
+    draws_from: str = ""  # the actor that a server would serve for it
+    on_all_cards: bool = False  # --launch starts it
+
+    @property
+    def script(self) -> str:
+        return self.place.rpartition("/")[2]
+
+    def command(self, s: "Settings") -> list[str]:
+        launch = shlex.split(s.launch) if s.launch and self.on_all_cards else ["python"]
+        return [*launch, f"{self.script}.py", *self.words]
+
+
+# ------------------------------------------------------------ Algorithm 1
+
+
+def algorithm_1(s: Settings, run: Path, recipe: dict) -> Iterator[Step]:
+    """The sequence of stages, with all of their flags."""
+
+    server = s.server or (f"http://127.0.0.1:{s.port}" if s.engine else "")
+
+    def words(stage: str, mine: str, **paths) -> list[str]:
+        """Flags of a stage: its files, what the recipe says, and --STAGE and --draw, which go last."""
+        given, flags = shlex.split(mine), paths | recipe.get(stage, {})
+        if stage in ("sample", "label", "evaluate"):
+            given = shlex.split(s.draw) + given
+            flags |= recipe["draw"] | {"server": server}
+        named, found = {word.partition("=")[0] for word in given}, []
+        for name, value in flags.items():
+            if value not in ("", None) and f"--{name}" not in named:
+                found += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        return found + given
+
+    def evaluation(i: int, actor) -> Step:
+        here, first = run / f"iter{i}", run / "iter0" / "eval.jsonl"
+        against = first if i else ""
+        paths = {"actor": actor, "problems": run / "test.jsonl", "out": here / "eval.jsonl"}
+        flags = words("evaluate", s.evaluate, **paths, against=against)
+        many = not (s.server or s.engine)
+        title = f"Iteration {i}: evaluate" if i else "Evaluate the base model"
+        return Step(f"iter{i}/evaluate", title, flags, str(actor), on_all_cards=many)
+
+    flags = {"out": run, "seed": s.seed, "task": s.task if not s.train else ""}
+    flags |= {"train": s.train, "test": s.test, "no_make_base": True if s.base else ""}
+    demos = "--demos" in shlex.split(s.prepare)
+    prepared = words("prepare", s.prepare, **flags)
+    yield Step("prepare", "Problems and base model", prepared, on_all_cards=demos)
+    actor = s.base or run / "base"
+    critic, trees = s.critic_model or actor, []
+    yield evaluation(0, actor)
+    for i in range(1, s.iterations + 1):
+        it, seed = run / f"iter{i}", 1000 * s.seed + i
+        problems, samples = run / "train.jsonl", it / "samples.jsonl"
+        trees = [*trees, it / "trees.jsonl"][-recipe["replay"] :]
+        drawn = {"actor": actor, "problems": problems, "seed": seed}
+        some = {"first": (i - 1) * s.problems or "", "limit": s.problems or ""}
+        flags = words("sample", s.sample, **drawn, out=samples, **some)
+        yield Step(f"iter{i}/sample", f"Iteration {i}, A.1: sample responses", flags, str(actor))
+        flags = words("label", s.label, **drawn, samples=samples, out=trees[-1])
+        yield Step(f"iter{i}/label_steps", f"Iteration {i}, A.2: label steps", flags, str(actor))
+        several, trained = ",".join(map(str, trees)), {"out": it / "critic", "seed": s.seed}
+        flags = words("critic", s.critic, trees=several, critic_model=critic, **trained)
+        title = f"Iteration {i}, A.3: train the critic"
+        yield Step(f"iter{i}/train_critic", title, flags, on_all_cards=True)
+        critic = it / "critic"
+        trained = {"critic": critic, "out": it / "actor", "seed": s.seed}
+        flags = words("actor", s.actor, actor=actor, trees=trees[-1], **trained)
+        title = f"Iteration {i}, B: advantages, then the actor"
+        yield Step(f"iter{i}/train_actor", title, flags, on_all_cards=True)
+        actor = it / "actor"  # the next pi_ref and generator
+        yield evaluation(i, actor)
+    yield Step("report/evaluate", "The run in one page", ["--report", str(run)])
+
+
+# ------------------------------------------------------------ before anything runs
+
+
+def completed(s: Settings) -> tuple[Settings, Path, dict]:
+    """The settings with the recipe's numbers in place of 0, the run's folder, and the recipe."""
+    name = s.recipe or ("paper" if s.train else "demo")
+    if name not in RECIPES:
+        raise UserError(f"--recipe {name}: wanted {' or '.join(RECIPES)}")
+    if bool(s.train) != bool(s.test):
+        raise UserError("--train and --test go together")
+    if s.train and not s.base and "--demos" not in s.prepare:
+        mend = 'give --base MODEL, or --prepare "--base MODEL --demos NAME:PATH"'
+        raise UserError(f"--train {s.train}: no model for these problems; {mend}")
+    if s.engine and s.server:
+        raise UserError("--engine starts a server, --server is one that is there; give one of them")
+    recipe = RECIPES[name]
+    numbers = {n: getattr(s, n) or recipe[n] for n in ("iterations", "problems")}
+    return replace(s, **numbers), Path(s.run or f"runs/{name}"), recipe
+
+
+def parsed(step: Step):
+    """(module, its Settings) of a step; UserError where a flag is misspelt or a number is wrong."""
+    module = importlib.import_module(step.script)
+    return module, cli.parse(module.Settings, module.__doc__, step.words, f"{step.script}.py")
+
+
+def require_problems(there: int, s: Settings, where):
+    if s.problems * s.iterations > there:
+        wanted = f"{s.iterations} iterations of {s.problems} problems"
+        mend = "lower --problems or --iterations"
+        mend += "" if s.train else f', or --prepare "--train_size {s.problems * s.iterations}"'
+        raise UserError(f"{where}: {there} training problems, {wanted} are asked for; {mend}")
+
+
+def forced(steps: list[Step], place: str) -> list[Step]:
+    """The steps with --force from the one that --force names."""
+    places = [step.place for step in steps]
+    named = [place, f"iter1/{place}"]
+    begin = next((places.index(p) for p in named if p in places), None)
+    if begin is None:
+        raise UserError(f"--force {place}: no such stage; there are {', '.join(places)}")
+    return steps[:begin] + [x._replace(words=[*x.words, "--force"]) for x in steps[begin:]]
+
+
+# ------------------------------------------------------------ the run
+
+
+def stage(s: Settings):
+    s, run, recipe = completed(s)
+    steps = list(algorithm_1(s, run, recipe))
+    if s.force:
+        steps = forced(steps, s.force)
+    checked = [settings for _, settings in map(parsed, steps)]
+    if not s.train:
+        require_problems(checked[0].train_size, s, "--train_size")
+    if s.dry_run:
+        return print("\n".join(shell_lines(steps, s)))
+    print(f"{run}: {recipe['about']}")
+    # A server on this machine is asked directly, whatever proxy the box has for other machines.
+    os.environ["no_proxy"] = f"{os.environ.get('no_proxy', '')},127.0.0.1,localhost"
+    with Engine(s.engine, s.port, run / "engine.log") as engine:
+        for step in steps:
+            print(f"\n== {step.title}\n$ {shlex.join(step.command(s))}", flush=True)
+            if s.engine and step.draws_from and not is_complete(step):
+                engine.serve(step.draws_from)
+            elif not step.draws_from:
+                engine.stop()  # training needs the memory
+            do(step, s)
+            if step.place == "prepare":
+                require_problems(len(read_jsonl(run / "train.jsonl")), s, run / "train.jsonl")
+
+
+def shell_lines(steps: list[Step], s: Settings) -> Iterator[str]:
+    """The sequence as a shell script."""
+    served = ""
+    for step in steps:
+        yield f"# {step.title}"
+        if s.engine and step.draws_from not in ("", served):
+            yield f"{s.engine} {step.draws_from} --port {s.port} &  # until it answers"
+        if served and step.draws_from != served:
+            yield "kill %%; wait"
+        served = step.draws_from if s.engine else ""
+        yield shlex.join(step.command(s))
+
+
+def is_complete(step: Step) -> bool:
+    """Is there nothing to do for a server?"""
+    out = step.words[step.words.index("--out") + 1]
+    return "output" in read_manifest(Path(out)) and "--force" not in step.words
+
+
+def do(step: Step, s: Settings):
+    """Run a stage: on a CPU in this process, which saves the import of torch; elsewhere in its own,
+    since only a process that ends gives a GPU's memory back."""
+    if not s.launch and not torch.cuda.is_available():
+        module, settings = parsed(step)
+        return module.stage(settings)
+    words = [sys.executable if word == "python" else word for word in step.command(s)]
+    process = subprocess.Popen(words)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        code = process.wait()  # it got the Ctrl-C too, and says how to go on
+    if code < 0:
+        hint = " (9: perhaps for want of memory)"
+        print(
+            f"error: signal {-code} ended {step.script}.py{hint}; the same command goes on",
+            file=sys.stderr,
+        )
+    if code:
+        sys.exit(code if code > 0 else 128 - code)  # as a shell counts signals
+
+
+if __name__ == "__main__":
+    cli.main(stage, Settings, __doc__)
