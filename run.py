@@ -120,6 +120,14 @@ class Settings:
     dry_run: bool = flag("print the sequence as a shell script and run nothing", False)
 
 
+def split(flags: str) -> list[str]:
+    """The words of a string of flags, as a shell would cut them."""
+    try:
+        return shlex.split(flags)
+    except ValueError as e:
+        raise UserError(f"{flags}: {str(e).lower()}; quote it as for a shell") from e
+
+
 class Step(NamedTuple):
     """One command of the sequence: `python SCRIPT.py WORDS`."""
 
@@ -134,7 +142,7 @@ class Step(NamedTuple):
         return self.place.rpartition("/")[2]
 
     def command(self, s: "Settings") -> list[str]:
-        launch = shlex.split(s.launch) if s.launch and self.on_all_cards else ["python"]
+        launch = split(s.launch) if s.launch and self.on_all_cards else ["python"]
         return [*launch, f"{self.script}.py", *self.words]
 
 
@@ -148,9 +156,9 @@ def algorithm_1(s: Settings, run: Path, recipe: dict) -> Iterator[Step]:
 
     def words(stage: str, mine: str, **paths) -> list[str]:
         """Flags of a stage: its files, what the recipe says, and --STAGE and --draw, which go last."""
-        given, flags = shlex.split(mine), paths | recipe.get(stage, {})
+        given, flags = split(mine), paths | recipe.get(stage, {})
         if stage in ("sample", "label", "evaluate"):
-            given = shlex.split(s.draw) + given
+            given = split(s.draw) + given
             flags |= recipe["draw"] | {"server": server}
         named, found = {word.partition("=")[0] for word in given}, []
         for name, value in flags.items():
@@ -169,7 +177,7 @@ def algorithm_1(s: Settings, run: Path, recipe: dict) -> Iterator[Step]:
 
     flags = {"out": run, "seed": s.seed, "task": s.task if not s.train else ""}
     flags |= {"train": s.train, "test": s.test, "no_make_base": True if s.base else ""}
-    demos = "--demos" in shlex.split(s.prepare)
+    demos = "--demos" in split(s.prepare)
     prepared = words("prepare", s.prepare, **flags)
     yield Step("prepare", "Problems and base model", prepared, on_all_cards=demos)
     actor = s.base or run / "base"
@@ -240,7 +248,8 @@ def forced(steps: list[Step], place: str) -> list[Step]:
     begin = next((places.index(p) for p in named if p in places), None)
     if begin is None:
         raise UserError(f"--force {place}: no such stage; there are {', '.join(places)}")
-    return steps[:begin] + [x._replace(words=[*x.words, "--force"]) for x in steps[begin:]]
+    again = [step._replace(words=[*step.words, "--force"]) for step in steps[begin:-1]]
+    return [*steps[:begin], *again, steps[-1]]  # the report is drawn each time
 
 
 # ------------------------------------------------------------ the run
@@ -277,7 +286,7 @@ def shell_lines(steps: list[Step], s: Settings) -> Iterator[str]:
     for step in steps:
         yield f"# {step.title}"
         if s.engine and step.draws_from not in ("", served):
-            yield f"{s.engine} {step.draws_from} --port {s.port} &  # until it answers"
+            yield f"{s.engine} {shlex.quote(step.draws_from)} --port {s.port} &  # until it answers"
         if served and step.draws_from != served:
             yield "kill %%; wait"
         served = step.draws_from if s.engine else ""
@@ -296,8 +305,9 @@ def do(step: Step, s: Settings):
     if not s.launch and not torch.cuda.is_available():
         module, settings = parsed(step)
         return module.stage(settings)
+    script = str(Path(__file__).with_name(f"{step.script}.py"))  # wherever run.py was started
     words = [sys.executable if word == "python" else word for word in step.command(s)]
-    process = subprocess.Popen(words)
+    process = subprocess.Popen([script if word == f"{step.script}.py" else word for word in words])
     try:
         code = process.wait()
     except KeyboardInterrupt:
