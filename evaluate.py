@@ -26,7 +26,7 @@ from pathlib import Path
 from model import LM
 from sample import respond
 from support.cli import Progress, UserError, flag, main
-from support.distributed import from_all, join, rank, world
+from support.distributed import all_gather, join, rank, world
 from support.records import misfit, read_jsonl, replace
 from support.report import percents, report
 from support.sampler import alone
@@ -130,7 +130,7 @@ def stage(s: Settings):
             def process(chunk: list[dict]) -> list[dict]:
                 """Each process answers every world()-th problem."""
                 mine = answer(lm, critic, chunk[rank() :: world()], s, progress, server)
-                answered = {line["id"]: line for line in from_all(mine)}
+                answered = {line["id"]: line for line in all_gather(mine)}
                 progress.update(len(chunk))
                 return [answered[p["id"]] for p in chunk]
 

@@ -28,7 +28,6 @@ from torch.utils.checkpoint import checkpoint
 from support.attention import TreeView, _pack_hidden, attend, on_cuda, pack_hidden
 from support.cli import UserError, first_line
 from support.distributed import decoder_layers, is_sharded, rank, whole_state
-from support.memory import print_memory
 from support.packing import Pack, Tree, pack_trees
 
 # A stage's lines are the only ones on the screen, whoever loads or saves a model in it.

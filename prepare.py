@@ -29,7 +29,7 @@ import torch
 from model import LM, step_logprobs
 from support.cli import UserError, flag, main
 from support.datasets import DEMOS, INSTRUCTIONS, LOADERS, Loader, load_set, normalised_question
-from support.distributed import join, shard
+from support.distributed import join, shard, world
 from support.embedded import (
     BEGINNINGS,
     ENDINGS,
@@ -66,7 +66,7 @@ def fine_tune(lm: LM, trees: list[Tree], work: Path, lr, batch, passes, seed, pr
     def make_packs(rows):
         chosen = [trees[r] for r in rows]
         weight = sum(prompt_weight * len(t.ids[0]) + len(t.ids[1]) for t in chosen)
-        return [(pack, weight) for pack in pack_trees(chosen, DEMO_PACK)]
+        return [(pack, weight) for pack in pack_trees(chosen, DEMO_PACK, multiple=world())]
 
     def loss(pack, weight):
         logp = step_logprobs(lm, pack)  # (M,)

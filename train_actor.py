@@ -37,10 +37,11 @@ import torch
 
 from model import LM, step_advantages, step_logprobs
 from support.cli import UserError, flag, main
-from support.distributed import from_all, join, own_share, rank, shard
+from support.distributed import join, rank, shard, world
 from support.memory import require_memory
 from support.packing import BLOCK, pack_trees, record_tree
-from support.records import dump, each_record, read_trees, replace, sha256
+from support.records import digest, dump, each_record, read_trees, replace, sha256
+from support.scoring import Results, score_trees
 from support.stage import Stage, fingerprint, read_manifest, tokenizer_facts
 from support.training import fit, whole_batches
 from train_critic import load_critic, tree_values
@@ -157,18 +158,19 @@ def pair_tree(record: dict, line: dict):
 
 
 @torch.no_grad()
-def reference_logprobs(lm: LM, records: list[dict], lines: list[dict], budget: int):
+def reference_logprobs(lm: LM, records: list[dict], lines: list[dict], budget: int, kept=None):
     """Put log pi_ref(a | s) into every action of the lines. It is computed by B.2's kernel, dtype and
-    layout, so that on the CPU log-ratios start at exactly 0."""
+    layout, so that on the CPU log-ratios start at exactly 0.
+
+    kept: the scoring.Results of an earlier start, which need not be computed again.
+    """
     trees = [pair_tree(record, line) for record, line in zip(records, lines)]
-    actions, found = [actions_of(line) for line in lines], []
-    for pack, is_used in own_share(pack_trees(trees, budget, align=BLOCK)):
-        logp = step_logprobs(lm, pack).tolist()
-        found += zip(pack.owner, logp) if is_used else ()
-    for (t, v), logp in from_all(found):
-        if not math.isfinite(logp):
-            raise UserError(f"{lm.path}: log-prob is {logp} in problem {records[t]['id']}")
-        actions[t][v]["logp_ref"] = logp
+    score = lambda pack: step_logprobs(lm, pack)
+    ids = [line["id"] for line in lines]
+    found = score_trees(score, trees, budget, f"{lm.path}: log-prob", ids, BLOCK, kept)
+    for line, numbers in zip(lines, found):
+        for (_, action), logp in zip(sorted(actions_of(line).items()), numbers):
+            action["logp_ref"] = logp
 
 
 # ------------------------------------------------------------ B.2: the actor (eq. 12)
@@ -206,7 +208,7 @@ def train(lm: LM, records: list[dict], lines: list[dict], s: Settings, work: Pat
         """(pack, its pairs) of each pack of a batch of problems."""
         total = sum(len(actions[i]) for i in batch)
         items = []
-        for pack in pack_trees([trees[i] for i in batch], s.budget, align=BLOCK):
+        for pack in pack_trees([trees[i] for i in batch], s.budget, BLOCK, world()):
             pairs = []
             for t, v in pack.owner:
                 i = batch[t]
@@ -337,11 +339,14 @@ def stage(s: Settings):
     known = read_manifest(s.out).get("advantages")
     if known and table.exists() and sha256(table) == known:
         lines = list(each_record(table, may_be_empty=True))
+    inputs = out.manifest["inputs"]  # their hashes
+    made_from = {"trees": inputs["trees"], "budget": s.budget, "dtype": s.dtype}
     values = [[None] * len(record["nodes"]) for record in records]
     if lines is None and s.kappa > 0:
         critic, value_head = load_critic(s.critic, dtype=s.dtype)
         retokenise = tokenizer_facts(critic)["tokenizer"] != facts["tokenizer"]
-        values = tree_values(critic, value_head, records, retokenise, s.budget)
+        kept = Results(out.work / "values.jsonl", made_from | {"critic": inputs["critic"]})
+        values = tree_values(critic, value_head, records, retokenise, s.budget, kept)
         del critic, value_head  # memory holds the critic and the actor one after the other
     lm = LM(s.actor, train=True, dtype=s.dtype)
     shard(lm, offload=s.offload)
@@ -349,12 +354,17 @@ def stage(s: Settings):
     if lines is None:
         lines = advantages(records, values, s)
         lines = lines if is_trainable(of_id, lines, s) else []
-        reference_logprobs(lm, [of_id[line["id"]] for line in lines], lines, s.budget)
+        made_from |= {"actor": inputs["actor"], "pairs": digest(str(lines))}
+        kept = Results(out.work / "logp_ref.jsonl", made_from)
+        reference_logprobs(lm, [of_id[line["id"]] for line in lines], lines, s.budget, kept)
         if rank() == 0:
             replace(table, lambda p: p.write_bytes(b"".join(dump(line) for line in lines)))
     if rank() == 0:
         out.manifest["advantages"] = sha256(table)
     out.start()
+    if rank() == 0:
+        for name in ("values.jsonl", "logp_ref.jsonl"):  # the table has them now
+            (out.work / name).unlink(missing_ok=True)
 
     # B.2
     train(lm, [of_id[line["id"]] for line in lines], lines, s, out.work)

@@ -38,10 +38,11 @@ from safetensors.torch import load_file, save_file
 from model import LM, step_values
 from support.attention import pack_hidden
 from support.cli import UserError, flag, main
-from support.distributed import from_all, join, own_share, rank, shard, whole_state
+from support.distributed import join, rank, shard, whole_state, world
 from support.memory import require_memory
 from support.packing import pack_trees, record_tree
 from support.records import read_trees, replace, sha256
+from support.scoring import score_trees
 from support.stage import Stage, read_manifest, tokenizer_facts
 from support.stats import auc, calibration, siblings
 from support.training import fit, whole_batches
@@ -87,24 +88,27 @@ def load_critic(path, train=False, dtype="", new: bool = False) -> tuple[LM, tor
 
 @torch.no_grad()
 def tree_values(
-    lm: LM, value_head, records: list[dict], retokenise: bool, budget: int
+    lm: LM, value_head, records: list[dict], retokenise: bool, budget: int, kept=None
 ) -> list[list]:
-    """V of every node of trees.jsonl lines, one pass over each tree; the reward where a step ended."""
-    other = lm if retokenise else None
-    trees, values = [], []
+    """V of every node of trees.jsonl lines, one pass over each tree; the reward where a step ended.
+
+    kept: the scoring.Results of an earlier start, which need not be computed again.
+    """
+    trees = []
     for record in records:
         goes_on = [node["reward"] is None for node in record["nodes"]]
-        trees.append(record_tree(record, goes_on, other))
-        values.append([float(node["reward"] or 0) for node in record["nodes"]])
-    found = []
-    for pack, is_used in own_share(pack_trees(trees, budget)):
-        value = torch.sigmoid(step_values(lm, value_head, pack)).tolist()
-        found += zip(pack.owner, value) if is_used else ()
-    for (t, v), value in from_all(found):
-        if not np.isfinite(value):
-            wrong = f"V is {value} in problem {records[t]['id']}"
-            raise UserError(f"{lm.path}: {wrong}; train it anew")
-        values[t][v] = value
+        trees.append(record_tree(record, goes_on, lm if retokenise else None))
+
+    def score(pack):
+        return torch.sigmoid(step_values(lm, value_head, pack))
+
+    ids = [record["id"] for record in records]
+    found = score_trees(score, trees, budget, f"{lm.path}: V", ids, kept=kept)
+    values = []
+    for record, numbers in zip(records, found):
+        numbers = iter(numbers)
+        rewards = [node["reward"] for node in record["nodes"]]
+        values.append([next(numbers) if r is None else float(r) for r in rewards])
     return values
 
 
@@ -171,7 +175,7 @@ def train(lm, value_head, records: list[dict], retokenise: bool, s: Settings, wo
 
     def make_packs(batch):
         items, total = [], 0  # total: of the whole batch's weights, the one normaliser of the step
-        for pack in pack_trees([trees[i] for i in batch], s.budget):
+        for pack in pack_trees([trees[i] for i in batch], s.budget, multiple=world()):
             target, weight = [], []
             for t, v in pack.owner:
                 node = records[batch[t]]["nodes"][v]

@@ -184,7 +184,7 @@ def rescaled(critic: Path, trees: Path):
     a, b = line.tolist()
     print(f"V rescaled: a {a:.3f}, b {b:.3f}", flush=True)
 
-    def values(lm, head, records, retokenise, budget):
+    def values(lm, head, records, retokenise, budget, kept=None):
         found = usual(lm, head, records, retokenise, budget)
         for record, value in zip(records, found):
             for v, node in enumerate(record["nodes"]):
@@ -210,7 +210,7 @@ def cross_fitted(critics: list[Path]):
     """V of every other problem by the critic that has not seen it: critics[i] saw half i."""
     usual = train_actor.tree_values
 
-    def values(lm, head, records, retokenise, budget):
+    def values(lm, head, records, retokenise, budget, kept=None):
         found = [None] * len(records)
         for i, critic in enumerate(critics):
             other = slice(1 - i, None, 2)

@@ -48,17 +48,12 @@ def wait_for_all():
         dist.barrier()
 
 
-def own_share(items: list) -> list[tuple]:
-    """(item, True) of this process's share. (items[0], False) fills up: of sharded weights every
-    process must run equally many passes, and the result of this one is not used."""
-    share = [(item, True) for item in items[rank() :: world()]]
-    missing = -(-len(items) // world()) - len(share)
-    if missing:  # never of no items at all
-        share += [(items[0], False)] * missing
-    return share
+def local_shard(items: list) -> list:
+    """This process's share of the items."""
+    return items[rank() :: world()]
 
 
-def from_all(items: list) -> list:
+def all_gather(items: list) -> list:
     """The items of all processes, joined."""
     if world() == 1:
         return items

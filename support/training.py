@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from support.cli import Progress, UserError, first_line
-from support.distributed import is_sharded, own_share, rank, summed, wait_for_all
+from support.distributed import is_sharded, local_shard, rank, summed, wait_for_all, world
 from support.records import put_in_place, replace
 
 
@@ -182,13 +182,16 @@ def fit(modules, batches, make_packs, loss, work: Path, lr: float, save_minutes:
             for group in optimiser.param_groups:
                 group["lr"] = lr * rate
             sums = {"loss": 0.0}
-            own = own_share(items)
-            for j, (arguments, is_used) in enumerate(own):
-                synchronise(modules, last=j == len(own) - 1)
-                share, numbers = loss(*arguments)
-                (share if is_used else 0.0 * share).backward()
-                for key, value in {"loss": share.detach(), **numbers}.items():
-                    sums[key] = sums.get(key, 0.0) + float(value) * is_used
+            own, rounds = local_shard(items), -(-len(items) // world())
+            for j in range(rounds):
+                synchronise(modules, last=j == rounds - 1)
+                if j < len(own):
+                    share, numbers = loss(*own[j])
+                    share.backward()
+                    for key, value in {"loss": share.detach(), **numbers}.items():
+                        sums[key] = sums.get(key, 0.0) + float(value)
+                else:
+                    sums = dict.fromkeys(take_part(loss, items[0]), 0.0) | sums
             sums = summed(sums)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
@@ -204,10 +207,20 @@ def fit(modules, batches, make_packs, loss, work: Path, lr: float, save_minutes:
             timing.write({"step": i, "seconds": perf_counter() - begin})
             bar.update()
             due = summed({"due": float(perf_counter() - saved_at > 60 * save_minutes)})["due"]
-            if due or i + 1 == len(batches):
+            is_last = i + 1 == len(batches)  # then the stage writes the model itself
+            if due and not is_last:
                 metrics.flush()
                 checkpoints.save(i + 1)
                 saved_at = perf_counter()
+    metrics.flush()
+
+
+def take_part(loss, arguments: tuple) -> list[str]:
+    """To gather sharded weights and to sum their gradients takes every process. One that has no
+    pack left in a step runs another's, with gradients of 0. -> the names of what it would report"""
+    share, numbers = loss(*arguments)
+    (0.0 * share).backward()
+    return ["loss", *numbers]
 
 
 class Lines:
