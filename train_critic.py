@@ -12,15 +12,21 @@ critic.metrics.json
 
 min_phi E_s BCE(MC(s), V_phi(s)) with soft targets MC(s) = wins / n.
 
-Departures from the paper:
- 1. --states all trains on every node of the tree that goes on, leaves too, each weighted by its n: a
-    leaf's one completion is a noisy target but an unbiased one, and there are many.
- 2. --token_share 0.5 reads V at every token of a step for half of the loss (`critic_loss`): a small
-    critic learns from that what a step's last token alone teaches slowly.
- 3. --batch counts the nodes that train, in whole problems. At the paper's settings a problem has
-    about 900 nodes, 120 of them labelled states, and a run takes about 1,650 steps of 512 states.
-    With --states all give --batch 4096: so many nodes hold about as many labelled states.
+Departures from the paper, by default:
+ 1. A tenth of the problems, by hash of the id, never trains the critic: `critic.metrics.json` is
+    about these. (--held_out TREES tests on others and trains on all.)
+ 2. A batch holds whole problems, whose states share their tokens' forward pass.
+ 3. The value head has a bias, which starts at the mean success: before the first step V is the
+    constant predictor. --critic_model may be any language model; its own head is not used.
  4. Small models need more than one pass over the states.
+
+Beyond the paper, off by default (their code stands under a heading of its own):
+ 5. --states all trains on every node of the tree that goes on, leaves too, each weighted by its n: a
+    leaf's one completion is a noisy target but an unbiased one, and there are many. --batch counts
+    the nodes that train: at the paper's settings a problem has about 900 nodes, 120 of them
+    labelled states, so give --batch 4096 for as many labelled states per step.
+ 6. --token_share 0.5 reads V at every token of a step for half of the loss: a small critic learns
+    from that what a step's last token alone teaches slowly.
 """
 
 import hashlib
@@ -65,6 +71,9 @@ class Settings:
     dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the order of the problems", 0)
     force: bool = flag("throw an existing output away", False)
+
+
+# ------------------------------------------------------------ a critic, and V of trees
 
 
 def load_critic(path, train=False, dtype="", new: bool = False) -> tuple[LM, torch.nn.Linear]:
@@ -112,6 +121,9 @@ def tree_values(
     return values
 
 
+# ------------------------------------------------------------ A.3: the critic (eq. 15)
+
+
 def value_loss(logit, target, weight):
     """Eq. 15, sum of weight * BCE(target, sigmoid(logit)), all (M,), soft targets in [0, 1].
 
@@ -121,8 +133,9 @@ def value_loss(logit, target, weight):
     return (weight * bce).sum()  # eq. 15
 
 
-def training_nodes(record: dict, states: str) -> list[bool]:
-    """Which nodes train the critic: states that go on and from or through which there was a draw."""
+def training_nodes(record: dict, states: str = "labelled") -> list[bool]:
+    """Which nodes train the critic: the states that A.2 completed; with --states all every one that
+    goes on and that a draw came through."""
     chosen = []
     for node in record["nodes"]:
         known = node["reward"] is None and node["n"] > 0
@@ -143,56 +156,61 @@ def split_by_hash(records: list[dict]) -> tuple[list[dict], list[dict]]:
     return training, [record for record in records if place(record) == least]
 
 
-def critic_loss(lm, value_head, pack, target, weight, token_share: float):
-    """Eq. 15 on one pack: V read at each state's last token and, token_share of it, at every token.
-
-    target, weight (M,): MC of each scored node, and its share of the batch's weight.
-    -> the pack's share of the batch's mean loss.
-
-    A token's target is the MC of the state that its step leads to, its weight the state's divided by
-    the step's length. Inside a step that is no estimate of anything, only help in learning: of steps
-    that begin alike short ones weigh more, and those that end the response not at all. The prompt
-    is the root's step; its first token knows nothing and is left out.
-    """
-    logit = value_head(pack_hidden(lm, pack).float())[:, 0]  # (N,)
-    target, weight = target.to(logit.device), weight.to(logit.device)
-    loss = (1 - token_share) * value_loss(logit[pack.last], target, weight)
-    if token_share:
-        token = ((pack.node >= 0) & (pack.pos > 0)).nonzero()[:, 0]
-        node = pack.node[token]
-        length = torch.bincount(node, minlength=len(target)).to(logit.device)
-        each = (weight / length)[node]
-        loss = loss + token_share * value_loss(logit[token], target[node], each)
-    return loss
-
-
 def train(lm, value_head, records: list[dict], retokenise: bool, s: Settings, work: Path):
-    """A.3: min over phi of eq. 15, whole problems a batch. With --states all a node weighs its n."""
+    """A.3: min_phi E_s BCE(MC(s), V_phi(s)), the mean over all states of an optimiser step."""
     trees = []
     for record in records:
         chosen = training_nodes(record, s.states)
         trees.append(record_tree(record, chosen, lm if retokenise else None))
 
-    def make_packs(batch):
-        items, total = [], 0  # total: of the whole batch's weights, the one normaliser of the step
+    def make_packs(batch: list[int]) -> list[tuple]:
+        """(pack, MC of its states, their weights in the mean) of each pack of a batch of problems."""
+        items, total = [], 0
         for pack in pack_trees([trees[i] for i in batch], s.budget, multiple=world()):
-            target, weight = [], []
-            for t, v in pack.owner:
-                node = records[batch[t]]["nodes"][v]
-                target.append(node["wins"] / node["n"])
-                weight.append(node["n"] if s.states == "all" else 1)
-            total += sum(weight)
-            items.append((pack, torch.tensor(target), torch.tensor(weight)))
+            states = [records[batch[t]]["nodes"][v] for t, v in pack.owner]
+            target = torch.tensor([node["wins"] / node["n"] for node in states])  # MC(s)
+            weight = torch.tensor([node["n"] if s.states == "all" else 1 for node in states])
+            total += int(weight.sum())
+            items.append((pack, target, weight))
         return [(pack, target, weight / total) for pack, target, weight in items]
 
     def loss(pack, target, weight):
-        return critic_loss(lm, value_head, pack, target, weight, s.token_share), {}
+        """The pack's share of the batch's mean loss, and no metrics of its own."""
+        target, weight = target.to(lm.device), weight.to(lm.device)  # (M,)
+        logit = value_head(pack_hidden(lm, pack).float())[:, 0]  # (N,), of V at every token
+        of_states = value_loss(logit[pack.last], target, weight)  # V(s) at the state's last token
+        if not s.token_share:
+            return of_states, {}
+        of_tokens = every_token_loss(logit, pack, target, weight)
+        return (1 - s.token_share) * of_states + s.token_share * of_tokens, {}
 
     sizes = [sum(tree.score) for tree in trees]
     batches = whole_batches(sizes, s.batch, s.passes, f"critic {s.seed}")
     ids = lambda batch: [records[i]["id"] for i in batch]
     modules = {"model": lm.model, "head": value_head}
     fit(modules, batches, make_packs, loss, work, s.lr, s.save_minutes, ids)
+
+
+# ------------------------------------------------------------ beyond the paper (off by default)
+
+
+def every_token_loss(logit, pack, target, weight):
+    """--token_share: eq. 15 with V read at every token of a step, not at its last one alone.
+
+    logit (N,) of V at every token; target, weight (M,): MC of each scored node, and its weight.
+
+    A token's target is the MC of the state that its step leads to, its weight the state's divided by
+    the step's length. Inside a step that is no estimate of anything, only help in learning: of steps
+    that begin alike short ones weigh more, and those that end the response not at all. The prompt
+    is the root's step; its first token knows nothing and is left out.
+    """
+    token = ((pack.node >= 0) & (pack.pos > 0)).nonzero()[:, 0]
+    node = pack.node[token]
+    length = torch.bincount(node, minlength=len(target)).to(logit.device)
+    return value_loss(logit[token], target[node], (weight / length)[node])
+
+
+# ------------------------------------------------------------ how good it is
 
 
 def measure(
