@@ -1,10 +1,26 @@
-"""distributed. It knows nothing of the algorithm."""
+"""Several processes that train one model (torchrun, FSDP2), or one with the host's memory.
+
+It knows nothing of the algorithm.
+
+`torchrun --standalone --nproc-per-node 8 train_actor.py ...` starts a process per card. Each runs the
+whole script; weights, gradients and moments are sharded, packs are shared out, and the first process
+alone speaks and writes. Without torchrun nothing of this happens.
+
+Several machines: the same command on each, with torchrun's --nnodes, --node-rank and --master-addr.
+They see one folder (run, models and data under the same path), since all read and each writes its
+share of a checkpoint; manifests, records and models the first process writes. One machine that is
+lost ends the stage on all; the same command goes on from the last checkpoint.
+"""
 
 import os
 import types
 
 import torch
 import torch.distributed as dist
+
+# Torch rounds pinned memory up to a power of two. Tensors of more MB than this setting says it does
+# not: an 8B model's weights and gradients take 64 GB then, and a 7.6B model's 61 instead of 116.
+PINNED_EXACTLY = "pinned_max_round_threshold_mb"
 
 
 def decoder_layers(model) -> list[torch.nn.Module]:
@@ -14,10 +30,6 @@ def decoder_layers(model) -> list[torch.nn.Module]:
     return [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
 
 
-#
-# torchrun starts a process a card: `torchrun --nproc-per-node 8 train_actor.py ...`. Each runs the
-# whole script; weights, gradients and moments are sharded (FSDP2), packs are shared out, and the
-# first process alone speaks and writes. Without torchrun nothing of this happens.
 def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
@@ -26,15 +38,28 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world() -> int:
+    """How many of the processes are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(world())))
+
+
 def join(offload: bool = False):
     """Meet the other processes; offload: a group of one, which CPUOffloadPolicy needs too."""
     if dist.is_initialized() or (world() == 1 and not offload):
         return
+    if offload:
+        pin_exactly()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world() == 1 else {}
-    dist.init_process_group(backend, **alone)
+    options = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world() == 1 else {}
+    dist.init_process_group(backend, **options)
+
+
+def pin_exactly():
+    """Take no more pinned memory than is asked for, unless the user's own settings are there."""
+    if torch.__version__ >= (2, 13):  # before, the setting is unknown, and CUDA would not start
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", f"{PINNED_EXACTLY}:1")
 
 
 def leave():

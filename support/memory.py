@@ -1,28 +1,46 @@
-"""memory. It knows nothing of the algorithm."""
+"""What a model needs of memory, and a run of time, from a config and counts alone: before it starts.
 
-import argparse
+It knows nothing of the algorithm: how many tokens each stage draws or trains on is told.
+
+    python -m support.memory MODEL [--cards N] [--memory GB] [--help]
+"""
+
 import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import transformers
 
 from support.attention import head_sizes, row_bytes
-from support.cli import UserError, first_line
-from support.distributed import decoder_layers, world
+from support.cli import Help, UserError, first_line, flag
+from support.distributed import PINNED_EXACTLY, decoder_layers, local_world, pin_exactly, world
+from support.scoring import ROUND
+
+USABLE = 0.92  # of a card's memory; the rest is for kernels and fragments
+TREE_BYTES, PACK_BYTES = 28, 46  # of the host's memory a token, of records and of packs
 
 
-def memory(config, columns: int, tokens: int, rows: int, cards: int, offload: bool) -> dict:
-    """Bytes that a model needs on one card, by stage and part; from its config alone.
+def memory(
+    config,
+    columns: int,
+    tokens: int,
+    rows: int,
+    cards: int,
+    offload: bool,
+    tree_tokens: int = 0,
+    on_host: int = 0,
+) -> dict[str, dict[str, int]]:
+    """{stage: {part: bytes}} of one card, of a host, and of the disk.
 
     columns: of a row of the key/value cache (prompt and response); tokens of a pack; rows decoded
-    at once. Training is in bfloat16 with checkpointed layers.
+    at once; cards: that the weights are sharded over, on_host: how many of them one host has, by
+    default all; tree_tokens: of the trees that are read. Training is in bfloat16 with checkpointed
+    layers.
     """
-    try:
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config)
-    except ValueError as e:
-        raise UserError(f"{config.model_type}: no language model with a decoder alone") from e
-    config = config.get_text_config()
+    on_host = on_host or cards
+    model, config = empty_model(config), config.get_text_config()
     count = sum(p.numel() for p in model.parameters())
     layers, width, vocabulary = config.num_hidden_layers, config.hidden_size, config.vocab_size
     layer = sum(p.numel() for p in decoder_layers(model)[0].parameters())
@@ -59,12 +77,52 @@ def memory(config, columns: int, tokens: int, rows: int, cards: int, offload: bo
     }
     # Each process reads the whole model, which is then sharded.
     loading = {} if alone else {"the whole weights, in float32": 4 * count}
-    host = {"weights of every process, as they are loaded": 4 * count * cards}
-    if offload and cards <= 4:  # then what training holds there is more
-        host = {"weights, gradients, moments": 16 * count}
+    host = {"weights of every process, as they are loaded": 4 * count * on_host}
+    if offload:
+        shard = sum(pinned_bytes(p.shape, cards) for p in model.parameters())
+        moments = 8 * count * on_host // cards
+        held = {"weights and gradients, pinned": 2 * shard * on_host, "moments": moments}
+        host = max(host, held, key=lambda parts: sum(parts.values()))
+    host["trees, read by every process"] = TREE_BYTES * tree_tokens * on_host
+    host["packs of a round"] = PACK_BYTES * min(tree_tokens, cards * ROUND) * on_host // cards
     disk = {"two checkpoints and a third": 3 * 12 * count, "the model folder": 4 * count}
     parts = {"sampling": sampling, "loading to train": loading, "training": training}
     return parts | {"host": host, "disk": disk}
+
+
+def empty_model(config) -> torch.nn.Module:
+    """The model of a config, without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config)
+    except ValueError as e:
+        raise UserError(f"{config.model_type}: no language model with a decoder alone") from e
+
+
+def pinned_bytes(shape, cards: int) -> int:
+    """What torch takes of the host for a float32 parameter's pinned shard: the next power of two,
+    but for those above a MB where it was told not to (`pin_exactly`)."""
+    size = 4 * -(-shape[0] // cards) * shape[1:].numel()
+    exact = size > 1 << 20 and PINNED_EXACTLY in os.environ.get("PYTORCH_ALLOC_CONF", "")
+    return size if exact else 1 << (size - 1).bit_length()
+
+
+def host_memory(groups=Path("/proc/self/cgroup"), root=Path("/sys/fs/cgroup")) -> int:
+    """Bytes of memory that this process may have: the machine's, or less if its container (cgroup,
+    version 1 or 2) or one around that has a limit."""
+    least = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for line in groups.read_text().splitlines() if groups.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            top = root / controllers
+            own = top / path.lstrip("/")
+            for folder in (own, *own.parents):
+                for name in ("memory.max", "memory.limit_in_bytes"):
+                    file = folder / name
+                    if folder.is_relative_to(top) and file.exists():
+                        text = file.read_text().strip()
+                        least = min(least, int(text)) if text != "max" else least
+    return least
 
 
 def config_of(path: str):
@@ -75,49 +133,104 @@ def config_of(path: str):
         raise UserError(f"{path}: not a model folder ({first_line(e)})") from e
 
 
-def require_memory(path: str, tokens: int, offload: bool, card: float | None = None):
+def remedy(stage: str, offload: bool) -> str:
+    """What helps where a stage does not fit."""
+    other = " and without --offload" if offload else ", --offload"
+    return {
+        "sampling": "a smaller --batch (it is lowered to what fits), or an engine on more cards",
+        "loading to train": "cards of more memory",
+        "training": f"torchrun with more cards{other}, or a smaller --budget",
+        "host": f"more of it, or {'torchrun without --offload' if offload else 'fewer cards'}",
+    }[stage]
+
+
+def require_memory(
+    path: str, tokens: int, offload: bool, tree_tokens: int = 0, card: float | None = None
+):
     """Refuse training that cannot fit, before anything is loaded. card: bytes of one, by default
     this machine's; without one nothing is refused."""
     if card is None and torch.cuda.is_available():
         card = torch.cuda.mem_get_info()[1]
     if card is None:
         return
-    config = config_of(path)
-    found = memory(config, 0, tokens, 0, world(), offload)
-    without = " and without --offload" if offload else ", --offload"
-    for stage, mend in (
-        ("training", f"torchrun with more cards{without}, or a smaller --budget"),
-        ("loading to train", "cards of more memory"),
+    cards, on_host = world(), local_world()
+    found = memory(config_of(path), 0, tokens, 0, cards, offload, tree_tokens, on_host)
+    for stage, whose, most in (
+        ("training", "each card's memory", USABLE * card),
+        ("loading to train", "each card's memory", USABLE * card),
+        ("host", "the host's memory", host_memory()),
     ):
         need = sum(found[stage].values())
-        if need > 0.92 * card:
-            each = f"{need / 1e9:.0f} GB of each card, which has {card / 1e9:.0f}"
-            raise UserError(f"{path}: {stage} needs {each}; mend it by {mend}")
-    host = sum(found["host"].values())
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if host > have:
-        wrong = f"training needs {host / 1e9:.0f} GB of the host's memory, which has"
-        mend = "more of it, or torchrun without --offload" if offload else "fewer cards"
-        raise UserError(f"{path}: {wrong} {have / 1e9:.0f}; mend it by {mend}")
+        if need > most:
+            what = "training" if stage == "host" else stage
+            gap = f"{what} needs {need / 1e9:.0f} GB of {whose}, and may have {most / 1e9:.0f}"
+            raise UserError(f"{path}: {gap}; mend it by {remedy(stage, offload)}")
 
 
-def print_memory(arguments: list[str]):
-    """python model.py MODEL [--cards N] [--memory GB] [--columns C] [--tokens T] [--rows R]"""
+@dataclass(frozen=True)
+class Work:
+    """What one iteration's hours are computed from. Tokens are a problem's; rates are one card's
+    (H100) on a model of 7.6 billion parameters, and inverse to a model's parameters."""
 
-    parser = argparse.ArgumentParser(description="What a model needs of memory in every stage.")
+    problems: int = flag("problems of the iteration: MATH's", 7500)
+    sampled: int = flag("tokens drawn in sampling: 32 responses of 400", 12_800)
+    labelled: int = flag("tokens drawn in labelling (computed: 210,000 to 310,000)", 260_000)
+    kept: int = flag("tokens of a tree without its leaves, which the critic trains on", 2500)
+    tree: int = flag("tokens of a tree: 900 nodes of 35", 31_500)
+    engine: float = flag("tokens/s that are drawn (assumed; 15300 measured without one)", 20_000.0)
+    training: float = flag("tokens/s trained on (measured without the optimiser)", 8200.0)
+    passing: float = flag("tokens/s of a forward pass (a training pass is four)", 32_800.0)
+    critic_step: int = flag("tokens of an optimiser step of the critic: 512 states", 12_600)
+    actor_step: int = flag("tokens of an optimiser step of the actor: 2048 pairs", 82_000)
+    offload: float = flag("seconds --offload adds to a step, per billion (measured, 1.5B)", 0.92)
+    critic_share: float = flag("of eight cards' time in a critic's step that is used", 0.83)
+    actor_share: float = flag("of eight cards' time in an actor's step that is used", 0.93)
+
+
+def hours(parameters: int, cards: int, offload: bool, work: Work) -> dict[str, float]:
+    """{stage: hours} of one iteration on `cards` cards of one machine, without loading, evaluation
+    and checkpoints: what is drawn and trained on, by the cards' rates.
+
+    A tenth of the problems is held out from the critic and tested on. Before the actor trains, one
+    pass over the trees has the values and one the reference log-probs.
+    """
+    size, tokens = parameters / 7.6e9, work.problems * work.tree
+    drawing, passing = cards * work.engine / size, cards * work.passing / size  # tokens/s
+    training = cards * work.training / size
+    critic_tokens = 0.9 * work.problems * work.kept
+    critic_share, actor_share = (work.critic_share, work.actor_share) if cards > 1 else (1, 1)
+    waiting = work.offload * parameters / 1e9 if offload else 0  # seconds a step
+    seconds = {
+        "sampling": work.problems * work.sampled / drawing,
+        "labelling": work.problems * work.labelled / drawing,
+        "critic": critic_tokens / (training * critic_share)
+        + waiting * critic_tokens / work.critic_step,
+        "critic's test": 0.1 * tokens / passing,
+        "values and reference log-probs": 2 * tokens / passing,
+        "actor": tokens / (training * actor_share) + waiting * tokens / work.actor_step,
+    }
+    return {stage: s / 3600 for stage, s in seconds.items()}
+
+
+def print_table(arguments: list[str]):
+    """The memory of every stage, and the hours of an iteration, for one model and machine."""
+    parser = transformers.HfArgumentParser(Work, description=__doc__, formatter_class=Help)
     parser.add_argument("model", help="a folder or hub id; only its config is read")
-    parser.add_argument("--cards", type=int, default=1, help="that training is sharded over")
-    parser.add_argument("--memory", type=float, default=80.0, help="of one card")
+    parser.add_argument("--cards", type=int, default=1, help="of one machine, that train together")
+    parser.add_argument("--memory", type=float, default=80.0, help="GB of one card")
     parser.add_argument("--columns", type=int, default=2448, help="tokens of prompt and response")
     parser.add_argument("--tokens", type=int, default=8192, help="of a pack, --budget")
     parser.add_argument("--rows", type=int, default=256, help="decoded at once, --batch")
-    s = parser.parse_args(arguments)
-    if min(s.cards, s.memory, s.columns, s.tokens, s.rows) <= 0:
-        raise UserError("model.py: a number is not above 0")
+    work, s = parser.parse_args_into_dataclasses(arguments)
+    for name, number in (vars(s) | vars(work)).items():
+        if name != "model" and number <= 0:
+            raise UserError(f"--{name} {number}: wanted a number above 0")
+    pin_exactly()  # as training does
     config = config_of(s.model)
+    trees = work.problems * work.tree
     print(f"{s.model}, GB on each of {s.cards} card(s) of {s.memory:.0f} GB")
     for offload in (False, True):
-        found = memory(config, s.columns, s.tokens, s.rows, s.cards, offload)
+        found = memory(config, s.columns, s.tokens, s.rows, s.cards, offload, trees)
         for stage, parts in found.items():
             if not parts or (offload and stage in ("sampling", "disk")):
                 continue
@@ -126,12 +239,22 @@ def print_memory(arguments: list[str]):
             listed = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items())
             verdict = ""
             if stage not in ("host", "disk"):
-                room = 0.92e9 * s.memory  # the rest: kernels, fragments
-                mend = {"sampling": "--batch is lowered to what fits"}
-                if parts.get("weights", 0) > room:
-                    mend["sampling"] = "an engine on more cards"
-                mend["loading to train"] = "cards of more memory"
-                without = " without it" if offload else ", --offload"
-                mend["training"] = f"more cards{without}, or a smaller --budget"
-                verdict = " fits" if 1e9 * total < room else f" does not fit: {mend[stage]}"
+                fits = total < USABLE * s.memory
+                verdict = " fits" if fits else f" does not fit: {remedy(stage, offload)}"
             print(f"  {title}: {total:.1f}{verdict} ({listed})")
+    count = sum(p.numel() for p in empty_model(config).parameters())
+    print(
+        f"hours of an iteration of {work.problems} problems (--help: what they are computed from)"
+    )
+    for offload in (False, True):
+        found = hours(count, s.cards, offload, work)
+        listed = ", ".join(f"{stage} {number:.1f}" for stage, number in found.items())
+        print(f"  {'--offload: ' if offload else ''}{sum(found.values()):.1f} ({listed})")
+
+
+if __name__ == "__main__":
+    try:
+        print_table(sys.argv[1:])
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

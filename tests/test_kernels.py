@@ -527,79 +527,6 @@ def test_checkpointed_layers_have_the_same_gradients_to_the_last_bit(models, nam
     assert saved[1] < 0.7 * saved[0]  # so it is really done
 
 
-BIGGER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8,
-          "head_dim": 16, "max_position_embeddings": 512}  # fmt: skip
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_memory_table_is_what_a_small_model_takes(build, tied, tmp_path):
-    """Each part that the CPU can show, within 10 %: weights, training state, cache, layers' inputs,
-    checkpoints, folder."""
-    fields = {"num_key_value_heads": 2, "tie_word_embeddings": tied}
-    path = build(hf.LlamaConfig, fields, BIGGER)
-    rows, columns, tokens = 48, 64, 512
-    plan = support.memory.memory(
-        hf.AutoConfig.from_pretrained(path), columns, tokens, rows, 1, False
-    )
-
-    def size(tensors):
-        return sum(x.numel() * x.element_size() for x in tensors)
-
-    lm = LM(path, device="cpu", dtype="bfloat16")
-    assert plan["sampling"]["weights"] == pytest.approx(size(lm.model.parameters()), rel=0.1)
-    cache = support.attention.CacheView(6, (rows, 2, columns, 16), torch.bfloat16, "cpu")
-    taken = size([*cache.keys, *cache.values])
-    assert plan["sampling"]["key/value cache"] == pytest.approx(taken, rel=0.1)
-
-    lm = LM(path, train=True, device="cpu", dtype="bfloat16")
-    lm.checkpoint_layers()
-    tree = Tree([[5] * 64] * 8, [-1, *range(7)], [True] * 8)
-    (pack,) = pack_trees([tree], tokens)
-    kept = {}
-
-    def keep(x):
-        kept[x.data_ptr()] = x
-        return x
-
-    optimiser = torch.optim.AdamW(lm.model.parameters())
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        hidden = pack_hidden(lm, pack)
-    inputs = [x for x in kept.values() if x.shape == (1, tokens, 128)]
-    assert plan["training"]["layers' inputs"] == pytest.approx(size(inputs), rel=0.1)
-    hidden.square().mean().backward()
-    lm.head.grad = torch.zeros_like(lm.head) if lm.head.grad is None else lm.head.grad
-    optimiser.step()
-    parameters = list(lm.model.parameters())
-    state = [x for s in optimiser.state.values() for x in s.values() if x.dim()]
-    taken = size(parameters) + size([p.grad for p in parameters]) + size(state)
-    assert plan["training"]["weights, gradients, moments"] == pytest.approx(taken, rel=0.1)
-
-    saved = support.training.Checkpoints(tmp_path, {"model": lm.model}, optimiser)
-    saved.save(1)
-    taken = 3 * (tmp_path / "step-00000001.pt").stat().st_size
-    assert plan["disk"]["two checkpoints and a third"] == pytest.approx(taken, rel=0.1)
-    lm.save(tmp_path / "folder")
-    taken = (tmp_path / "folder" / "model.safetensors").stat().st_size
-    assert plan["disk"]["the model folder"] == pytest.approx(taken, rel=0.1)
-
-
-def test_the_memory_command(build, capsys):
-    path = build(hf.LlamaConfig, {"num_key_value_heads": 2}, BIGGER)
-    support.memory.print_memory([str(path), "--cards", "8", "--memory", "80"])
-    out = capsys.readouterr().out
-    assert out.count(" fits (") == 5 and "does not fit" not in out
-    support.memory.print_memory([str(path), "--memory", "0.001"])
-    assert "does not fit: more cards, --offload, or a smaller --budget" in capsys.readouterr().out
-    support.memory.require_memory(path, 8192, False)  # no card, no refusal
-    support.memory.require_memory(path, 8192, False, 80e9)
-    with pytest.raises(UserError, match=r"needs \d+ GB of each card, which has 0; .*--offload"):
-        support.memory.require_memory(path, 8192, False, 1e6)
-    with pytest.raises(UserError, match="--budget"):
-        support.memory.require_memory(path, 8192, True, 1e6)
-    with pytest.raises(UserError, match="no/such: not a model folder"):
-        support.memory.require_memory("no/such", 8192, False, 80e9)
-
-
 @pytest.mark.parametrize("name", ["llama, GQA, tied", "qwen2, MQA, biases"])
 def test_packed_values_equal_one_forward_a_state(models, name):
     lm, head = load_critic(models(name), train=True, new=True)
@@ -1047,7 +974,7 @@ def test_layers_are_found_whatever_a_model_calls_them(build, models):
     for path in (models("llama, GQA, tied"), build(*GPT2)):
         lm = LM(path, device="cpu")
         assert len(support.distributed.decoder_layers(lm.model)) == lm.config.num_hidden_layers
-        support.memory.require_memory(path, 8192, False, 80e9)
+        support.memory.require_memory(str(path), 8192, False, card=80e9)
 
 
 def test_an_eos_of_id_0_is_one(build, tmp_path):
