@@ -330,7 +330,7 @@ def stage(s: Settings):
     if out.complete:
         return
     join(s.offload)
-    require_memory(s.actor, s.budget, s.offload)
+    require_memory(s.actor, s.budget, s.offload, records)
     facts = tokenizer_facts(LM(s.actor, weights=False))
     out.begin(facts, {"actor": fingerprint(s.actor), "trees": sha256(Path(s.trees)), **facts})
 

@@ -259,7 +259,7 @@ def stage(s: Settings):
     if out.complete:
         return
     join(s.offload)
-    require_memory(s.critic_model, s.budget, s.offload)
+    require_memory(s.critic_model, s.budget, s.offload, records)
     lm, value_head = load_critic(s.critic_model, train=True, dtype=s.dtype, new=True)
     if lm.head is not lm.model.get_input_embeddings().weight:
         lm.head.requires_grad_(False)  # V does not use it

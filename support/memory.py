@@ -145,15 +145,16 @@ def remedy(stage: str, offload: bool) -> str:
 
 
 def require_memory(
-    path: str, tokens: int, offload: bool, tree_tokens: int = 0, card: float | None = None
+    path: str, tokens: int, offload: bool, records: list[dict] = (), card: float | None = None
 ):
-    """Refuse training that cannot fit, before anything is loaded. card: bytes of one, by default
-    this machine's; without one nothing is refused."""
+    """Refuse training that cannot fit, before a model is loaded. records: the trees that are read;
+    card: bytes of one, by default this machine's; without one nothing is refused."""
     if card is None and torch.cuda.is_available():
         card = torch.cuda.mem_get_info()[1]
     if card is None:
         return
     cards, on_host = world(), local_world()
+    tree_tokens = sum(len(node["ids"]) for record in records for node in record["nodes"])
     found = memory(config_of(path), 0, tokens, 0, cards, offload, tree_tokens, on_host)
     for stage, whose, most in (
         ("training", "each card's memory", USABLE * card),

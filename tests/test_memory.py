@@ -207,9 +207,10 @@ def test_training_that_cannot_fit_is_refused(folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no/such: not a model folder"):
         require("no/such", 8192, False, card=80e9)
     monkeypatch.setattr(support.memory, "host_memory", lambda: 10**9)
-    require(path, 8192, False, 10**7, card=80e9)
+    trees = lambda tokens: [{"nodes": [{"ids": []}, {"ids": range(tokens)}]}]
+    require(path, 8192, False, trees(10**7), card=80e9)
     with pytest.raises(UserError, match="of the host's memory, and may have 1; .*fewer cards"):
-        require(path, 8192, False, 10**8, card=80e9)  # the trees
+        require(path, 8192, False, trees(10**8), card=80e9)
 
 
 def test_hours_by_hand():
