@@ -23,7 +23,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from model import LM
+from model import LM, checked_step_ends
 from sample import respond
 from support.cli import Progress, UserError, flag, main
 from support.distributed import all_gather, join, rank, world
@@ -31,7 +31,7 @@ from support.records import misfit, read_jsonl, replace
 from support.report import percents, report
 from support.sampler import alone
 from support.server import Server, work_through
-from support.stage import Stage, actor_facts, tokenizer_facts
+from support.stage import Stage, actor_facts, stated_by, tokenizer_facts
 from support.stats import majority, paired, pass_at, wilson
 from train_critic import load_critic, tree_values
 
@@ -119,6 +119,7 @@ def stage(s: Settings):
             alone(f"evaluate.py {'--server' if s.server else '--critic'}")
         join()
         lm = LM(s.actor, dtype=s.dtype, weights=not s.server)
+        lm.step, lm.codec.date = stated_by(s.critic, "step", "line"), out.date
         server = Server(s.server, lm) if s.server else None
         critic = load_critic(s.critic, dtype=s.dtype) if s.critic else None
         if critic and tokenizer_facts(critic[0])["tokenizer"] != tokenizer_facts(lm)["tokenizer"]:
@@ -189,7 +190,7 @@ def choose(lm: LM, critic: tuple, problems: list[dict], drawn: list[tuple]) -> l
     for problem, (prompt_ids, sampled) in zip(problems, drawn):
         nodes, own = [{"parent": -1, "reward": None}], []
         for response in sampled:
-            begin = [0, *lm.step_ends(response["ids"])][-2]  # of the last step
+            begin = [0, *checked_step_ends(lm, response["ids"])][-2]  # of the last step
             if begin:
                 nodes.append({"parent": 0, "ids": response["ids"][:begin], "reward": None})
             own.append(len(nodes) - 1 if begin else 0)

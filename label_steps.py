@@ -5,7 +5,7 @@
 
 Reads:  samples.jsonl, its problems, and the actor that drew it.
 Writes: trees.jsonl, a step tree a problem (node 0: the prompt, by its text; tokens: generated for it)
-    {"id": "demo/train/17", "prompt_ids": [1, 9], "tokens": 812, "nodes": [
+    {"id": "demo/train/17", "prompt": "..", "prompt_ids": [1, 9], "tokens": 812, "nodes": [
      {"parent": -1, "ids": [], "text": "..", "draws": 0, "n": 16, "wins": 9, "reward": null,
       "labelled": true}]}
 
@@ -31,16 +31,17 @@ Departures from the paper:
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from model import LM
+from model import LM, checked_step_ends
 from reward import grade_ids
 from support.cli import Progress, UserError, flag, main
 from support.packing import record_tree
 from support.records import each_sample, read_jsonl, sha256
 from support.sampler import Prefixes, Row, alone, draw, draw_key, prefixes_fit
 from support.server import Server, work_through
-from support.stage import Stage, actor_facts
+from support.stage import Stage, actor_facts, stated_by
 
 
 @dataclass(frozen=True)
@@ -159,13 +160,16 @@ class StepTree:
             v = self.nodes[v]["parent"]
         return ids
 
-    def record(self, lm: LM, problem_id: str) -> dict:
+    def record(self, lm: LM, problem: dict) -> dict:
         """The line of trees.jsonl."""
-        for v, node in enumerate(self.nodes):
-            node["text"] = lm.text(node["ids"] if v else self.prompt_ids)
-            node["labelled"] = (self.followed if self.whole_draws else self.to_label)[v]
-        whole = {"id": problem_id, "prompt_ids": self.prompt_ids, "tokens": self.tokens}
-        return whole | {"nodes": self.nodes}
+        parents = [node["parent"] for node in self.nodes]
+        ids = [self.prompt_ids, *(node["ids"] for node in self.nodes[1:])]
+        ended = [node["reward"] is not None for node in self.nodes]
+        labelled = self.followed if self.whole_draws else self.to_label
+        for v, text in enumerate(lm.codec.tree_texts(parents, ids, ended)):
+            self.nodes[v] |= {"text": text, "labelled": labelled[v]}
+        whole = {"id": problem["id"], "prompt": problem["prompt"], "prompt_ids": self.prompt_ids}
+        return whole | {"tokens": self.tokens, "nodes": self.nodes}
 
 
 def plant(sampled: dict, cut, whole_draws: bool) -> StepTree:
@@ -186,6 +190,20 @@ def plant(sampled: dict, cut, whole_draws: bool) -> StepTree:
         for _, response in responses:
             tree.count_draw(0, response["ids"], cut, response["reward"])
     return tree
+
+
+def require_relative_split(lm: LM, record: dict):
+    """Refuse an LM.step_ends that cuts the rest of a response otherwise than it cuts the whole:
+    completions are such rests, and would lead to other states than the kept responses. Tried on the
+    response of most steps."""
+    ids = max(record["responses"], key=lambda response: len(response["ends"]))["ids"]
+    ends = checked_step_ends(lm, ids)
+    for k, begin in enumerate(ends[:-1]):
+        rest, within = lm.step_ends(ids[begin:]), [end - begin for end in ends[k + 1 :]]
+        if rest != within:
+            wrong = f"cuts what follows token {begin} of a response of {record['id']} at {rest}"
+            wrong += f", but within the whole response at {within}"
+            raise UserError(f"LM.step_ends (model.py): {wrong}; it may not depend on the place")
 
 
 def label(lm: LM, problems: list[dict], trees: list[StepTree], s: Settings, progress, server):
@@ -229,7 +247,7 @@ def label(lm: LM, problems: list[dict], trees: list[StepTree], s: Settings, prog
         for row, ids, grade in zip(rows, drawn, graded):
             tree = trees[row.tree]
             tree.tokens += len(ids)
-            tree.count_draw(row.node, ids, lm.step_ends, grade["reward"])
+            tree.count_draw(row.node, ids, partial(checked_step_ends, lm), grade["reward"])
             done["tokens"] += len(ids)
         done["completions"] += len(rows)
     return done
@@ -259,6 +277,7 @@ def stage(s: Settings):
     if out.complete:
         return
     lm = LM(s.actor, dtype=s.dtype, weights=s.m > 0 and not s.server)
+    lm.step, lm.codec.date = stated_by(s.samples, "step", "line"), out.date
     server = Server(s.server, lm) if s.server and s.m else None
     facts = {**actor_facts(lm, s.max_new), "problems": sha256(s.problems)}
     out.begin(facts | ({"draws": "server"} if server else {}), expects=facts)
@@ -270,7 +289,10 @@ def stage(s: Settings):
     with Progress("label_steps", sampled - len(out.done)) as progress:
 
         def process(chunk: list[dict]) -> list[dict]:
-            trees = [plant(record, lm.step_ends, s.whole_draws) for record in chunk]
+            for record in chunk:
+                require_relative_split(lm, record)
+            cut = partial(checked_step_ends, lm)
+            trees = [plant(record, cut, s.whole_draws) for record in chunk]
             owners = [problems[record["id"]] for record in chunk]
             done = label(lm, owners, trees, s, progress, server) if s.m else Counter()
             for record in chunk:
@@ -278,7 +300,7 @@ def stage(s: Settings):
                     done["unshared"] += len(record["responses"][k]["ends"])
             done_of_chunks.append(done)
             progress.update(len(chunk))
-            return [tree.record(lm, record["id"]) for tree, record in zip(trees, chunk)]
+            return [tree.record(lm, problem) for tree, problem in zip(trees, owners)]
 
         work_through(todo, process, out, server)
     out.finish()

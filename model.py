@@ -16,8 +16,10 @@ d width, L layers, G key/value heads, R query heads a key/value head, D head siz
 """
 
 import functools
+import re
 import sys
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,8 @@ from support.attention import TreeView, _pack_hidden, attend, on_cuda, pack_hidd
 from support.cli import UserError, first_line
 from support.distributed import decoder_layers, is_sharded, rank, whole_state
 from support.packing import Pack, Tree, pack_trees
+from support.records import misfit
+from support.tokens import Codec
 
 # A stage's lines are the only ones on the screen, whoever loads or saves a model in it.
 transformers.logging.set_verbosity_error()
@@ -87,7 +91,10 @@ class LM:
             raise UserError(f"{path}: the weights do not fit on this GPU, or others use it") from e
         except Exception as e:  # a broken folder raises all kinds; the user needs one line
             raise UserError(f"{path}: not a model folder with a tokenizer ({first_line(e)})") from e
-        self._read_tokenizer()
+        end, size = self.generation.eos_token_id, self.config.vocab_size
+        self.codec = Codec(self.tokenizer, self.path, end, size)
+        self.eos, self.own_eos = self.codec.eos, self.codec.own_eos
+        self.step = "line"  # what a step is (`step_ends`)
         self.may_capture = self.device == "cuda"  # may sampling capture CUDA graphs (sample.Slots)
         # Whether flex_attention does what the gathered form does. None: it is tried at the first
         # pack, so that stages which only draw need not wait until it is compiled.
@@ -117,30 +124,8 @@ class LM:
         return self.model.get_output_embeddings().weight  # (V, d)
 
     @property
-    def own_eos(self) -> int:
-        """Of several EOS ids the one that the tokenizer's chat template ends with."""
-        own = self.tokenizer.eos_token_id
-        return own if own in self.eos else self.eos[0]
-
-    @property
     def max_length(self) -> int:
         return getattr(self.config, "max_position_embeddings", None) or 1 << 30
-
-    def _read_tokenizer(self):
-        """breaks[id]: the token's text has a line break; blank[id]: white space or special."""
-        eos = self.generation.eos_token_id
-        if eos is None or eos == []:
-            eos = self.tokenizer.eos_token_id
-        if eos is None:
-            raise UserError(f"{self.path}: no EOS; add eos_token_id to generation_config.json")
-        self.eos = sorted({eos} if isinstance(eos, int) else set(eos))
-        texts = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
-        texts += [""] * (self.config.vocab_size - len(texts))
-        special = set(self.tokenizer.all_special_ids) | set(self.eos)
-        self.breaks = np.array(["\n" in t and i not in special for i, t in enumerate(texts)])
-        self.blank = np.array([not t.strip() or i in special for i, t in enumerate(texts)])
-        if not self.breaks.any():
-            raise UserError(f"{self.path}: no token holds a line break, so steps cannot be cut")
 
     @torch.no_grad()
     def _refuse_other_attention(self):
@@ -199,39 +184,49 @@ class LM:
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of a user message: by chat template if there is one, else plain; one BOS."""
-        if self.tokenizer.chat_template is None:
-            return self.tokenizer(prompt)["input_ids"]
-        message = [{"role": "user", "content": prompt}]
-        chat = self.tokenizer.apply_chat_template
-        text = chat(message, add_generation_prompt=True, tokenize=False)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.codec.prompt_ids(prompt)
 
     def response_ids(self, text: str) -> list[int]:
         """Token ids of a demonstration, with the EOS that the policy must learn."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.own_eos]
+        return self.codec.response_ids(text)
 
     def text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return self.codec.text(ids)
 
     def step_ends(self, ids: list[int]) -> list[int]:
-        """Offsets one past each step's last token; the last is len(ids) (section 3).
+        """Offsets one past each step's last token (section 3): the one place that cuts responses.
 
-        A step ends after a token whose text has a line break. A step of white space alone belongs
-        to the one before it (at the very start, where there is none, to the one after it).
+        A fork that cuts elsewhere replaces the body, by `return [*range(32, len(ids), 32), len(ids)]`
+        say, and samples again. Its contract, which sample.py and label_steps.py check:
+          - The offsets rise, and the last one is len(ids). Without ids there is none.
+          - `ids` may be the rest of a response from a step's end on, since a completion begins at a
+            state. The rest must be cut as it is cut within the whole, so where a step ends may depend
+            on the tokens since the step before, but not on their place in the response.
+
+        lm.step, the unit that sample.py --step chose:
+        "line": a step ends after a token whose text has a line break. A step of white space alone
+        belongs to the one before it (at the very start, where there is none, to the one after it).
         "5 + 3 = 8\\n" "\\n" "So 8.\\n" EOS -> two steps; the blank line joins the first.
-
-        The one place that cuts responses: a fork that cuts at blank lines or every 32 tokens
-        replaces what is below the first two lines, by `return [*range(32, len(ids), 32), len(ids)]`,
-        and samples anew.
+        "paragraph": lines up to one that a blank line follows. "response": all is one step. "32": a
+        step has 32 tokens.
         """
         if not ids:
             return []
+        if self.step == "response":
+            return [len(ids)]
+        if self.step.isdigit():
+            return [*range(int(self.step), len(ids), int(self.step)), len(ids)]
         ids = np.asarray(ids)
-        ends = np.append(np.flatnonzero(self.breaks[ids[:-1]]) + 1, len(ids))  # (steps,)
-        blank = np.logical_and.reduceat(self.blank[ids], np.append(0, ends[:-1]))
+        ends = np.append(np.flatnonzero(self.codec.breaks[ids[:-1]]) + 1, len(ids))  # (steps,)
+        blank = np.logical_and.reduceat(self.codec.blank[ids], np.append(0, ends[:-1]))
         # step i ends if step i + 1 is not blank, and something up to here is not blank either
         inner = ~blank[1:] & (np.cumsum(~blank)[:-1] > 0)
-        return np.append(ends[:-1][inner], len(ids)).tolist()
+        ends = np.append(ends[:-1][inner], len(ids)).tolist()
+        if self.step == "line":
+            return ends
+        lines = [self.text(ids[a:b]) for a, b in pairwise([0, *ends])]
+        followed = [bool(re.search(r"\S[^\S\n]*\n[^\S\n]*\n", line)) for line in lines]
+        return [end for end, last in zip(ends, followed) if last or end == len(ids)]
 
     def _autocast(self):
         """bfloat16 products where the weights are held in float32; elsewhere the weights already
@@ -270,6 +265,22 @@ class LM:
             self.model.generation_config.do_sample = True
         self.model.save_pretrained(folder, state_dict=state)
         self.tokenizer.save_pretrained(folder)
+
+
+def checked_step_ends(lm: LM, ids: list[int]) -> list[int]:
+    """lm.step_ends(ids), looked at before anything is made of it: a fork's own may be wrong."""
+    ends = lm.step_ends(ids)
+    if misfit(ends, [int]) or ends != sorted({*ends, len(ids)} - {0}):
+        wanted = f"wanted offsets that rise to {len(ids)}"
+        raise UserError(f"LM.step_ends (model.py): cuts {len(ids)} tokens at {ends}; {wanted}")
+    return ends
+
+
+def require_step_unit(step: str):
+    """Refuse a --step that `LM.step_ends` does not know."""
+    if step not in ("line", "paragraph", "response") and not re.fullmatch("[1-9][0-9]*", step):
+        wanted = "wanted line, paragraph, response, or a number of tokens"
+        raise UserError(f"--step {step}: {wanted}")
 
 
 # ------------------------------------------------------------ log-probs and values

@@ -134,7 +134,7 @@ def stage(s: Settings):
         problems = real_problems(s) if s.train else demo_problems(task, s.seed, sizes, steps)
     for split, out in outs.items():
         if not out.complete:
-            out.begin()
+            out.begin({"date": out.date})  # the run's: see Stage.date
             out.append(problems[split][len(out.done) :])
             out.finish()
     if s.make_base and (s.demos or not s.train):

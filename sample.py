@@ -24,7 +24,7 @@ together), or by a server that takes and returns token ids (--server, class `Ser
 from dataclasses import dataclass
 from pathlib import Path
 
-from model import LM
+from model import LM, checked_step_ends, require_step_unit
 from reward import grade_ids
 from support.cli import Progress, UserError, flag, main
 from support.packing import Tree
@@ -41,6 +41,7 @@ class Settings:
     out: str = flag("samples.jsonl to write")
     n1: int = flag("responses drawn a problem", 32)
     n: int = flag("responses kept a problem", 6)
+    step: str = flag("what a step is: line, paragraph, response, or a number of tokens", "line")
     mixed: bool = flag("keep no response of a problem whose draws all have one reward", False)
     first: int = flag("skip this many problems", 0)
     limit: int = flag("use at most this many problems; 0: all", 0)
@@ -87,6 +88,7 @@ def stage(s: Settings):
     alone("sample.py")
     if not 1 <= s.n <= s.n1:
         raise UserError(f"--n {s.n}: wanted 1 <= n <= n1 = {s.n1}")
+    require_step_unit(s.step)
     problems = read_jsonl(Path(s.problems), needs=("id", "prompt", "answer or tests"))
     problems = problems[s.first :][: s.limit or None]
     if not problems:
@@ -95,6 +97,7 @@ def stage(s: Settings):
     if out.complete:
         return
     lm = LM(s.actor, dtype=s.dtype, weights=not s.server)
+    lm.step, lm.codec.date = s.step, out.date
     server = Server(s.server, lm) if s.server else None
     facts = {"draws": "server"} if server else {}
     out.begin({**actor_facts(lm, s.max_new), "problems": sha256(s.problems), **facts})
@@ -127,7 +130,7 @@ def sample_record(lm: LM, problem: dict, prompt_ids: list[int], responses: list[
         kept = []
     lines = []
     for r in responses:
-        line = {"ids": r["ids"], "ends": lm.step_ends(r["ids"]), "text": r["text"]}
+        line = {"ids": r["ids"], "ends": checked_step_ends(lm, r["ids"]), "text": r["text"]}
         lines.append(line | {"reward": r["reward"], "finished": r["finished"]})
     return {"id": problem["id"], "prompt_ids": prompt_ids, "kept": kept, "responses": lines}
 

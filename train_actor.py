@@ -42,9 +42,9 @@ from support.memory import require_memory
 from support.packing import BLOCK, pack_trees, record_tree
 from support.records import digest, dump, each_record, read_trees, replace, sha256
 from support.scoring import Results, score_trees
-from support.stage import Stage, fingerprint, read_manifest, tokenizer_facts
+from support.stage import Stage, fingerprint, read_manifest, stated_by, tokenizer_facts
 from support.training import fit, whole_batches
-from train_critic import load_critic, tree_values
+from train_critic import load_critic, print_unknown, tree_values
 
 
 @dataclass(frozen=True)
@@ -331,8 +331,11 @@ def stage(s: Settings):
         return
     join(s.offload)
     require_memory(s.actor, s.budget, s.offload, records)
-    facts = tokenizer_facts(LM(s.actor, weights=False))
-    out.begin(facts, {"actor": fingerprint(s.actor), "trees": sha256(Path(s.trees)), **facts})
+    tokenizer = LM(s.actor, weights=False)
+    tokenizer.codec.date = out.date
+    facts = tokenizer_facts(tokenizer)
+    expects = {"actor": fingerprint(s.actor), "trees": sha256(Path(s.trees)), **facts}
+    out.begin(facts, expects | {"step": stated_by(s.trees, "step", "line")})
 
     # B.1, unless an earlier start came to its end
     table, lines = Path(f"{s.out}.advantages.jsonl"), None
@@ -344,7 +347,10 @@ def stage(s: Settings):
     values = [[None] * len(record["nodes"]) for record in records]
     if lines is None and s.kappa > 0:
         critic, value_head = load_critic(s.critic, dtype=s.dtype)
+        critic.codec.date = out.date
         retokenise = tokenizer_facts(critic)["tokenizer"] != facts["tokenizer"]
+        if retokenise:
+            print_unknown(critic, records)
         kept = Results(out.work / "values.jsonl", made_from | {"critic": inputs["critic"]})
         values = tree_values(critic, value_head, records, retokenise, s.budget, kept)
         del critic, value_head  # memory holds the critic and the actor one after the other

@@ -49,7 +49,7 @@ from support.memory import require_memory
 from support.packing import pack_trees, record_tree
 from support.records import read_trees, replace, sha256
 from support.scoring import score_trees
-from support.stage import Stage, read_manifest, tokenizer_facts
+from support.stage import Stage, stated_by, tokenizer_facts
 from support.stats import auc, calibration, siblings
 from support.training import fit, whole_batches
 
@@ -93,6 +93,14 @@ def load_critic(path, train=False, dtype="", new: bool = False) -> tuple[LM, tor
         torch.nn.init.zeros_(value_head.weight)
         torch.nn.init.zeros_(value_head.bias)
     return lm, value_head
+
+
+def print_unknown(lm: LM, records: list[dict]):
+    """Say that a critic with another tokenizer reads the trees' texts, and how much it can read."""
+    tokens = [i for record in records for ids in record_tree(record, [], lm).ids for i in ids]
+    other = f"{lm.path}: its tokenizer is not the actor's, so it reads the trees' texts"
+    if rank() == 0:
+        print(f"{other}; {lm.codec.unknown(tokens)} of {len(tokens)} tokens are unknown to it")
 
 
 @torch.no_grad()
@@ -263,12 +271,17 @@ def stage(s: Settings):
     lm, value_head = load_critic(s.critic_model, train=True, dtype=s.dtype, new=True)
     if lm.head is not lm.model.get_input_embeddings().weight:
         lm.head.requires_grad_(False)  # V does not use it
-    out.begin({"trees": sha256(Path(paths[-1]))})
+    lm.codec.date = out.date
     every = [*paths, s.held_out] if s.held_out else paths
-    made = {read_manifest(path).get("facts", {}).get("tokenizer") for path in every}
-    if None in made or len(made) > 1:
-        raise UserError(f"{s.trees}: no manifest beside it, or made with different tokenizers")
-    retokenise = made != {tokenizer_facts(lm)["tokenizer"]}
+    made = {(stated_by(path, "tokenizer"), stated_by(path, "step", "line")) for path in every}
+    (tokenizer, step), *others = made
+    out.begin({"trees": sha256(Path(paths[-1])), "step": step})
+    if others or not tokenizer:
+        wrong = "no manifest beside it, or made with different tokenizers or different --step"
+        raise UserError(f"{s.trees}: {wrong}")
+    retokenise = tokenizer != tokenizer_facts(lm)["tokenizer"]
+    if retokenise:
+        print_unknown(lm, records)
     if s.held_out:
         training, testing = records, read_trees(s.held_out)
     else:

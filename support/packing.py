@@ -17,15 +17,19 @@ class Tree(NamedTuple):
 
 
 def record_tree(record: dict, score: list[bool], lm=None) -> Tree:
-    """Tree of a line of trees.jsonl; an `lm` of another tokenizer re-tokenises node by node."""
+    """Tree of a line of trees.jsonl.
+
+    lm: a model.LM with another tokenizer than the actor's. It is given the user message by its own
+    chat template, and each step's text as its own tokens.
+    """
     nodes = record["nodes"]
     if lm is None:
         ids = [record["prompt_ids"]] + [node["ids"] for node in nodes[1:]]
     else:
-        tokenize = lm.tokenizer
-        ids = [tokenize(nodes[0]["text"])["input_ids"] or [lm.eos[0]]]
+        # trees.jsonl of before there was a "prompt" has its text alone
+        ids = [lm.prompt_ids(record.get("prompt", nodes[0]["text"]))]
         for node in nodes[1:]:
-            ids.append(tokenize(node["text"], add_special_tokens=False)["input_ids"] or [lm.eos[0]])
+            ids.append(lm.codec.ids(node["text"]) or [lm.own_eos])  # a bare EOS has no text
     return Tree(ids, [node["parent"] for node in nodes], score)
 
 

@@ -227,7 +227,8 @@ def share_numbers(node: dict, known: dict[int, int]):
 
 def broken_tree(record: dict) -> str | None:
     """What is wrong with a line of trees.jsonl; None if it is a step tree."""
-    if bad := misfit(record, {"prompt_ids": [int], "nodes": [NODE]}):
+    shape = {"prompt": str | EllipsisType, "prompt_ids": [int], "nodes": [NODE]}
+    if bad := misfit(record, shape):
         return bad
     for v, node in enumerate(record["nodes"]):
         grows = node["parent"] in range(v) and node["ids"] if v else node["parent"] == -1

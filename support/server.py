@@ -51,10 +51,6 @@ class Server:
         self.faults, self.rest = {}, {}  # of each server: faults in a row, and until when it rests
         if wrong := [url for url in urls.split(",") if "://" not in url]:
             raise UserError(f"--server {wrong[0]}: wanted a URL such as http://127.0.0.1:8000")
-        end = lm.tokenizer.eos_token_id
-        if end is not None and end not in lm.eos:  # here such a response would go on
-            wrong = f"a server ends responses at the tokenizer's EOS too, {end}"
-            raise UserError(f"{lm.path}: {wrong}; add it to eos_token_id in generation_config.json")
         self.seats = queue.PriorityQueue()  # (when it may be used, number, url): free requests
         for url in [url.strip().rstrip("/") for url in urls.split(",")]:
             self.faults[url], self.rest[url] = 0, 0.0

@@ -1,5 +1,6 @@
 """stage. It knows nothing of the algorithm."""
 
+import datetime
 import fcntl
 import json
 import os
@@ -33,6 +34,11 @@ def read_manifest(path: Path) -> dict:
         if not misfit(made, MANIFEST) and all(isinstance(v, str) for v in made["facts"].values()):
             return made
     raise UserError(f"{manifest}: broken; remove it with its output, and make that anew")
+
+
+def stated_by(path, fact: str, default: str = "") -> str:
+    """A fact that the manifest beside `path` states; the default if it has none."""
+    return read_manifest(path).get("facts", {}).get(fact, default)
 
 
 def differences(old: dict, new: dict) -> list[str]:
@@ -87,7 +93,7 @@ class Stage:
     inputs    {name: path}; an input made by a stage must be complete and as that stage left it
     """
 
-    TRUTH = ("model.py", "reward.py")  # where steps end, and what is right
+    TRUTH = ("model.py", "reward.py", "support/tokens.py")  # where steps end, and what is right
 
     def __init__(self, script: str, out, settings, inputs: dict):
         self.out, self.inputs, self.force = Path(out), inputs, settings.force
@@ -119,6 +125,16 @@ class Stage:
             _checked_input("out", str(self.out))
             self._drop_checkpoints()
             print(f"{self.out}: complete, nothing to do")
+
+    @property
+    def date(self) -> str:
+        """The date of this run's prompts, for chat templates that ask for one: an earlier start's or
+        an input's, so that a run over midnight has one date; else today's."""
+        paths = sorted(self.inputs.values(), key=os.path.isdir)  # records, then models
+        for path in paths if self.force else [self.out, *paths]:
+            if stated := stated_by(path, "date"):
+                return stated
+        return datetime.date.today().isoformat()
 
     def _earlier(self) -> dict:
         """The manifest of an earlier start, {} if there is none; an error if this is another run."""
@@ -267,13 +283,18 @@ def fingerprint(model: str) -> str:
 
 
 def tokenizer_facts(lm) -> dict:
-    """Hashes of the vocabulary and of the chat template: records made with others do not fit."""
+    """Hashes of the vocabulary, of the chat template and of a prompt: records made with others do
+    not fit. And the date, if prompts have it (set lm.codec.date first)."""
     vocabulary = json.dumps(sorted(lm.tokenizer.get_vocab().items()))
     template = str(lm.tokenizer.chat_template)
-    return {"tokenizer": digest(vocabulary)[:16], "template": digest(template)[:16]}
+    prompt = str(lm.prompt_ids("What is 2 + 3?"))
+    hashes = {"tokenizer": vocabulary, "template": template, "prompt": prompt}
+    facts = {name: digest(text)[:16] for name, text in hashes.items()}
+    return facts | ({"date": lm.codec.date} if lm.codec.asks_for_date else {})
 
 
 def actor_facts(lm, max_new: int) -> dict:
     """What two stages must agree on if one's responses are to fit the other's."""
     facts = {"actor": fingerprint(lm.path), "eos": str(lm.eos), "max_new": str(max_new)}
-    return {**facts, "grader": version("math-verify"), **tokenizer_facts(lm)}
+    facts |= {"grader": version("math-verify"), "step": lm.step}
+    return {**facts, **tokenizer_facts(lm)}

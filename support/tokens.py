@@ -11,9 +11,9 @@ used for it, since it takes what it is given for a whole text: tokenizers of Sen
 """
 
 import codecs
+import datetime
 import json
 import re
-from datetime import date
 from functools import cached_property
 
 import numpy as np
@@ -33,11 +33,12 @@ class Codec:
     generation_config names it or not: engines that serve a model end there too.
     bytes (size): what each id adds to a text. breaks (size,): is there a line break in it. blank
     (size,): is it white space or nothing.
-    day: the date that a chat template is told if it asks for one.
+    date: what a chat template is told that asks for it, "2026-11-28".
     """
 
     def __init__(self, tokenizer, name: str, end: int | list[int] | None, size: int):
-        self.tokenizer, self.name, self.day = tokenizer, name, date.today().isoformat()
+        self.tokenizer, self.name = tokenizer, name
+        self.date = datetime.date.today().isoformat()
         ends = {end} if isinstance(end, int) else {*(end or ())}
         own = tokenizer.eos_token_id
         self.eos = sorted(ends if own is None else ends | {own})
@@ -132,8 +133,8 @@ class Codec:
 
     @property
     def _template(self) -> str:
-        """The chat template, in which `day` stands where it asks for the date."""
-        day = date.fromisoformat(self.day)
+        """The chat template, in which `date` stands where it asks for it."""
+        day = datetime.date.fromisoformat(self.date)
         asks = r"""strftime_now\(\s*(["'])(.*?)\1\s*\)"""
         written = lambda asked: repr(day.strftime(asked[2]))
         return re.sub(asks, written, self.tokenizer.get_chat_template())

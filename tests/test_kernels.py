@@ -985,7 +985,7 @@ def test_an_eos_of_id_0_is_one(build, tmp_path):
     words = hf.AutoTokenizer.from_pretrained(tmp_path / "m")
     words.eos_token = words.convert_ids_to_tokens(5)
     words.save_pretrained(tmp_path / "m")
-    assert LM(tmp_path / "m", device="cpu").eos == [0]
+    assert LM(tmp_path / "m", device="cpu").eos == [0, 5]  # the tokenizer's own too
 
 
 def test_dropout_is_refused_in_training(build):

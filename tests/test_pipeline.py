@@ -290,12 +290,15 @@ def test_a_critic_of_another_tokenizer(demo, folder, bpe, tmp_path, capsys):
         train_critic, "--trees", trees, "--critic_model", bpe, "--held_out", trees,
         "--out", it / "critic", "--batch", 8, "--lr", 1e-3, "--token_share", 0,
     )  # fmt: skip
+    said = r"its tokenizer is not the actor's, so it reads the trees' texts; 0 of [1-9]\d* tokens are unknown"
+    assert re.search(said, capsys.readouterr().out)
     metrics = json.loads((it / "critic.metrics.json").read_text())
     assert 0 <= metrics["brier"] <= 1 and metrics["states"] > 0
     run(
         train_actor, "--actor", folder, "--trees", trees, "--critic", it / "critic", "--out", it / "actor",
         "--gap", 0, "--batch", 16, "--lr", 1e-3,
     )  # fmt: skip
+    assert re.search(said, capsys.readouterr().out)
     with pytest.raises(SystemExit, match="2"):  # the actor's ids mean nothing to it
         run(
             evaluate, "--actor", folder, "--critic", it / "critic", "--problems", demo / "test.jsonl",

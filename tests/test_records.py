@@ -195,13 +195,13 @@ def test_changed_code_is_a_warning_unless_its_own_stage_is_half_done(name, half_
         assert code == 0 and f"made with another {name}" in out and not err
 
 
-@pytest.mark.parametrize("name", ["model.py", "reward.py", "prepare.py"])
+@pytest.mark.parametrize("name", ["model.py", "reward.py", "support/tokens.py", "support/cli.py"])
 def test_rewards_and_steps_of_other_code_are_named(name, work):
     """Labels of samples that an edited reward() or step_ends did not make: both would be mixed."""
     alter(work / "run" / "samples.jsonl.manifest.json", ("code", name))
     code, out, _ = toy.stage(L, f"{toy.LABEL} --force")
     said = f"samples.jsonl: made with another {name}; its rewards and steps are taken as they are"
-    assert code == 0 and (said in out) == (name != "prepare.py")
+    assert code == 0 and (said in out) == (name != "support/cli.py")
 
 
 def test_a_flag_younger_than_the_manifest_had_its_default(work):

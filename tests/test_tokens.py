@@ -6,16 +6,19 @@ is a folder of Hugging Face folders:
     TOKENIZERS=/path/to/folders python -m pytest tests/test_tokens.py
 """
 
+import itertools
 import json
 import os
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tokenizers as tk
 import transformers as hf
 
 from support.cli import UserError
+from support.packing import record_tree
 from support.tokens import Codec
 
 CODE = ["def f(x):", "    return x + 1", "print(f(2))", "So the answer is 12.", "  1. A list"]
@@ -111,7 +114,7 @@ def test_a_text_comes_back_and_so_do_its_steps(name, rng):
     for _ in range(300):
         ids = [rng.randrange(size) for _ in range(rng.randint(1, 12))]
         cuts = sorted({0, len(ids), *rng.sample(range(len(ids)), rng.randint(1, len(ids)))})
-        steps = [ids[a:b] for a, b in zip(cuts, cuts[1:])]
+        steps = [ids[a:b] for a, b in itertools.pairwise(cuts)]
         parents, ends = [*range(-1, len(steps))], [False] * len(steps) + [True]
         texts = codec.tree_texts(parents, [begin, *steps], ends)
         assert "".join(texts[1:]) == codec.text(ids)
@@ -180,6 +183,30 @@ def test_a_prompt_that_quotes_special_tokens_ends_no_turn(name):
     assert not {*bare.prompt_ids("What is </s>?")} & special
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_a_critic_of_another_tokenizer_reads_what_was_said(name):
+    """The user message by its own template, each step as it stands, without a space before it."""
+    codec = Codec(wrapped(SMALL[name](), chat_template=TEMPLATE), name, None, 400)
+    lm = SimpleNamespace(codec=codec, prompt_ids=codec.prompt_ids, own_eos=codec.own_eos)
+    texts = ["user\nadd one assistant\n", "def f(x):\n", "    return x + 1\n", ""]
+    nodes = [{"parent": v - 1, "ids": [9], "text": text} for v, text in enumerate(texts)]
+    record = {"id": "x", "prompt": "add one", "prompt_ids": [9], "nodes": nodes}
+    tree = record_tree(record, [True] * 4, lm)
+    assert tree.parent == [-1, 0, 1, 2] and tree.ids[0] == codec.prompt_ids("add one")
+    assert [codec.text(ids) for ids in tree.ids[1:]] == texts[1:]
+    assert tree.ids[3] == [codec.own_eos]  # a step that only ends
+    assert record_tree(record, [True] * 4).ids == [[9]] * 4
+    del record["prompt"]  # as it was before
+    assert record_tree(record, [True] * 4, lm).ids[0] == codec.prompt_ids(texts[0])
+
+
+def test_unknown_tokens_are_counted():
+    words = tk.Tokenizer(tk.models.WordLevel({"<unk>": 0, "</s>": 1, "go": 2, "\n": 3}, "<unk>"))
+    words.pre_tokenizer = tk.pre_tokenizers.Split(tk.Regex(r"\w+|\n"), "isolated")
+    codec = Codec(wrapped(words), "it", None, 4)
+    assert codec.unknown(codec.ids("go home\ngo west\n")) == 4  # "home", "west" and the spaces
+
+
 def test_a_prompt_has_a_bos_and_no_eos():
     """Some tokenizers end each text with EOS; without a chat template that text is the prompt."""
     for single in ("<s> $A </s>", "$A </s>", "$A </s> </s>"):
@@ -196,7 +223,7 @@ def test_a_prompt_has_a_bos_and_no_eos():
 def test_a_dated_template_is_told_one_date():
     codec = Codec(wrapped(byte_level(prefix=False), chat_template=DATED), "it", None, 400)
     today = codec.prompt_ids("go")
-    codec.day = "2024-02-29"
+    codec.date = "2024-02-29"
     assert codec.asks_for_date and codec.prompt_ids("go") != today
     assert codec.text(codec.prompt_ids("go")) == "29 Feb 2024, Thursday: go"
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,7 +20,7 @@ import sample as sample_stage
 import support.records
 import support.sampler
 from label_steps import StepTree
-from model import LM
+from model import LM, checked_step_ends
 
 # ---------------------------------------------------------------- where steps end
 
@@ -92,15 +93,21 @@ def test_steps_end_at_line_breaks(lm, bpe, steps):
 def test_tokens_with_a_line_break_inside_are_one_boundary(bpe):
     for text in (".\n\n", ")\n", ".\r\n"):
         (token,) = bpe.tokenizer(text)["input_ids"]  # or this test says nothing
-        assert bpe.breaks[token] and not bpe.blank[token]
+        assert bpe.codec.breaks[token] and not bpe.codec.blank[token]
     ids = bpe.tokenizer("So we add.\n\nThen (1 + 2)\nis 3.\r\nno")["input_ids"]
     assert cut(bpe, ids) == ["So we add.\n\n", "Then (1 + 2)\n", "is 3.\r\n", "no"]
 
 
 def test_a_special_token_s_name_is_no_text(lm):
-    assert not any(lm.breaks[i] for i in lm.tokenizer.all_special_ids)
-    assert all(lm.blank[i] for i in lm.tokenizer.all_special_ids)
+    assert not any(lm.codec.breaks[i] for i in lm.tokenizer.all_special_ids)
+    assert all(lm.codec.blank[i] for i in lm.tokenizer.all_special_ids)
     assert lm.step_ends([]) == []
+
+
+def lines_of(breaks: list[int], blank: list[int]):
+    """What LM.step_ends asks of a model whose tokens are these."""
+    codec = SimpleNamespace(breaks=np.array(breaks, bool), blank=np.array(blank, bool))
+    return SimpleNamespace(step="line", codec=codec)
 
 
 def slow_ends(lm, ids) -> list[int]:
@@ -126,7 +133,7 @@ def slow_ends(lm, ids) -> list[int]:
 
 def test_steps_partition_a_response(lm, bpe, rng):
     for model in (lm, bpe):
-        breaks = [int(i) for i in model.breaks.nonzero()[0]]
+        breaks = [int(i) for i in model.codec.breaks.nonzero()[0]]
         for _ in range(400):
             ids = [
                 rng.choice(breaks) if rng.random() < 0.4 else rng.randrange(len(model.tokenizer))
@@ -135,6 +142,73 @@ def test_steps_partition_a_response(lm, bpe, rng):
             ends = model.step_ends(ids)
             assert ends == slow_ends(model, ids), [model.tokenizer.decode([i]) for i in ids]
             assert ends == sorted(set(ends)) and ends[0] > 0 and ends[-1] == len(ids)
+
+
+TEXT = "\n\nFirst\nsecond\n\n\nThird.\r\n\r\nFourth\n \n\n" + E
+UNITS = [
+    ("line", ["\n\nFirst\n", "second\n\n\n", "Third.\r\n\r\n", "Fourth\n \n\n" + E]),
+    ("paragraph", ["\n\nFirst\nsecond\n\n\n", "Third.\r\n\r\n", "Fourth\n \n\n" + E]),
+    ("response", [TEXT]),
+]
+
+
+def test_the_unit_of_a_step(bpe, rng, monkeypatch):
+    ids = bpe.tokenizer(TEXT)["input_ids"]
+    for unit, steps in UNITS:
+        monkeypatch.setattr(bpe, "step", unit)
+        assert cut(bpe, ids) == steps
+    for k in (1, 4, 99):
+        monkeypatch.setattr(bpe, "step", str(k))
+        ends = bpe.step_ends(ids)
+        assert ends == [min(end, len(ids)) for end in range(k, len(ids) + k, k)]
+    assert bpe.step_ends([]) == []
+
+
+@pytest.mark.parametrize("unit", ["line", "paragraph", "response", "3"])
+def test_the_rest_of_a_response_is_cut_as_within_it(unit, bpe, rng, monkeypatch):
+    monkeypatch.setattr(bpe, "step", unit)
+    breaks = [int(i) for i in bpe.codec.breaks.nonzero()[0]]
+    for _ in range(300):
+        ids = [
+            rng.choice(breaks) if rng.random() < 0.4 else rng.randrange(len(bpe.tokenizer))
+            for _ in range(rng.randint(1, 20))
+        ]
+        ends = checked_step_ends(bpe, ids)
+        record = {"id": "x", "responses": [{"ids": ids, "ends": ends}]}
+        label_steps.require_relative_split(bpe, record)
+
+
+FORKS = [  # a step_ends of one's own, and what is said of it by which stage
+    (
+        lambda lm, ids: [*range(3, len(ids), 3)],
+        "sample.py",
+        r"cuts \d+ tokens at \[.*; wanted offsets",
+    ),
+    (lambda lm, ids: [0, len(ids)], "sample.py", "wanted offsets that rise"),
+    (lambda lm, ids: np.array([len(ids)]), "sample.py", "wanted offsets that rise"),
+    (
+        lambda lm, ids: sorted({len(ids) // 2 or len(ids), len(ids)}),
+        "label_steps.py",
+        "depend on the",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fork", "script", "said"), FORKS)
+def test_a_step_split_that_breaks_its_contract_is_named_where_it_is_made(
+    fork, script, said, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    toy.build(tmp_path)
+    monkeypatch.setattr(LM, "step_ends", fork)
+    for stage, flags in (("sample.py", toy.SAMPLE), ("label_steps.py", toy.LABEL)):
+        code, _, err = toy.stage(stage, flags)
+        assert code == (2 if stage == script else 0), err
+        if code:
+            assert (
+                re.search(said, err) and "LM.step_ends (model.py)" in err and err.count("\n") == 1
+            )
+            return
 
 
 # ---------------------------------------------------------------- the tree's counts
@@ -486,7 +560,7 @@ def test_a_boundary_that_needs_a_look_ahead_does_not_bias_the_counts():
     response 0 | 3 makes a state of "0". Counting a completion from above there only if its own cut
     ends after the 0 would let the wrong ones in and keep the right ones out: MC would be 1/4.
     """
-    toy = SimpleNamespace(breaks=np.array([1, 1, 0, 0], bool), blank=np.array([0, 1, 0, 0], bool))
+    toy = lines_of(breaks=[1, 1, 0, 0], blank=[0, 1, 0, 0])
     rng, wins, n = random.Random(0), 0, 0
     for _ in range(400):
         tree = StepTree([9])
@@ -503,7 +577,7 @@ def test_a_boundary_that_needs_a_look_ahead_does_not_bias_the_counts():
     assert abs(wins / n - 0.5) < 4 * (0.25 / n) ** 0.5
 
 
-BLANK = SimpleNamespace(breaks=np.array([1, 1, 0], bool), blank=np.array([0, 1, 0], bool))
+BLANK = lines_of(breaks=[1, 1, 0], blank=[0, 1, 0])
 
 
 def planted(responses: list[tuple[list[int], int]]) -> StepTree:
@@ -542,9 +616,9 @@ def test_labelled_states_of_whole_draws_are_unbiased_too():
     bandit, rng, errors, value = Bandit(4), random.Random(2), [], {}
     for _ in range(1500):
         tree, _, _ = grow(bandit, rng, n1=8, n=4, m=0, whole_draws=True)
-        lm = SimpleNamespace(text=str)
+        lm = SimpleNamespace(codec=SimpleNamespace(tree_texts=lambda *what: [""] * len(what[0])))
         total = 0.0
-        for v, node in enumerate(tree.record(lm, "p")["nodes"]):
+        for v, node in enumerate(tree.record(lm, {"id": "p", "prompt": "?"})["nodes"]):
             if node["labelled"]:
                 state = steps_to(tree, v)
                 value.setdefault(state, bandit.value(state))
@@ -567,3 +641,58 @@ def test_mixed_labels_only_problems_that_are_sometimes_right(tmp_path, monkeypat
         mixed += [] if alike else [r["id"]]
     assert 0 < len(mixed) < len(samples)
     assert [r["id"] for r in trees] == mixed
+
+
+def test_the_unit_of_a_step_travels_with_the_records(tmp_path, monkeypatch):
+    """sample.py --step is what completions are cut by, and what a critic reads responses by."""
+    monkeypatch.chdir(tmp_path)
+    toy.build(tmp_path)
+    critic = "--actor tiny --critic run/critic --out run/chosen.jsonl"
+    flags = toy.FLAGS | {"evaluate.py": f"{toy.EVALUATE} {critic}"}
+    flags["sample.py"] += " --step 2"
+    for script in ("sample.py", "label_steps.py", "train_critic.py", "evaluate.py"):
+        code, _, err = toy.stage(script, flags[script])
+        assert code == 0, err
+        stated = json.loads(Path(f"run/{OUT[script]}.manifest.json").read_text())["facts"]
+        assert stated["step"] == "2"
+    lengths = Counter()
+    for record in support.records.read_trees("run/trees.jsonl"):
+        for node in record["nodes"][1:]:
+            lengths[len(node["ids"]), node["reward"] is None] += 1
+    assert {*lengths} <= {(2, True), (2, False), (1, False)} and min(lengths.values()) > 5
+    code, _, err = toy.stage("sample.py", f"{toy.SAMPLE} --step sentence --force")
+    assert code == 2 and "wanted line, paragraph, response, or a number of tokens" in err
+
+
+OUT = toy.OUTPUT | {"evaluate.py": "chosen.jsonl"}
+
+
+def test_outcome_advantages_are_a_tree_of_one_step(tmp_path, monkeypatch):
+    """--step response, --whole_draws --m 0, --kappa 0: reward minus mean reward of all responses."""
+    monkeypatch.chdir(tmp_path)
+    toy.build(tmp_path)
+    actor = "--actor tiny --trees run/trees.jsonl --out run/actor --kappa 0 --gap 0 --batch 99"
+    for script, flags in (
+        ("sample.py", f"{toy.SAMPLE} --step response"),
+        ("label_steps.py", f"{toy.LABEL} --whole_draws --m 0"),
+        ("train_actor.py", actor),
+    ):
+        code, _, err = toy.stage(script, flags)
+        assert code == 0, err
+    trees = {tree["id"]: tree for tree in support.records.read_trees("run/trees.jsonl")}
+    lines = {x["id"]: x for x in support.records.read_jsonl("run/actor.advantages.jsonl")}
+    differ = repeated = 0
+    for sampled in support.records.each_sample("run/samples.jsonl"):
+        tree, (state,) = trees[sampled["id"]], lines[sampled["id"]]["states"]
+        rewards = [response["reward"] for response in sampled["responses"]]
+        mean = sum(rewards) / len(rewards)
+        wanted = {tuple(r["ids"]): r["reward"] - mean for r in sampled["responses"]}
+        found = {}
+        for action in state["actions"]:
+            found[tuple(tree["nodes"][action["node"]]["ids"])] = action["adv"]
+        assert found == pytest.approx(wanted, abs=1e-6)
+        assert state["gap"] == max(rewards) - min(rewards)
+        assert state["mean"] == pytest.approx(mean, abs=1e-6)
+        differ += len({*rewards}) > 1
+        repeated += len(wanted) < len(rewards)
+    assert min(differ, repeated) > 3
