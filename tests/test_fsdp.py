@@ -5,6 +5,7 @@ A critic and the processes that are killed run under torchrun, as a user's do.
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -22,7 +23,8 @@ import support.packing
 import support.training
 
 C, A = "train_critic.py", "train_actor.py"
-# Runs a stage, and kills process `rank` when it has written its second checkpoint.
+# Runs a stage, and kills process `victim` when it has written its second checkpoint; of several
+# machines its agent first, as if the machine were lost.
 KILLED = """
 import os, runpy, signal, sys
 import support.distributed, support.training
@@ -32,6 +34,8 @@ def saved(self, step):
     save(self, step)
     count[0] += 1
     if count[0] == 2 and support.distributed.rank() == victim:
+        if os.environ["GROUP_WORLD_SIZE"] != "1":
+            os.kill(os.getppid(), signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
 support.training.Checkpoints.save = saved
 sys.argv = sys.argv[2:]
@@ -39,15 +43,32 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
-def torchrun(folder, script, victim=None):
-    """Run a stage of the toy as a user does; -> what subprocess.run says of it."""
+def torchrun(folder, script, victim=None, machines=1):
+    """Run a stage of the toy as a user does: on one machine with two processes, or on several with one
+    each, which are agents here. -> what subprocess.run says of each machine's command"""
     start = [str(toy.ROOT / script)]
     if victim is not None:
         (folder / "killed.py").write_text(KILLED)
         start = [str(folder / "killed.py"), str(victim), *start]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", *start, *toy.FLAGS[script].split()]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    running = []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for machine in range(machines):
+        command = [sys.executable, "-m", "torch.distributed.run"]
+        if machines == 1:
+            command += ["--standalone", "--nproc-per-node", "2"]
+        else:
+            command += ["--nnodes", str(machines), "--node-rank", str(machine)]
+            command += ["--master-addr", "127.0.0.1", "--master-port", port]
+        command += [*start, *toy.FLAGS[script].split()]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        running.append(subprocess.Popen(command, cwd=folder, **pipes))
+    said = []
+    for process in running:
+        out, err = process.communicate()
+        said.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+    return said
 
 
 def run_together(folder, script, processes=2, more="", first=None):
@@ -87,7 +108,7 @@ def both(request, tmp_path_factory):
         shutil.copytree(one, two)
         toy.pipeline(C, A)
     if request.param:
-        run = torchrun(two, C)
+        (run,) = torchrun(two, C)
         assert run.returncode == 0, run.stderr
         said = [run.stdout]
     else:
@@ -160,7 +181,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(both, victim, processes, 
     shutil.copytree(two, folder)
     for path in (folder / "run").glob("critic*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    killed = torchrun(folder, C, victim=victim)
+    (killed,) = torchrun(folder, C, victim=victim)
     assert killed.returncode != 0 and "SIGKILL" in killed.stderr
     assert not (folder / "run" / "critic").exists()
     with toy.contextlib.chdir(folder):  # one process cannot go on with what several began
@@ -267,3 +288,27 @@ def test_two_processes_learn_demonstrations_as_one(both, tmp_path):
     for split in ("train", "valid", "test"):
         mine, wanted = [(tmp_path / n / f"run/{split}.jsonl").read_bytes() for n in ("two", "one")]
         assert mine == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("both", [True], indirect=True, ids=["tied"])
+def test_two_machines_learn_what_one_process_learns(both, tmp_path):
+    """Also when one of them is lost: the same commands go on."""
+    one, _ = both
+    folder = tmp_path / "work"
+    shutil.copytree(one, folder)
+    for path in (folder / "run").glob("*"):
+        if path.name.startswith(("critic", "actor")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for script, victim, name in ((C, 1, "critic"), (A, 0, "actor")):
+        lost = torchrun(folder, script, victim, machines=2)
+        assert all(machine.returncode != 0 for machine in lost)
+        assert not (folder / "run" / name).exists()
+        first, second = torchrun(folder, script, machines=2)
+        assert first.returncode == second.returncode == 0, (first.stderr, second.stderr)
+        assert "resuming" in first.stdout and first.stdout.count("written") == 1
+        assert second.stdout == ""  # the first process speaks for all
+        for file in ["model.safetensors"] + ["value_head.safetensors"] * (script == C):
+            path = f"run/{name}/{file}"
+            same_weights(load_file(folder / path), load_file(one / path))
+        assert len(metrics(folder, name)) == len(metrics(one, name))
