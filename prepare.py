@@ -231,9 +231,9 @@ def tune_base(out: Stage, demos: list[dict], folder: Path, s: Settings):
     if not chosen:
         raise UserError(f"{s.demos}: no demonstration is left beside held-out questions; add some")
     print(f"{len(chosen)} demonstrations; {len(demos) - len(chosen)} are of held-out questions")
-    require_memory(s.base, DEMO_PACK, s.offload)
+    processes = require_memory(s.base, DEMO_PACK, s.offload)
     lm = LM(s.base, train=True, dtype=s.dtype)
-    shard(lm, offload=s.offload)
+    shard(lm, None, s.offload, processes)
     trees = [demo_tree(lm, d) for d in chosen]
     out.start()
     fine_tune(lm, trees, out.work, s.lr, batch=32, passes=s.passes, seed=s.seed, prompt_weight=0.0)

@@ -330,7 +330,7 @@ def stage(s: Settings):
     if out.complete:
         return
     join(s.offload)
-    require_memory(s.actor, s.budget, s.offload, records)
+    processes = require_memory(s.actor, s.budget, s.offload, records)
     tokenizer = LM(s.actor, weights=False)
     tokenizer.codec.date = out.date
     facts = tokenizer_facts(tokenizer)
@@ -351,11 +351,12 @@ def stage(s: Settings):
         retokenise = tokenizer_facts(critic)["tokenizer"] != facts["tokenizer"]
         if retokenise:
             print_unknown(critic, records)
-        kept = Results(out.work / "values.jsonl", made_from | {"critic": inputs["critic"]})
+        by = {"critic": inputs["critic"], "date": out.date if retokenise else None}
+        kept = Results(out.work / "values.jsonl", made_from | by)
         values = tree_values(critic, value_head, records, retokenise, s.budget, kept)
         del critic, value_head  # memory holds the critic and the actor one after the other
     lm = LM(s.actor, train=True, dtype=s.dtype)
-    shard(lm, offload=s.offload)
+    shard(lm, None, s.offload, processes)
     of_id = {record["id"]: record for record in records}
     if lines is None:
         lines = advantages(records, values, s)

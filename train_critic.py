@@ -267,7 +267,7 @@ def stage(s: Settings):
     if out.complete:
         return
     join(s.offload)
-    require_memory(s.critic_model, s.budget, s.offload, records)
+    processes = require_memory(s.critic_model, s.budget, s.offload, records)
     lm, value_head = load_critic(s.critic_model, train=True, dtype=s.dtype, new=True)
     if lm.head is not lm.model.get_input_embeddings().weight:
         lm.head.requires_grad_(False)  # V does not use it
@@ -297,7 +297,7 @@ def stage(s: Settings):
                 n, wins = n + node["n"], wins + node["wins"]
     if not value_head.weight.any():  # a new head starts as the constant predictor
         torch.nn.init.constant_(value_head.bias, math.log((wins + 1) / (n - wins + 1)))
-    shard(lm, value_head, s.offload)
+    shard(lm, value_head, s.offload, processes)
     out.start()
     train(lm, value_head, training, retokenise, s, out.work)
     metrics = measure(lm, value_head, testing, retokenise, s.budget, wins / n)

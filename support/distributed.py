@@ -95,9 +95,12 @@ def is_sharded(module) -> bool:
     return isinstance(module, FSDPModule)
 
 
-def shard(lm, value_head: torch.nn.Module | None = None, offload: bool = False):
-    """Shard a model's weights over the processes, each decoder layer and then the rest; value_head:
-    the critic's, too. offload: weights, gradients and moments lie in the host's memory.
+def shard(lm, value_head: torch.nn.Module | None = None, offload: bool = False, processes: int = 0):
+    """Shard a model's weights over the processes, each decoder layer and then the rest.
+
+    lm: a model.LM; value_head: the critic's, too. offload: weights, gradients and moments lie in the
+    host's memory. processes: over how many, by default all. Over those of one machine, each machine
+    has whole weights, and only gradients travel between them, once a step (hybrid sharding).
 
     What uses weights outside the layers (embedding, last norm, the vocabulary products) runs inside
     `LM.with_weights`, for which they are gathered; so tied embeddings stay one parameter.
@@ -113,7 +116,11 @@ def shard(lm, value_head: torch.nn.Module | None = None, offload: bool = False):
         register_fsdp_forward_method,
     )
 
-    mesh = init_device_mesh(lm.device, (world(),), mesh_dim_names=("shard",))
+    processes = processes or world()
+    sizes, names = (world() // processes, processes), ("replicate", "shard")
+    if processes == world():
+        sizes, names = sizes[1:], names[1:]
+    mesh = init_device_mesh(lm.device, sizes, mesh_dim_names=names)
     narrow = torch.bfloat16 if lm.in_bfloat16 else None
     place = CPUOffloadPolicy(torch.cuda.is_available()) if offload else OffloadPolicy()
     flags = {"mesh": mesh, "offload_policy": place}

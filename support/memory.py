@@ -146,26 +146,40 @@ def remedy(stage: str, offload: bool) -> str:
 
 def require_memory(
     path: str, tokens: int, offload: bool, records: list[dict] = (), card: float | None = None
-):
+) -> int:
     """Refuse training that cannot fit, before a model is loaded. records: the trees that are read;
-    card: bytes of one, by default this machine's; without one nothing is refused."""
+    card: bytes of one, by default this machine's; without one nothing is refused.
+
+    -> over how many processes to shard the weights: of several machines over one machine's if they
+    fit there, since then only gradients travel between machines; else over all.
+    """
     if card is None and torch.cuda.is_available():
         card = torch.cuda.mem_get_info()[1]
+    numbers = [world()] if offload else [local_world(), world()]
     if card is None:
-        return
-    cards, on_host = world(), local_world()
+        return numbers[0]
+    config = config_of(path)
     tree_tokens = sum(len(node["ids"]) for record in records for node in record["nodes"])
-    found = memory(config_of(path), 0, tokens, 0, cards, offload, tree_tokens, on_host)
-    for stage, whose, most in (
-        ("training", "each card's memory", USABLE * card),
-        ("loading to train", "each card's memory", USABLE * card),
-        ("host", "the host's memory", host_memory()),
+    for cards in numbers:
+        found = memory(config, 0, tokens, 0, cards, offload, tree_tokens, local_world())
+        wrong = shortage(found, card, offload)
+        if not wrong:
+            return cards
+    raise UserError(f"{path}: {wrong}")
+
+
+def shortage(found: dict, card: float, offload: bool) -> str | None:
+    """What training lacks of what `memory` found, and what helps."""
+    for stage, what, whose, most in (
+        ("training", "training", "each card's memory", USABLE * card),
+        ("loading to train", "loading to train", "each card's memory", USABLE * card),
+        ("host", "training", "the host's memory", host_memory()),
     ):
         need = sum(found[stage].values())
         if need > most:
-            what = "training" if stage == "host" else stage
             gap = f"{what} needs {need / 1e9:.0f} GB of {whose}, and may have {most / 1e9:.0f}"
-            raise UserError(f"{path}: {gap}; mend it by {remedy(stage, offload)}")
+            return f"{gap}; mend it by {remedy(stage, offload)}"
+    return None
 
 
 @dataclass(frozen=True)

@@ -256,8 +256,11 @@ def give_back_whole_weights(modules: dict):
 def synchronise(modules: dict, last: bool):
     """With --offload weights and gradients stay on the card until a step's last pack. Otherwise the
     gradients of each pack are summed over the processes at once: kept whole until the last pack
-    they would take 4 bytes a parameter of every card."""
+    they would take 4 bytes a parameter of every card. Between machines that each hold whole weights
+    shards of them travel after the last pack."""
     for module in modules.values():
-        if is_sharded(module) and module.reshards_late:
-            module.set_requires_gradient_sync(last)
-            module.set_reshard_after_backward(last)
+        if is_sharded(module):
+            module.set_requires_all_reduce(last)
+            if module.reshards_late:
+                module.set_requires_gradient_sync(last)
+                module.set_reshard_after_backward(last)

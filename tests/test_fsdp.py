@@ -4,6 +4,7 @@ A critic and the processes that are killed run under torchrun, as a user's do.
 """
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -192,6 +193,27 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(both, victim, processes, 
         path = f"run/critic/{file}"
         same_weights(load_file(folder / path), load_file(two / path))
     assert len(metrics(folder, "critic")) == len(metrics(two, "critic"))
+
+
+def two_machines():
+    """From now on four processes are those of two machines."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+
+
+@pytest.mark.parametrize("both", [True], indirect=True, ids=["tied"])
+def test_two_machines_of_two_processes_learn_what_one_process_learns(both, tmp_path):
+    """Each machine shards whole weights over its processes; gradients are added up between them."""
+    one, _ = both
+    folder = tmp_path / "work"
+    shutil.copytree(one, folder)
+    for path in (folder / "run").glob("critic*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run_together(folder, C, 4, first=two_machines)
+    for file in ("model.safetensors", "value_head.safetensors"):
+        path = f"run/critic/{file}"
+        same_weights(load_file(folder / path), load_file(one / path))
+    for mine, wanted in zip(metrics(folder, "critic"), metrics(one, "critic"), strict=True):
+        assert mine == pytest.approx(wanted, rel=1e-5, abs=1e-5)
 
 
 @pytest.fixture

@@ -213,6 +213,21 @@ def test_training_that_cannot_fit_is_refused(folder, tmp_path, monkeypatch):
         require(path, 8192, False, trees(10**8), card=80e9)
 
 
+def test_several_machines_hold_whole_weights_each_if_they_can(folder, tmp_path, monkeypatch):
+    require, path = support.memory.require_memory, str(make(folder, tmp_path, True))
+    config, need = hf.AutoConfig.from_pretrained(path), {}
+    for cards in (4, 32):
+        found = support.memory.memory(config, 0, 64, 0, cards, False)
+        need[cards] = sum(found["training"].values()) / support.memory.USABLE
+    monkeypatch.setenv("WORLD_SIZE", "32")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert require(path, 64, False) == 4
+    assert require(path, 64, False, card=1.01 * need[4]) == 4
+    assert require(path, 64, False, card=0.99 * need[4]) == 32
+    with pytest.raises(UserError, match="training needs"):
+        require(path, 64, False, card=0.99 * need[32])
+
+
 def test_hours_by_hand():
     work = support.memory.Work()
     one = support.memory.hours(7.6e9, 1, False, work)
