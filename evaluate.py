@@ -23,7 +23,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from model import LM, checked_step_ends
+from model import LM, checked_step_ends, load_lm
 from sample import respond
 from support.cli import Progress, UserError, flag, main
 from support.distributed import all_gather, join, rank, world
@@ -118,7 +118,7 @@ def stage(s: Settings):
         if s.server or s.critic:  # processes share out one pack's trees, here each has its own
             alone(f"evaluate.py {'--server' if s.server else '--critic'}")
         join()
-        lm = LM(s.actor, dtype=s.dtype, weights=not s.server)
+        lm = load_lm(s.actor, dtype=s.dtype, weights=not s.server)
         lm.step, lm.codec.date = stated_by(s.critic, "step", "line"), out.date
         server = Server(s.server, lm) if s.server else None
         critic = load_critic(s.critic, dtype=s.dtype) if s.critic else None

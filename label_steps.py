@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from model import LM, checked_step_ends
+from model import LM, checked_step_ends, load_lm
 from reward import grade_ids
 from support.cli import Progress, UserError, flag, main
 from support.packing import record_tree
@@ -276,7 +276,7 @@ def stage(s: Settings):
     out = Stage("label_steps.py", s.out, s, inputs)
     if out.complete:
         return
-    lm = LM(s.actor, dtype=s.dtype, weights=s.m > 0 and not s.server)
+    lm = load_lm(s.actor, dtype=s.dtype, weights=s.m > 0 and not s.server)
     lm.step, lm.codec.date = stated_by(s.samples, "step", "line"), out.date
     server = Server(s.server, lm) if s.server and s.m else None
     facts = {**actor_facts(lm, s.max_new), "problems": sha256(s.problems)}

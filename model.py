@@ -1,18 +1,13 @@
-"""The language model of every stage: packing, attention, log-probs, advantages, the training loop.
+"""The language model of every stage, and the three quantities of the paper that are read from it.
 
 Read from top to bottom:
-  LM                any Hugging Face decoder with its tokenizer; prompts; where steps end
-  pack_trees        step trees -> one row of tokens; `end` is causal and tree mask at once
-  attend            the attention of every model; a pack or a cache decides who sees whom
+  load_lm           reads a Hugging Face decoder with its tokenizer, checks both and hands over an LM
+  LM                prompts, where steps end, hidden states, logits
   linear_logprobs   log-probs from hidden states without holding [tokens, vocabulary]
-  step_logprobs, step_values, step_advantages   the three quantities of the paper, a number a step
-  join, shard       several cards (torchrun, FSDP2), or one with the host's memory
-  fit               the training loop: accumulation, NaN check, metrics, exact resume
-  memory            what a model needs in every stage: python model.py MODEL --cards 8 --memory 80
+  step_logprobs, step_values, step_advantages   a number per step: log pi(a | s), V(s), A(s, a)
 
-Sizes: N tokens of a pack, M scored nodes, S states, B rows of a batch, T columns, V vocabulary,
-d width, L layers, G key/value heads, R query heads a key/value head, D head size, K gathered keys or
-(eq. 13) actions.
+Sizes: N tokens of a pack (support/packing.py: trees of steps side by side in one row of tokens), M
+scored nodes, S states, K actions, B rows of a batch, T columns, V vocabulary, d width.
 """
 
 import functools
@@ -25,99 +20,109 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from torch.utils.checkpoint import checkpoint
 
-from support.attention import TreeView, _pack_hidden, attend, on_cuda, pack_hidden
+from support.architectures import check_attention, checkpoint_layers, refuse_dropout
+from support.attention import attend, forward_pack, on_cuda, pack_hidden
 from support.cli import UserError, first_line
-from support.distributed import decoder_layers, is_sharded, rank, whole_state
-from support.packing import Pack, Tree, pack_trees
+from support.distributed import is_sharded, rank, whole_state
+from support.packing import Pack
 from support.records import misfit
 from support.tokens import Codec
 
 # A stage's lines are the only ones on the screen, whoever loads or saves a model in it.
 transformers.logging.set_verbosity_error()
-
-
 transformers.logging.disable_progress_bar()
 
 
 # ------------------------------------------------------------ the language model
 
 
-class LM:
-    """A decoder and its tokenizer, from a Hugging Face folder or hub id.
+def load_lm(
+    path, train=False, device: str | None = None, dtype="", weights=True, checkpointed=True
+) -> "LM":
+    """The decoder and tokenizer of a Hugging Face folder or hub id.
 
     dtype: what it computes in, by default bfloat16 on CUDA and float32 on the CPU. train=True holds
     the weights in float32 all the same (bfloat16 cannot hold AdamW's updates at the paper's
-    learning rates) and computes by autocast. weights=False loads tokenizer and config alone, for
+    learning rates) and computes by autocast. weights=False reads tokenizer and config alone, for
     stages whose draws come from a server. checkpointed: of a trained model on CUDA the layers are
     computed twice, which saves memory. Raises UserError for what cannot work: no tokenizer, no EOS,
     no line break, attention that a tree mask would break.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
+    if dtype not in ("bfloat16", "float32"):
+        raise UserError(f"--dtype {dtype}: wanted bfloat16 or float32")
+    model = None
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path).get_text_config()
+        if weights:
+            model = read_weights(path, torch.float32 if train else getattr(torch, dtype))
+            model = model.to(device).eval()
+            config, generation = model.config.get_text_config(), model.generation_config
+        else:
+            generation = read_generation_config(path, config)
+    except torch.OutOfMemoryError as e:
+        raise UserError(f"{path}: the weights do not fit on this GPU, or others use it") from e
+    except Exception as e:  # a broken folder raises all kinds; the user needs one line
+        raise UserError(f"{path}: not a model folder with a tokenizer ({first_line(e)})") from e
+    lm = LM(str(path), device, dtype == "bfloat16", tokenizer, config, generation, model)
+    if weights:
+        check_attention(lm)
+    if weights and train:
+        refuse_dropout(lm)
+        if checkpointed and device == "cuda":
+            checkpoint_layers(model)
+    return lm
 
-    def __init__(
-        self,
-        path,
-        train=False,
-        device: str | None = None,
-        dtype="",
-        weights=True,
-        checkpointed=True,
-    ):
-        # Registered here and not on import: it takes seconds, and a complete stage should say so
-        # at once.
-        transformers.AttentionInterface.register("dapo", attend)
-        self.path = str(path)
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or ("bfloat16" if self.device == "cuda" else "float32")
-        if dtype not in ("bfloat16", "float32"):
-            raise UserError(f"--dtype {dtype}: wanted bfloat16 or float32")
-        self.in_bfloat16 = dtype == "bfloat16"
-        self.model = None
-        try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-            self.config = transformers.AutoConfig.from_pretrained(path).get_text_config()
-            if weights:
-                self._load(torch.float32 if train else getattr(torch, dtype))
-                self.generation = self.model.generation_config
-            else:
-                self.generation = transformers.GenerationConfig.from_model_config(self.config)
-                if (Path(path) / "generation_config.json").exists():
-                    self.generation = transformers.GenerationConfig.from_pretrained(path)
-                elif not Path(path).is_dir():
-                    with suppress(OSError):  # many a model of the hub has none
-                        self.generation = transformers.GenerationConfig.from_pretrained(path)
-        except torch.OutOfMemoryError as e:
-            raise UserError(f"{path}: the weights do not fit on this GPU, or others use it") from e
-        except Exception as e:  # a broken folder raises all kinds; the user needs one line
-            raise UserError(f"{path}: not a model folder with a tokenizer ({first_line(e)})") from e
-        end, size = self.generation.eos_token_id, self.config.vocab_size
-        self.codec = Codec(self.tokenizer, self.path, end, size)
+
+def read_weights(path, dtype: torch.dtype):
+    """The Hugging Face model whose attention is support/attention.py's. Raises ValueError where a
+    weight is missing: it would be random."""
+    # Registered here and not on import: it takes seconds, and a complete stage should say so at once.
+    transformers.AttentionInterface.register("dapo", attend)
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation="dapo", output_loading_info=True
+    )
+    if report["missing_keys"]:
+        raise ValueError(f"no {min(report['missing_keys'])} in the weights")
+    return model
+
+
+def read_generation_config(path, config):
+    """What `from_pretrained` would take for the model's generation config, without the weights."""
+    if (Path(path) / "generation_config.json").exists():
+        return transformers.GenerationConfig.from_pretrained(path)
+    if not Path(path).is_dir():
+        with suppress(OSError):  # many a model of the hub has none
+            return transformers.GenerationConfig.from_pretrained(path)
+    return transformers.GenerationConfig.from_model_config(config)
+
+
+class LM:
+    """A decoder and its tokenizer, as `load_lm` hands them over.
+
+    path, device, in_bfloat16 (what it computes in; else float32), tokenizer, config (of the text
+    model), generation (its generation config), model (None without weights; in eval mode always, so
+    that the log-ratio starts at exactly 0).
+    """
+
+    def __init__(self, path, device, in_bfloat16, tokenizer, config, generation, model=None):
+        self.path, self.device, self.in_bfloat16 = path, device, in_bfloat16
+        self.tokenizer, self.config, self.generation = tokenizer, config, generation
+        self.model = model
+        self.decoder = None if model is None else model.base_model
+        self.scale = getattr(config, "logit_scale", None) or 1.0
+        self.scale /= getattr(config, "logits_scaling", None) or 1.0
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.codec = Codec(tokenizer, path, generation.eos_token_id, config.vocab_size)
         self.eos, self.own_eos = self.codec.eos, self.codec.own_eos
         self.step = "line"  # what a step is (`step_ends`)
-        self.may_capture = self.device == "cuda"  # may sampling capture CUDA graphs (sample.Slots)
+        self.may_capture = device == "cuda"  # may sampling capture CUDA graphs (support/sampler.py)
         # Whether flex_attention does what the gathered form does. None: it is tried at the first
         # pack, so that stages which only draw need not wait until it is compiled.
-        self.flex = False
-        if weights:
-            self._refuse_other_attention()
-            self.flex = None if self.device == "cuda" else False
-        if weights and train:
-            self._refuse_dropout()
-            if checkpointed and self.device == "cuda":
-                self.checkpoint_layers()
-
-    def _load(self, dtype: torch.dtype):
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            self.path, dtype=dtype, attn_implementation="dapo", output_loading_info=True
-        )
-        if report["missing_keys"]:
-            raise ValueError(f"no {min(report['missing_keys'])} in the weights")
-        self.model = model.to(self.device).eval()
-        self.decoder, self.config = model.base_model, model.config.get_text_config()
-        self.scale = getattr(self.config, "logit_scale", None) or 1.0
-        self.scale /= getattr(self.config, "logits_scaling", None) or 1.0
-        self.softcap = getattr(self.config, "final_logit_softcapping", None)
+        self.flex = None if model is not None and device == "cuda" else False
 
     @property
     def head(self) -> torch.Tensor:
@@ -126,61 +131,6 @@ class LM:
     @property
     def max_length(self) -> int:
         return getattr(self.config, "max_position_embeddings", None) or 1 << 30
-
-    @torch.no_grad()
-    def _refuse_other_attention(self):
-        """By config, and by trying: two branches in a pack must score as each path alone, and from
-        hidden states must come the model's own logits."""
-        kind = self.config.model_type
-        if getattr(self.model.get_output_embeddings(), "bias", None) is not None:
-            raise UserError(f"{self.path}: {kind} has a bias on its logits, which is not supported")
-        other = set(getattr(self.config, "layer_types", None) or []) - {"full_attention"}
-        windows = getattr(self.config, "use_sliding_window", True)
-        if other or (windows and getattr(self.config, "sliding_window", None)):
-            what = ", ".join(sorted(other)) or "a sliding window"
-            raise UserError(f"{self.path}: {kind} has {what}; tree packing needs full attention")
-        ids = [i % self.config.vocab_size for i in range(3, 12)]
-        tree = Tree([ids[:4], ids[4:6], ids[6:]], [-1, 0, 0], [False, True, True])
-        (pack,) = pack_trees([tree], 99)
-        together = step_logprobs(self, pack)
-        apart = []
-        for _, v in pack.owner:
-            alone = tree._replace(score=[False, v == 1, v == 2])
-            apart.append(step_logprobs(self, *pack_trees([alone], 99)))
-        if not together.isfinite().all():
-            raise UserError(f"{self.path}: its log-probs are no numbers; train it anew")
-        if not torch.allclose(together, torch.cat(apart), atol=0.5 if self.in_bfloat16 else 1e-3):
-            raise UserError(f"{self.path}: {kind} ignores a tree mask, so it cannot be used")
-        ids, pos = pack.ids[None].to(self.device), pack.pos[None].to(self.device)
-        view = TreeView(pack, self.device)
-        with self._autocast():
-            own = self.model(input_ids=ids, position_ids=pos, use_cache=False, view=view).logits[0]
-        difference = (own - self.logits(self.hidden(ids, pos, view)[0])).abs().max()
-        if difference > (0.1 if self.in_bfloat16 else 1e-3) * own.abs().max():
-            raise UserError(f"{self.path}: {kind} scales its logits in a way that is not supported")
-
-    def _refuse_dropout(self):
-        """The model stays in eval mode, so that the log-ratio starts at exactly 0. A config with
-        dropout is refused rather than trained without it unasked."""
-        names = []
-        for name, value in self.config.to_dict().items():
-            of_a_classifier = name.startswith(("summary", "classifier"))
-            if "drop" in name and isinstance(value, float) and value and not of_a_classifier:
-                names.append(name)
-        if names:
-            wrong = f"its config has dropout ({', '.join(names)}), training has none"
-            raise UserError(f"{self.path}: {wrong}; set it to 0.0 there")
-
-    def checkpoint_layers(self):
-        """Keep of each layer its input alone and compute the rest again in the backward pass: of
-        8,192 tokens of an 8B model 4 GB in place of 65. The gradients are the same to the last bit.
-
-        Hugging Face's own switch acts in train mode only, and the model stays in eval mode; so
-        layers are wrapped here.
-        """
-        again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        for layer in decoder_layers(self.model):
-            layer.forward = functools.partial(again, layer.forward)
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of a user message: by chat template if there is one, else plain; one BOS."""
@@ -228,7 +178,7 @@ class LM:
         followed = [bool(re.search(r"\S[^\S\n]*\n[^\S\n]*\n", line)) for line in lines]
         return [end for end, last in zip(ends, followed) if last or end == len(ids)]
 
-    def _autocast(self):
+    def autocast(self):
         """bfloat16 products where the weights are held in float32; elsewhere the weights already
         have the dtype that they compute in.
 
@@ -239,7 +189,7 @@ class LM:
 
     def hidden(self, ids: torch.Tensor, pos: torch.Tensor, view) -> torch.Tensor:
         """Last hidden states (B, T, d) of ids (B, T) at positions (B, T); `view`: who sees whom."""
-        with self._autocast():
+        with self.autocast():
             out = self.decoder(input_ids=ids, position_ids=pos, use_cache=False, view=view)
         return out.last_hidden_state
 
@@ -440,7 +390,7 @@ def step_logprobs(lm: LM, pack: Pack) -> torch.Tensor:
     source, target = pack.prev[token].to(lm.device), pack.ids[token].to(lm.device)
 
     def token_logprobs():
-        hidden = _pack_hidden(lm, pack)[0]
+        hidden = forward_pack(lm, pack)
         if lm.in_bfloat16:  # autocast leaves the last norm in float32
             hidden = hidden.bfloat16()
         head = lm.head.to(hidden.dtype)

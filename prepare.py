@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from model import LM, step_logprobs
+from model import LM, load_lm, step_logprobs
 from support.cli import UserError, flag, main
 from support.datasets import DEMOS, INSTRUCTIONS, LOADERS, Loader, load_set, normalised_question
 from support.distributed import join, shard, world
@@ -232,7 +232,7 @@ def tune_base(out: Stage, demos: list[dict], folder: Path, s: Settings):
         raise UserError(f"{s.demos}: no demonstration is left beside held-out questions; add some")
     print(f"{len(chosen)} demonstrations; {len(demos) - len(chosen)} are of held-out questions")
     processes = require_memory(s.base, DEMO_PACK, s.offload)
-    lm = LM(s.base, train=True, dtype=s.dtype)
+    lm = load_lm(s.base, train=True, dtype=s.dtype)
     shard(lm, None, s.offload, processes)
     trees = [demo_tree(lm, d) for d in chosen]
     out.start()
@@ -255,14 +255,14 @@ def clean_model(work: Path, task: Task, s: Settings) -> LM:
     seed = s.seed if s.clean_seed == -1 else s.clean_seed
     kept = Path(s.clean) / f"{s.task}-{s.steps}-{s.wordings}-{s.clean_size}-{seed}"
     if s.clean and kept.exists():
-        return LM(kept, train=True)
+        return load_lm(kept, train=True)
     clean = demonstrations(task, seed, s.clean_size, 0.0, steps_of(s), s.wordings)
     # The misread ones are for their words alone.
     misread = demonstrations(task, seed, 3000, 1.0, steps_of(s), s.wordings)
     tokenizer = build_tokenizer([d[k] for d in clean + misread for k in ("prompt", "response")])
     model, start = new_model(tokenizer, seed), work / "random"
     replace(start, lambda p: (model.save_pretrained(p), tokenizer.save_pretrained(p)))
-    lm = LM(start, train=True)
+    lm = load_lm(start, train=True)
     trees = [demo_tree(lm, d) for d in clean]
     fine_tune(lm, trees, work / "clean", 3e-3, 16, passes=1, seed=seed, prompt_weight=0.2)
     if s.clean:

@@ -24,7 +24,7 @@ together), or by a server that takes and returns token ids (--server, class `Ser
 from dataclasses import dataclass
 from pathlib import Path
 
-from model import LM, checked_step_ends, require_step_unit
+from model import LM, checked_step_ends, load_lm, require_step_unit
 from reward import grade_ids
 from support.cli import Progress, UserError, flag, main
 from support.packing import Tree
@@ -96,7 +96,7 @@ def stage(s: Settings):
     out = Stage("sample.py", s.out, s, {"actor": s.actor, "problems": s.problems})
     if out.complete:
         return
-    lm = LM(s.actor, dtype=s.dtype, weights=not s.server)
+    lm = load_lm(s.actor, dtype=s.dtype, weights=not s.server)
     lm.step, lm.codec.date = s.step, out.date
     server = Server(s.server, lm) if s.server else None
     facts = {"draws": "server"} if server else {}

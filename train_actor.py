@@ -35,7 +35,7 @@ from typing import NamedTuple
 
 import torch
 
-from model import LM, step_advantages, step_logprobs
+from model import LM, load_lm, step_advantages, step_logprobs
 from support.cli import UserError, flag, main
 from support.distributed import join, rank, shard, world
 from support.memory import require_memory
@@ -331,7 +331,7 @@ def stage(s: Settings):
         return
     join(s.offload)
     processes = require_memory(s.actor, s.budget, s.offload, records)
-    tokenizer = LM(s.actor, weights=False)
+    tokenizer = load_lm(s.actor, weights=False)
     tokenizer.codec.date = out.date
     facts = tokenizer_facts(tokenizer)
     expects = {"actor": fingerprint(s.actor), "trees": sha256(Path(s.trees)), **facts}
@@ -355,7 +355,7 @@ def stage(s: Settings):
         kept = Results(out.work / "values.jsonl", made_from | by)
         values = tree_values(critic, value_head, records, retokenise, s.budget, kept)
         del critic, value_head  # memory holds the critic and the actor one after the other
-    lm = LM(s.actor, train=True, dtype=s.dtype)
+    lm = load_lm(s.actor, train=True, dtype=s.dtype)
     shard(lm, None, s.offload, processes)
     of_id = {record["id"]: record for record in records}
     if lines is None:

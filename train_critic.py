@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from model import LM, step_values
+from model import LM, load_lm, step_values
 from support.attention import pack_hidden
 from support.cli import UserError, flag, main
 from support.distributed import join, rank, shard, whole_state, world
@@ -81,7 +81,7 @@ def load_critic(path, train=False, dtype="", new: bool = False) -> tuple[LM, tor
     file = Path(path) / "value_head.safetensors"
     if not new and not file.exists():
         raise UserError(f"{path}: no value_head.safetensors, so no critic; run train_critic.py")
-    lm = LM(path, train, dtype=dtype)
+    lm = load_lm(path, train, dtype=dtype)
     value_head = torch.nn.Linear(lm.config.hidden_size, 1).to(lm.device)
     if file.exists():
         try:

@@ -30,6 +30,7 @@ import support.attention
 import support.distributed
 import support.memory
 import support.training
+from support.architectures import checkpoint_layers
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "--tiny" in sys.argv
@@ -72,10 +73,10 @@ def one_correctness(heads: int, groups: int, size: int, rope="default"):
     with tempfile.TemporaryDirectory() as folder:
         bench.random_model(folder, sizes)
         trees = [random_tree(rng, n) for n in (1, 4, 9, 30)]
-        exact = scores(bench.LM(folder, train=True, device="cpu"), trees, double=True)
+        exact = scores(bench.load_lm(folder, train=True, device="cpu"), trees, double=True)
         for dtype in ("float32", "bfloat16"):
             begin = time.perf_counter()
-            lm = bench.LM(folder, train=True, device=bench.DEVICE, dtype=dtype)
+            lm = bench.load_lm(folder, train=True, device=bench.DEVICE, dtype=dtype)
             logp, gradient = scores(lm, trees)
             seconds, way = time.perf_counter() - begin, "flex" if lm.flex else "gathered"
             far = (logp - exact[0]).abs().max()
@@ -85,10 +86,10 @@ def one_correctness(heads: int, groups: int, size: int, rope="default"):
             assert angle > 0.999 and far < (0.5 if dtype == "bfloat16" else 1e-3)
         rows = [bench.Row(0, 0, i, 24 + 3 * i) for i in range(48)]  # past one graph's columns
         tree = bench.Tree([[5, 6, 7, 8]], [-1], [True])
-        drawn, captured, on_cpu = {}, {}, bench.LM(folder, device="cpu", dtype="float32")
+        drawn, captured, on_cpu = {}, {}, bench.load_lm(folder, device="cpu", dtype="float32")
         for dtype in ("float32", "bfloat16"):
             for graphs in (True, False):
-                lm = bench.LM(folder, device=bench.DEVICE, dtype=dtype)
+                lm = bench.load_lm(folder, device=bench.DEVICE, dtype=dtype)
                 lm.may_capture &= graphs
                 drawn[graphs] = bench.draw(lm, [tree], rows)
                 captured[graphs] = lm.may_capture
@@ -160,7 +161,7 @@ def sampler():
     _, rate = ceilings()
     with tempfile.TemporaryDirectory() as folder:
         bench.random_model(folder, HALF_B)
-        decoding(bench.LM(folder), rate, batch=16 if TINY else 256, prompt=16, new=80)
+        decoding(bench.load_lm(folder), rate, batch=16 if TINY else 256, prompt=16, new=80)
 
 
 def decoding(lm, rate: float, batch: int, prompt: int, new: int):
@@ -216,7 +217,7 @@ def big():
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
         bench.random_model(folder, SEVEN_B)
-        lm = bench.LM(folder)
+        lm = bench.load_lm(folder)
         count = sum(p.numel() for p in lm.model.parameters())
         print(f"a model of {count / 1e9:.2f}B parameters ({time.perf_counter() - begin:.0f} s)")
         if bench.CUDA:
@@ -229,7 +230,7 @@ def big():
             print(f"  sampling took {most:.1f} GB, computed {sum(found.values()) / 1e9:.1f}")
             torch.cuda.empty_cache()
         (pack,) = bench.pack_trees([long_tree(TOKENS)], TOKENS)
-        lm.checkpoint_layers()
+        checkpoint_layers(lm.model)
 
         def forward_backward():
             bench.step_logprobs(lm, pack).square().mean().backward()
@@ -260,7 +261,7 @@ def one_training(how: str):
     with tempfile.TemporaryDirectory() as folder:
         bench.random_model(f"{folder}/model", ONE_AND_A_HALF_B)
         support.distributed.join(offload)
-        lm = bench.LM(f"{folder}/model", train=True, checkpointed=how != "kept")
+        lm = bench.load_lm(f"{folder}/model", train=True, checkpointed=how != "kept")
         if offload:
             support.distributed.shard(lm, offload=True)
         tree = long_tree(TOKENS)

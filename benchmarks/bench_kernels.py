@@ -23,7 +23,7 @@ import support.embedded
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import transformers as hf
 
-from model import LM, linear_logprobs, step_logprobs
+from model import linear_logprobs, load_lm, step_logprobs
 from support.packing import Tree, pack_trees
 from support.sampler import Prefixes, Row, draw, draw_key
 
@@ -168,7 +168,7 @@ def pairs_tree(steps, width, length, prompt=80):
 def tree(sizes=SMALL, shapes=((8, 20), (20, 30))):
     with tempfile.TemporaryDirectory() as folder:
         random_model(folder, sizes)
-        lm = LM(folder)
+        lm = load_lm(folder)
         count = sum(p.numel() for p in lm.model.parameters()) / 1e6
         print(
             f"tree packing, forward + backward of all pairs of a response, {count:.1f}M parameters, prompt 80"
@@ -221,7 +221,7 @@ def sampler(sizes=SMALL, batches=(256, 512), new=80, model=None, dtype=""):
     with tempfile.TemporaryDirectory() as folder:
         if not model:
             random_model(folder, sizes)
-        lm = LM(model or folder, dtype=dtype)
+        lm = load_lm(model or folder, dtype=dtype)
         lm.eos, ids = [lm.eos[0]], lm.prompt_ids("Ann has 6 coins.\nHow many coins does Ann have?")
         plain = hf.AutoModelForCausalLM.from_pretrained(lm.path, dtype=lm.head.dtype).to(DEVICE)
         print(f"sampler, {new} new tokens, {model or 'random weights'}, against generate()")

@@ -232,11 +232,12 @@ def row_bytes(config, columns: int, itemsize: int) -> int:
 
 
 def pack_hidden(lm, pack: Pack, view: TreeView | None = None) -> torch.Tensor:
-    """Last hidden states (N, d) of a pack's tokens, every path at once."""
-    return lm.with_weights(lambda: _pack_hidden(lm, pack, view))[0]
+    """Last hidden states (N, d) of a pack's tokens, every path at once. lm: a model.LM."""
+    return lm.with_weights(lambda: forward_pack(lm, pack, view))
 
 
-def _pack_hidden(lm, pack: Pack, view: TreeView | None = None) -> torch.Tensor:  # (1, N, d)
+def forward_pack(lm, pack: Pack, view: TreeView | None = None) -> torch.Tensor:
+    """The same where all weights are gathered already, inside `lm.with_weights`."""
     if not 0 <= int(pack.ids.min()) <= int(pack.ids.max()) < lm.config.vocab_size:
         wrong = f"token {int(pack.ids.max())} is asked for, of {lm.config.vocab_size}"
         raise UserError(f"{lm.path}: {wrong}: the records are of another tokenizer")
@@ -245,4 +246,4 @@ def _pack_hidden(lm, pack: Pack, view: TreeView | None = None) -> torch.Tensor: 
             lm.flex = flex_agrees(lm)
         view = TreeView(pack, lm.device, flex=lm.flex)
     ids, pos = pack.ids[None].to(lm.device), pack.pos[None].to(lm.device)
-    return lm.hidden(ids, pos, view)
+    return lm.hidden(ids, pos, view)[0]

@@ -38,9 +38,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def lm(folder):
-    from model import LM
+    from model import load_lm
 
-    return LM(folder, device="cpu")
+    return load_lm(folder, device="cpu")
 
 
 @pytest.fixture

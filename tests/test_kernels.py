@@ -14,17 +14,16 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention
 
 import model
-import sample
 import support.attention
 import support.distributed
 import support.memory
 import support.packing
 import support.sampler
 import support.stats
-import support.training
 import train_actor
 import train_critic
-from model import LM, linear_logprobs, step_advantages, step_logprobs, step_values
+from model import linear_logprobs, load_lm, step_advantages, step_logprobs, step_values
+from support.architectures import checkpoint_layers
 from support.attention import TreeView, pack_hidden
 from support.cli import UserError
 from support.packing import BLOCK, Tree, pack_trees
@@ -160,7 +159,7 @@ LAYOUTS = [(10_000, 1), (10_000, BLOCK), (90, 1), (90, BLOCK), (30, 1), (250, BL
 
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_logprobs_equal_one_forward_a_pair(models, name):
-    lm = LM(models(name), train=True, device="cpu")
+    lm = load_lm(models(name), train=True, device="cpu")
     trees = forest(lm.config.vocab_size)
     wanted, plain = slow(models(name), trees)
     weight = weigh(wanted)
@@ -196,7 +195,7 @@ def test_the_worked_example_of_a_pack():
 def as_if_on_cuda(monkeypatch, cuda=True):
     """The one seam between the two devices' forms. What CUDA compiles is traced, and then run by
     plain operators."""
-    for module in (model, sample):
+    for module in (model, support.attention):
         monkeypatch.setattr(module, "on_cuda", lambda x: cuda)
     traced = functools.partial(torch.compile, backend="aot_eager", dynamic=True)
     monkeypatch.setattr(model, "_one_kernel", traced)
@@ -226,8 +225,8 @@ def test_flex_attention_s_gradients_are_the_gathered_form_s(models, flex, dtype)
     gradients and without."""
     trees, found = forest(40), []
     for fused in (False, True):
-        lm = LM(models("llama, GQA, tied"), train=True, device="cpu", dtype=dtype)
-        lm.checkpoint_layers()
+        lm = load_lm(models("llama, GQA, tied"), train=True, device="cpu", dtype=dtype)
+        checkpoint_layers(lm.model)
         lm.flex = fused and support.attention.flex_agrees(lm)
         assert lm.flex is fused
         packs = pack_trees(trees, 250)
@@ -277,7 +276,7 @@ def test_no_query_is_under_128_tokens_and_the_kernel_is_named(models, flex, monk
 
     _, create = support.attention._flex()
     monkeypatch.setattr(support.attention, "_flex", lambda: (spy, create))
-    lm = LM(models("llama, GQA, tied"), device="cpu")
+    lm = load_lm(models("llama, GQA, tied"), device="cpu")
     for pack in pack_trees(forest(lm.config.vocab_size), 64):
         pack_hidden(lm, pack, TreeView(pack, "cpu", flex=True))
     assert calls and min(calls) == 256
@@ -311,7 +310,7 @@ def dense_mask(rule, b, h, rows, columns, device):
 
 
 def test_flex_is_used_only_where_it_agrees(models, monkeypatch, capsys):
-    lm = LM(models("llama, GQA, tied"), device="cpu")
+    lm = load_lm(models("llama, GQA, tied"), device="cpu")
 
     def everyone(rule, b, h, rows, columns, device):
         return torch.ones(rows, columns, dtype=torch.bool).tril()
@@ -336,7 +335,7 @@ def test_flex_is_used_only_where_it_agrees(models, monkeypatch, capsys):
 def test_flex_is_tried_by_the_first_pack_and_not_by_the_sampler(models, monkeypatch):
     asked = []
     monkeypatch.setattr(support.attention, "flex_agrees", lambda lm: bool(asked.append(lm)))
-    lm = LM(models("llama, GQA, tied"), device="cpu")
+    lm = load_lm(models("llama, GQA, tied"), device="cpu")
     lm.flex = None  # as on CUDA
     tree = Tree([[5, 6, 7]], [-1], [True])
     support.sampler.draw(lm, [tree], [support.sampler.Row(0, 0, 1, 4)])
@@ -484,7 +483,7 @@ def test_scores_are_float32_on_cuda(monkeypatch):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_forms_of_cuda_draw_and_score_as_the_cpu_s(models, name, monkeypatch):
     """Every branch of model.py for CUDA at once, but flex_attention and the products in bfloat16."""
-    lm = LM(models(name), device="cpu")
+    lm = load_lm(models(name), device="cpu")
     trees = [tree._replace(score=[True] * len(tree.ids)) for tree in forest(40)[:4]]
     rows = []
     for t, tree in enumerate(trees):
@@ -508,9 +507,9 @@ def test_the_forms_of_cuda_draw_and_score_as_the_cpu_s(models, name, monkeypatch
 def test_checkpointed_layers_have_the_same_gradients_to_the_last_bit(models, name, dtype):
     trees, found, saved = forest(40), [], []
     for checkpointed in (False, True):
-        lm = LM(models(name), train=True, device="cpu", dtype=dtype)
+        lm = load_lm(models(name), train=True, device="cpu", dtype=dtype)
         if checkpointed:
-            lm.checkpoint_layers()
+            checkpoint_layers(lm.model)
         size = [0]
 
         def count(x, size=size):
@@ -614,7 +613,7 @@ def pairs_record(tree: Tree, rng) -> tuple[dict, dict]:
 def actor_job(models):
     """The actor, eight problems with their pairs, and what train_actor hands to the training loop."""
     rng = random.Random(5)
-    lm = LM(models("llama, MHA, untied"), train=True, device="cpu")
+    lm = load_lm(models("llama, MHA, untied"), train=True, device="cpu")
     sizes = [2, 3, 5, 9, 14, 4, 2, 7]  # the smallest packs hold fewer than 16 scored tokens
     both = [pairs_record(random_tree(rng, n, 2 * n, lm.config.vocab_size), rng) for n in sizes]
     records, lines = [r for r, _ in both], [x for _, x in both]
@@ -626,7 +625,7 @@ def actor_job(models):
         def catch(modules, batches, prepare, loss, *rest, **more):
             caught.update(batches=batches, prepare=prepare, loss=loss)
 
-        monkeypatch.setattr(support.training, "fit", catch)
+        monkeypatch.setattr(train_actor, "fit", catch)
         s = train_actor.Settings("a", "t", "o", beta=0.5, batch=10_000, budget=budget)
         train_actor.train(lm, records, lines, s, None)
         return caught
@@ -721,7 +720,7 @@ def test_the_critic_s_batch_too(models, monkeypatch, token_share):
     wanted = wanted / total
     wanted.backward()
     caught = {}
-    monkeypatch.setattr(support.training, "fit", lambda *args, **more: caught.update(args=args))
+    monkeypatch.setattr(train_critic, "fit", lambda *args, **more: caught.update(args=args))
     for budget in (8192, 40):
         s = train_critic.Settings(
             "t", "c", "o", states="all", token_share=token_share, budget=budget
@@ -741,7 +740,7 @@ def test_the_critic_s_batch_too(models, monkeypatch, token_share):
 
 
 def test_eos_is_trained(models):
-    lm = LM(models("llama, MHA, untied"), train=True, device="cpu")
+    lm = load_lm(models("llama, MHA, untied"), train=True, device="cpu")
     (eos,) = lm.eos
     assert lm.response_ids("The answer is 9.")[-1] == eos
     prompt, said = [9, 8, 7, 5], [11, 12, 13]
@@ -912,23 +911,23 @@ def test_other_attention_is_refused_by_name(build, name):
     bare = kind in (hf.BloomConfig, hf.MambaConfig)
     place = build(kind, {"num_key_value_heads": 2, **fields}, {} if bare else SIZES)
     with pytest.raises(UserError, match=words):
-        LM(place, device="cpu")
+        load_lm(place, device="cpu")
 
 
 @pytest.mark.parametrize("kind", [hf.MistralConfig, hf.Qwen2Config])
 def test_a_window_that_is_switched_off_is_fine(build, kind):
-    LM(build(kind, {"num_key_value_heads": 2, "sliding_window": None}), device="cpu")
+    load_lm(build(kind, {"num_key_value_heads": 2, "sliding_window": None}), device="cpu")
 
 
 def test_a_temperature_without_do_sample_can_be_saved(build, tmp_path):
     """Hugging Face loads such a generation config with a warning, but does not save it."""
     place = build(hf.LlamaConfig, {"num_key_value_heads": 2})
-    lm = LM(place, device="cpu")
+    lm = load_lm(place, device="cpu")
     lm.model.generation_config.temperature = 0.6
     with pytest.raises(ValueError, match="temperature"):
         lm.model.save_pretrained(tmp_path / "refused")
     lm.save(tmp_path / "saved")
-    LM(tmp_path / "saved", device="cpu")
+    load_lm(tmp_path / "saved", device="cpu")
 
 
 def test_auc_counts_ties_as_half(monkeypatch, rng):
@@ -972,7 +971,7 @@ def test_the_critic_s_numbers_by_hand():
 
 def test_layers_are_found_whatever_a_model_calls_them(build, models):
     for path in (models("llama, GQA, tied"), build(*GPT2)):
-        lm = LM(path, device="cpu")
+        lm = load_lm(path, device="cpu")
         assert len(support.distributed.decoder_layers(lm.model)) == lm.config.num_hidden_layers
         support.memory.require_memory(str(path), 8192, False, card=80e9)
 
@@ -985,7 +984,7 @@ def test_an_eos_of_id_0_is_one(build, tmp_path):
     words = hf.AutoTokenizer.from_pretrained(tmp_path / "m")
     words.eos_token = words.convert_ids_to_tokens(5)
     words.save_pretrained(tmp_path / "m")
-    assert LM(tmp_path / "m", device="cpu").eos == [0, 5]  # the tokenizer's own too
+    assert load_lm(tmp_path / "m", device="cpu").eos == [0, 5]  # the tokenizer's own too
 
 
 def test_dropout_is_refused_in_training(build):
@@ -995,8 +994,8 @@ def test_dropout_is_refused_in_training(build):
     with pytest.raises(
         UserError, match=r"dropout \(resid_pdrop, embd_pdrop, attn_pdrop\).*to 0\.0"
     ):
-        LM(path, train=True, device="cpu")
-    lm = LM(path, device="cpu")
+        load_lm(path, train=True, device="cpu")
+    lm = load_lm(path, device="cpu")
     (pack,) = pack_trees(forest(100)[:2], 9999)
     assert torch.equal(step_logprobs(lm, pack), step_logprobs(lm, pack))
 
@@ -1012,12 +1011,12 @@ def test_bfloat16_on_the_cpu_is_close(folder, train):
     """--dtype bfloat16: weights of a model that trains stay float32; log-probs come out in float32."""
     tree = Tree([[5, 6, 7], [8, 9], [10, 11, 12]], [-1, 0, 0], [False, True, True])
     (pack,) = pack_trees([tree], 99)
-    exact = step_logprobs(LM(folder, device="cpu"), pack)
-    lm = LM(folder, train, "cpu", "bfloat16")
+    exact = step_logprobs(load_lm(folder, device="cpu"), pack)
+    lm = load_lm(folder, train, "cpu", "bfloat16")
     logp = step_logprobs(lm, pack)
     assert lm.head.dtype is (torch.float32 if train else torch.bfloat16)
     assert logp.dtype is torch.float32
     error = (logp - exact).abs().max()
     assert 0 < error < 0.05
     with pytest.raises(UserError, match="--dtype half"):
-        LM(folder, dtype="half")
+        load_lm(folder, dtype="half")

@@ -11,7 +11,8 @@ import support.attention
 import support.distributed
 import support.memory
 import support.training
-from model import LM, step_logprobs
+from model import load_lm, step_logprobs
+from support.architectures import checkpoint_layers
 from support.attention import pack_hidden
 from support.cli import UserError
 from support.distributed import PINNED_EXACTLY
@@ -48,14 +49,14 @@ def test_the_table_is_what_a_small_model_takes(path, tmp_path):
     config = hf.AutoConfig.from_pretrained(path)
     plan = support.memory.memory(config, columns, tokens, rows, 1, False)
 
-    lm = LM(path, device="cpu", dtype="bfloat16")
+    lm = load_lm(path, device="cpu", dtype="bfloat16")
     assert plan["sampling"]["weights"] == pytest.approx(size(lm.model.parameters()), rel=0.1)
     cache = support.attention.CacheView(6, (rows, 2, columns, 16), torch.bfloat16, "cpu")
     taken = size([*cache.keys, *cache.values])
     assert plan["sampling"]["key/value cache"] == pytest.approx(taken, rel=0.1)
 
-    lm = LM(path, train=True, device="cpu", dtype="bfloat16")
-    lm.checkpoint_layers()
+    lm = load_lm(path, train=True, device="cpu", dtype="bfloat16")
+    checkpoint_layers(lm.model)
     tree = Tree([[5] * 64] * 8, [-1, *range(7)], [True] * 8)
     (pack,) = pack_trees([tree], tokens)
     kept = {}
@@ -94,7 +95,7 @@ def test_the_host_holds_what_the_table_says_of_offload(path, tmp_path, monkeypat
     (pack,) = pack_trees([tree], 512)
     try:
         support.distributed.join(True)
-        lm = LM(path, train=True, device="cpu")
+        lm = load_lm(path, train=True, device="cpu")
         support.distributed.shard(lm, offload=True)
         step_logprobs(lm, pack).sum().backward()
         optimiser = torch.optim.AdamW(lm.model.parameters())

@@ -15,7 +15,7 @@ import toy
 from safetensors.torch import load_file
 
 import model
-from model import LM
+from model import LM, load_lm
 from support.cli import UserError
 from support.records import dump, read_jsonl, replace, sha256
 from support.stage import Stage, differences
@@ -457,9 +457,7 @@ def test_state_without_siblings():
     ("text", "ends"), [("", []), ("\n", [1]), ("\n\n\n", [3]), ("\n 1\n\n 2", [4, 5])]
 )
 def test_empty_and_blank_responses(text, ends, ready):
-    from model import LM
-
-    lm = LM(str(ready / "tiny"), device="cpu")
+    lm = load_lm(str(ready / "tiny"), device="cpu")
     assert lm.step_ends(lm.response_ids(text)[:-1]) == ends
 
 

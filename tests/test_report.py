@@ -1,10 +1,7 @@
 """The report of a run, made from files alone: its numbers, what it shows, and that no text in it is run."""
 
 import json
-import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -247,7 +244,7 @@ words = AutoTokenizer.from_pretrained({str(folder)!r})
 new, copy = Path({str(tmp_path)!r}, "new"), Path({str(tmp_path)!r}, "copy")
 support.embedded.new_model(words, seed=0, layers=1, width=16).save_pretrained(new)
 words.save_pretrained(new)
-prepare.LM(new).save(copy)
+prepare.load_lm(new).save(copy)
 assert (copy / "model.safetensors").exists()
 """
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)

@@ -7,7 +7,7 @@ import torch
 import transformers as hf
 
 import support.sampler
-from model import LM
+from model import load_lm
 from support.cli import UserError
 from support.packing import Tree
 from support.sampler import Prefixes, Row, Slots, draw, draw_key, draw_tokens, uniforms
@@ -35,7 +35,7 @@ def peaked(folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "peaked"
     made.save_pretrained(path)
     tokenizer.save_pretrained(path)
-    lm = LM(path, device="cpu")
+    lm = load_lm(path, device="cpu")
     assert lm.eos == sorted(ends)
     return lm
 
@@ -221,7 +221,7 @@ def test_a_models_own_logit_transform_is_sampled(folder, tmp_path, kind, fields)
     )  # fmt: skip
     hf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    lm, prompt = LM(tmp_path, device="cpu"), [4, 9, 13, 5]
+    lm, prompt = load_lm(tmp_path, device="cpu"), [4, 9, 13, 5]
     keys = [draw_key(5, k) for k in range(300)]
     drawn = draw_rows(
         lm, Prefixes(lm, [Tree([prompt], [-1], [True])]), [Row(0, 0, k, 2) for k in keys]
@@ -324,7 +324,7 @@ def test_a_prompt_longer_than_learned_positions_is_refused(folder, tmp_path):
     made = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=len(tokenizer), **sizes, **ends))
     made.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    lm, tree = LM(tmp_path, device="cpu"), Tree([[5] * 100], [-1], [True])
+    lm, tree = load_lm(tmp_path, device="cpu"), Tree([[5] * 100], [-1], [True])
     with pytest.raises(UserError, match=r"100.*64"):
         support.sampler.draw(lm, [tree], [Row(0, 0, 1, 4)])
 

@@ -15,11 +15,12 @@ import toy
 
 import evaluate
 import label_steps
+import model
 import sample
 import support.cli
 import support.sampler
 import support.server
-from model import LM
+from model import load_lm
 from support.cli import UserError
 from support.packing import Tree
 
@@ -155,10 +156,10 @@ def lines(path):
 
 
 def test_all_stages_by_a_server_and_no_weights_are_loaded(work, capsys, monkeypatch):
-    own = LM("tiny")
+    own = load_lm("tiny")
     stub = Stub(own, "tiny")
     with serving(stub) as url, monkeypatch.context() as patch:
-        patch.setattr(LM, "_load", lambda *_: pytest.fail("weights are loaded"))
+        patch.setattr(model, "read_weights", lambda *_: pytest.fail("weights are loaded"))
         for module, script in ((sample, "sample.py"), (label_steps, "label_steps.py")):
             assert run(module, f"{toy.FLAGS[script]} --server {url}", capsys)[0] == 0
         flags = toy.EVALUATE.replace("run/actor", "tiny")
@@ -195,7 +196,7 @@ def test_all_stages_by_a_server_and_no_weights_are_loaded(work, capsys, monkeypa
 
 def test_draws_come_from_the_model_s_distribution(work):
     """The stub draws as `draw` does; what comes back must be counted to the right rows."""
-    lm = LM("tiny")
+    lm = load_lm("tiny")
     prompts = [lm.prompt_ids(p["prompt"]) for p in lines("problems.jsonl")[:3]]
     trees = [Tree([ids], [-1], [True]) for ids in prompts]
     rows = [support.sampler.Row(t, 0, 0, 1 + t) for t in (2, 0, 1) for _ in range(200)]
@@ -214,12 +215,12 @@ def test_draws_come_from_the_model_s_distribution(work):
 
 @pytest.mark.parametrize("fault", [*FAULTS, "padding row"])
 def test_a_fault_that_passes_leaves_no_trace(fault, work, capsys):
-    with serving(Stub(LM("tiny"), "tiny", [fault] * 3)) as url:
+    with serving(Stub(load_lm("tiny"), "tiny", [fault] * 3)) as url:
         code, err = run(sample, f"{toy.SAMPLE} --limit 12 --server {url}", capsys)
     assert code == 0 and not err
     records = lines("run/samples.jsonl")
     assert len({x["id"] for x in records}) == len(records) == 12
-    size = len(LM("tiny").tokenizer)
+    size = len(load_lm("tiny").tokenizer)
     for record in records:
         assert len(record["responses"]) == 5
         assert all(0 <= i < size for r in record["responses"] for i in r["ids"])
@@ -244,8 +245,8 @@ def test_a_server_that_is_away_for_seconds_rests_as_a_whole(work, monkeypatch):
         return [[5, 0]]
 
     clock = Clock()
-    with serving(Stub(LM("tiny"), "tiny")) as url:
-        server = support.server.Server(url, LM("tiny", weights=False))
+    with serving(Stub(load_lm("tiny"), "tiny")) as url:
+        server = support.server.Server(url, load_lm("tiny", weights=False))
         monkeypatch.setattr(sample, "time", clock)
         monkeypatch.setattr(server, "_complete", complete)
         monkeypatch.setattr(server, "pause", 1.0)
@@ -261,7 +262,7 @@ def test_a_fault_that_stays_is_one_line_and_the_same_command_goes_on(
 ):
     monkeypatch.setattr(support.server.Server, "timeout", 1.0)
     monkeypatch.setattr(support.server.Server, "tries", 2)
-    lm = LM("tiny")
+    lm = load_lm("tiny")
     flags = f"{toy.SAMPLE} --limit 12"
     with serving(Stub(lm, "tiny", [None] * 5 + [fault] * 99)) as url:
         code, err = run(sample, f"{flags} --server {url}", capsys)
@@ -275,7 +276,7 @@ def test_a_fault_that_stays_is_one_line_and_the_same_command_goes_on(
 
 
 def test_work_goes_to_whoever_is_free_and_a_server_that_fails_is_left_out(work, capsys):
-    lm = LM("tiny")
+    lm = load_lm("tiny")
     good, slow, bad = Stub(lm, "tiny"), Stub(lm, "tiny"), Stub(lm, "tiny", ["500"] * 9)
     with serving(good, slow, bad) as urls:
         code, err = run(sample, f"{toy.SAMPLE} --limit 40 --server {urls}", capsys)
@@ -285,7 +286,7 @@ def test_work_goes_to_whoever_is_free_and_a_server_that_fails_is_left_out(work, 
 
 
 def test_own_draws_and_a_server_s_do_not_mix(work, capsys):
-    with serving(Stub(LM("tiny"), "tiny", [None] * 4 + ["500"] * 99)) as url:
+    with serving(Stub(load_lm("tiny"), "tiny", [None] * 4 + ["500"] * 99)) as url:
         assert run(sample, f"{toy.SAMPLE} --server {url}", capsys)[0] == 1
     code, err = run(sample, toy.SAMPLE, capsys)
     assert code == 2 and "draws was server" in err
@@ -296,7 +297,7 @@ def test_own_draws_and_a_server_s_do_not_mix(work, capsys):
     [("other/model", None, "serves it, other/model, not tiny"), ("tiny", "no ids", "no token ids")],
 )
 def test_a_server_that_will_not_do_is_refused(name, always, said, work, capsys):
-    with serving(Stub(LM("tiny"), name, always=always)) as url:
+    with serving(Stub(load_lm("tiny"), name, always=always)) as url:
         code, err = run(sample, f"{toy.SAMPLE} --server {url}", capsys)
     assert code == 2 and said in err and err.count("\n") == 1
     assert not Path("run/samples.jsonl").exists()
@@ -304,7 +305,7 @@ def test_a_server_that_will_not_do_is_refused(name, always, said, work, capsys):
 
 def test_tokens_beyond_the_tokenizer_do_not_go_on_for_ever(work, capsys, monkeypatch):
     monkeypatch.setattr(support.server.Server, "tries", 2)
-    lm = LM("tiny")
+    lm = load_lm("tiny")
     with serving(Stub(lm, "tiny", [None] + ["padding row"] * 99)) as url:
         flags = f"{toy.SAMPLE} --n1 1 --n 1 --limit 2 --server {url}"
         code, err = run(sample, flags, capsys)
@@ -332,7 +333,7 @@ def test_a_server_that_is_not_there(work, capsys):
 
 @pytest.mark.parametrize("fault", ["500", "hangs"])
 def test_a_fault_of_the_first_answer_may_pass(fault, work, capsys):
-    with serving(Stub(LM("tiny"), "tiny", always=fault)) as url:
+    with serving(Stub(load_lm("tiny"), "tiny", always=fault)) as url:
         code, err = run(sample, f"{toy.SAMPLE} --server {url}", capsys)
     assert code == 1 and "is the server up" in err and "same command" in err
     assert err.count("\n") == 1
@@ -343,21 +344,21 @@ def test_a_prompt_that_a_server_refuses_is_said_at_once(work):
         def do_POST(self):
             self.answer(b"prompt is too long", 400)
 
-    stub = Stub(LM("tiny"), "tiny")
+    stub = Stub(load_lm("tiny"), "tiny")
     stub.RequestHandlerClass = Refuses
     began = time.monotonic()
     with serving(stub) as url, pytest.raises(UserError, match="too long"):
-        support.server.Server(url, LM("tiny", weights=False))
+        support.server.Server(url, load_lm("tiny", weights=False))
     assert time.monotonic() - began < 30
 
 
 def test_a_context_that_would_cut_responses_off_is_refused(work, capsys):
     """A server cuts off silently; asked again and again it would give short responses alone."""
-    stub = Stub(LM("tiny"), "tiny")
+    stub = Stub(load_lm("tiny"), "tiny")
     stub.context = 12
     with serving(stub) as url:
         code, err = run(sample, f"{toy.SAMPLE} --limit 12 --server {url}", capsys)
-        own = support.server.Server(url, LM("tiny", weights=False))
+        own = support.server.Server(url, load_lm("tiny", weights=False))
         assert len(own._continuations([5] * 8, 3, 4, 1.0)) == 3
         with pytest.raises(UserError, match="are 13, the server's context is 12; lower --max_new"):
             own._continuations([5] * 9, 3, 4, 1.0)
@@ -367,9 +368,9 @@ def test_a_context_that_would_cut_responses_off_is_refused(work, capsys):
 
 def test_greedy_responses_of_one_state_are_a_request_each(work):
     """vLLM refuses to draw several at temperature 0."""
-    stub = Stub(LM("tiny"), "tiny")
+    stub = Stub(load_lm("tiny"), "tiny")
     with serving(stub) as url:
-        server = support.server.Server(url, LM("tiny", weights=False))
+        server = support.server.Server(url, load_lm("tiny", weights=False))
         tree = Tree([[1, 5, 9]], [-1], [True])
         drawn = server.draw([tree], [support.sampler.Row(0, 0, 0, 4)] * 3, 0.0, None)
     assert drawn[0] == drawn[1] == drawn[2]

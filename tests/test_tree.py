@@ -20,7 +20,7 @@ import sample as sample_stage
 import support.records
 import support.sampler
 from label_steps import StepTree
-from model import LM, checked_step_ends
+from model import LM, checked_step_ends, load_lm
 
 # ---------------------------------------------------------------- where steps end
 
@@ -35,7 +35,7 @@ def save_model(tokenizer, path, **fields):
     )  # fmt: skip
     hf.LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
-    return LM(path, device="cpu")
+    return load_lm(path, device="cpu")
 
 
 @pytest.fixture(scope="module")
