@@ -15,6 +15,9 @@ Departures from the paper:
     other kind if one runs short. A problem whose responses are all alike is kept too, since its
     steps may still differ in value; --mixed keeps none of its responses, and so spends no label on
     problems that the actor always or never solves.
+ 3. --step paragraph, response or a number of tokens makes another unit than a line a step. It travels
+    with the records. With --step response the only step is the whole response: then label_steps.py
+    --whole_draws --m 0 and train_actor.py --kappa 0 are outcome advantages, without steps or critic.
 
 Drawing is one function, `draw(lm, trees, rows)`, for this stage, label_steps.py and evaluate.py. It
 is done here, by `Prefixes` (every token of a tree is computed once) and `Slots` (rows that decode

@@ -97,6 +97,10 @@ TESTS = {  # the fields of a problem's tests, and what holds where one is not gi
 
 def extract_program(setup: str, text: str) -> str | None:
     """The program in a response, None if there is none; setup: of the problem's tests."""
+    completes = re.search(r"^def \w+\(", setup, re.MULTILINE)  # HumanEval: the prompt, by its body
+    # Tokenizers of SentencePiece's kind put a space before a response, which is no indentation.
+    if not completes or re.match(r" (import |from |async def |def |class |@)", text):
+        text = text.removeprefix(" ")
     defines = re.compile(r"^(async def|def|class) ", re.MULTILINE)
     fence = r"^ *```([^`\n]*)\n(.*?)(?:^ *```|\Z)"  # one left open runs to the end
     blocks, programs = [], []
@@ -110,7 +114,7 @@ def extract_program(setup: str, text: str) -> str | None:
     if defines.search(text):  # all from the margin on, to a fence that only closes
         first = re.search(r"^(import |from |async def |def |class |@)", text, re.MULTILINE)
         return re.split(r"^ *```", text[first.start() :], maxsplit=1, flags=re.MULTILINE)[0]
-    if re.search(r"^def \w+\(", setup, re.MULTILINE):  # HumanEval: the prompt, to be completed
+    if completes:
         body = re.split(r"^(?=\S)", text, maxsplit=1, flags=re.MULTILINE)[0]
         return f"{setup.rstrip()}\n{body}" if body.strip() else None
     try:

@@ -37,7 +37,7 @@ class Codec:
     """
 
     def __init__(self, tokenizer, name: str, end: int | list[int] | None, size: int):
-        self.tokenizer, self.name = tokenizer, name
+        self.tokenizer = tokenizer
         self.date = datetime.date.today().isoformat()
         ends = {end} if isinstance(end, int) else {*(end or ())}
         own = tokenizer.eos_token_id
@@ -47,9 +47,7 @@ class Codec:
         self.own_eos = self.eos[0] if own is None else own
         self.bytes = token_bytes(tokenizer)
         self.bytes += [b""] * (size - len(self.bytes))
-        for (
-            i
-        ) in self.eos:  # a text does not show where it ends, even if its end is no special token
+        for i in self.eos:  # where a text ends is not shown, be the token special or not
             if i < len(self.bytes):
                 self.bytes[i] = b""
         self.breaks = np.array([b"\n" in data for data in self.bytes])

@@ -674,6 +674,11 @@ SIGNATURE = 'from typing import List\n\n\ndef f(x: int) -> int:\n    """Double x
         (SIGNATURE, "    return 2 * x\n\nprint(f(1))", SIGNATURE + "    return 2 * x\n\n"),
         (SIGNATURE, "def f(x):\n    return 2 * x", "def f(x):\n    return 2 * x"),
         (SIGNATURE, "I do not know.", None),
+        # as Llama 2 begins a response: the space is no indentation, but of a body it is
+        ("", " def f(x):\n    return 1\n\ndef g(): pass", "def f(x):\n    return 1\n\ndef g(): pass"),
+        ("", " n = int(input())\nprint(n)", "n = int(input())\nprint(n)"),
+        (SIGNATURE, " def f(x):\n    return 2 * x", "def f(x):\n    return 2 * x"),
+        (SIGNATURE, " y = 2 * x\n return y", SIGNATURE + " y = 2 * x\n return y"),
     ],
 )
 def test_extract_program(setup, text, program):
