@@ -31,7 +31,7 @@ from support.records import misfit, read_jsonl, replace
 from support.report import percents, report
 from support.sampler import alone
 from support.server import Server, work_through
-from support.stage import Stage, actor_facts, stated_by, tokenizer_facts
+from support.stage import Output, actor_facts, stated_by, tokenizer_facts
 from support.stats import majority, paired, pass_at, wilson
 from train_critic import load_critic, tree_values
 
@@ -113,30 +113,30 @@ def stage(s: Settings):
     inputs = {"actor": s.actor} | {f"problems{i or ''}": path for i, path in enumerate(paths)}
     inputs |= {"critic": s.critic} if s.critic else {}
     # --against is no setting of eval.jsonl: a finished evaluation is compared anew at no cost
-    out = Stage("evaluate.py", s.out, dataclasses.replace(s, against=""), inputs)
-    if not out.complete:
+    output = Output("evaluate.py", s.out, dataclasses.replace(s, against=""), inputs)
+    if not output.complete:
         if s.server or s.critic:  # processes share out one pack's trees, here each has its own
             alone(f"evaluate.py {'--server' if s.server else '--critic'}")
         join()
         lm = load_lm(s.actor, dtype=s.dtype, weights=not s.server)
-        lm.step, lm.codec.date = stated_by(s.critic, "step", "line"), out.date
+        lm.step, lm.codec.date = stated_by(s.critic, "step", "line"), output.date
         server = Server(s.server, lm) if s.server else None
         critic = load_critic(s.critic, dtype=s.dtype) if s.critic else None
         if critic and tokenizer_facts(critic[0])["tokenizer"] != tokenizer_facts(lm)["tokenizer"]:
             raise UserError(f"{s.critic}: its tokenizer is not the actor's; pass one that has it")
-        out.begin(actor_facts(lm, s.max_new) | ({"draws": "server"} if server else {}))
-        todo = [p for p in problems if p["id"] not in out.done]
-        with Progress("evaluate", len(todo)) as progress:
+        facts = actor_facts(lm, s.max_new) | ({"draws": "server"} if server else {})
+        with output.open(facts) as out:
+            todo = [p for p in problems if p["id"] not in out.done]
+            with Progress("evaluate", len(todo)) as progress:
 
-            def process(chunk: list[dict]) -> list[dict]:
-                """Each process answers every world()-th problem."""
-                mine = answer(lm, critic, chunk[rank() :: world()], s, progress, server)
-                answered = {line["id"]: line for line in all_gather(mine)}
-                progress.update(len(chunk))
-                return [answered[p["id"]] for p in chunk]
+                def process(chunk: list[dict]) -> list[dict]:
+                    """Each process answers every world()-th problem."""
+                    mine = answer(lm, critic, chunk[rank() :: world()], s, progress, server)
+                    answered = {line["id"]: line for line in all_gather(mine)}
+                    progress.update(len(chunk))
+                    return [answered[p["id"]] for p in chunk]
 
-            work_through(todo, process, out, server, 64 * world())
-        out.finish()
+                work_through(todo, process, out, server, 64 * world())
     if rank() > 0:
         return
     lines = {x["id"]: x for x in read_jsonl(s.out)}
@@ -147,8 +147,9 @@ def stage(s: Settings):
         sets["pooled"] = list(lines.values())
     figures = {name: summarise(rows, other) for name, rows in sets.items()}
     text = json.dumps({"sets": figures, "against": s.against}, indent=1)
-    name = "summary.json" if out.out.name == "eval.jsonl" else f"{out.out.stem}.summary.json"
-    replace(out.out.with_name(name), lambda path: path.write_text(text))
+    path = Path(s.out)
+    name = "summary.json" if path.name == "eval.jsonl" else f"{path.stem}.summary.json"
+    replace(path.with_name(name), lambda path: path.write_text(text))
     for name, row in figures.items():
         sampled = f", T=1 {row['sampled']:.1%}" if s.samples else ""
         print(

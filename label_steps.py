@@ -41,7 +41,7 @@ from support.packing import record_tree
 from support.records import each_sample, read_jsonl, sha256
 from support.sampler import Prefixes, Row, alone, draw, draw_key, prefixes_fit
 from support.server import Server, work_through
-from support.stage import Stage, actor_facts, stated_by
+from support.stage import Output, actor_facts, stated_by
 
 
 @dataclass(frozen=True)
@@ -273,37 +273,37 @@ def stage(s: Settings):
         if record["id"] not in problems:
             foreign = record["id"]
     inputs = {"actor": s.actor, "problems": s.problems, "samples": s.samples}
-    out = Stage("label_steps.py", s.out, s, inputs)
-    if out.complete:
+    output = Output("label_steps.py", s.out, s, inputs)
+    if output.complete:
         return
     lm = load_lm(s.actor, dtype=s.dtype, weights=s.m > 0 and not s.server)
-    lm.step, lm.codec.date = stated_by(s.samples, "step", "line"), out.date
+    lm.step, lm.codec.date = stated_by(s.samples, "step", "line"), output.date
     server = Server(s.server, lm) if s.server and s.m else None
     facts = {**actor_facts(lm, s.max_new), "problems": sha256(s.problems)}
-    out.begin(facts | ({"draws": "server"} if server else {}), expects=facts)
-    if foreign:
-        wrong = f"{foreign} is not in {s.problems}"
-        raise UserError(f"{s.samples}: {wrong}; pass the problems it was drawn from")
-    todo = (r for r in each_sample(s.samples) if usable(r) and r["id"] not in out.done)
-    done_of_chunks = []
-    with Progress("label_steps", sampled - len(out.done)) as progress:
+    drawn_by = {"draws": "server"} if server else {}
+    with output.open(facts | drawn_by, expects=facts) as out:
+        if foreign:
+            wrong = f"{foreign} is not in {s.problems}"
+            raise UserError(f"{s.samples}: {wrong}; pass the problems it was drawn from")
+        todo = (r for r in each_sample(s.samples) if usable(r) and r["id"] not in out.done)
+        done_of_chunks = []
+        with Progress("label_steps", sampled - len(out.done)) as progress:
 
-        def process(chunk: list[dict]) -> list[dict]:
-            for record in chunk:
-                require_relative_split(lm, record)
-            cut = partial(checked_step_ends, lm)
-            trees = [plant(record, cut, s.whole_draws) for record in chunk]
-            owners = [problems[record["id"]] for record in chunk]
-            done = label(lm, owners, trees, s, progress, server) if s.m else Counter()
-            for record in chunk:
-                for k in record["kept"]:
-                    done["unshared"] += len(record["responses"][k]["ends"])
-            done_of_chunks.append(done)
-            progress.update(len(chunk))
-            return [tree.record(lm, problem) for tree, problem in zip(trees, owners)]
+            def process(chunk: list[dict]) -> list[dict]:
+                for record in chunk:
+                    require_relative_split(lm, record)
+                cut = partial(checked_step_ends, lm)
+                trees = [plant(record, cut, s.whole_draws) for record in chunk]
+                owners = [problems[record["id"]] for record in chunk]
+                done = label(lm, owners, trees, s, progress, server) if s.m else Counter()
+                for record in chunk:
+                    for k in record["kept"]:
+                        done["unshared"] += len(record["responses"][k]["ends"])
+                done_of_chunks.append(done)
+                progress.update(len(chunk))
+                return [tree.record(lm, problem) for tree, problem in zip(trees, owners)]
 
-        work_through(todo, process, out, server)
-    out.finish()
+            work_through(todo, process, out, server)
     total = sum(done_of_chunks, Counter())
     if total["completions"]:
         print(

@@ -44,7 +44,7 @@ from support.embedded import (
 from support.memory import require_memory
 from support.packing import Tree, pack_trees
 from support.records import digest, read_jsonl, replace
-from support.stage import Stage
+from support.stage import Output
 from support.training import fit, whole_batches
 
 # ------------------------------------------------------------ fine-tuning on demonstrations
@@ -127,25 +127,24 @@ def stage(s: Settings):
     folder, task, demos = Path(s.out), TASKS[s.task], load(s.demos, s, DEMOS)
     sizes = {"train": s.train_size, "valid": s.valid_size, "test": s.test_size}
     inputs = {path: path for spec in (s.train, s.test, s.demos) for _, path in parse(spec)}
-    outs = {}
+    outputs = {}
     for split in sizes:
-        outs[split] = Stage("prepare.py", folder / f"{split}.jsonl", s, inputs)
-    if not all(out.complete for out in outs.values()):
+        outputs[split] = Output("prepare.py", folder / f"{split}.jsonl", s, inputs)
+    if not all(output.complete for output in outputs.values()):
         problems = real_problems(s) if s.train else demo_problems(task, s.seed, sizes, steps)
-    for split, out in outs.items():
-        if not out.complete:
-            out.begin({"date": out.date})  # the run's: see Stage.date
-            out.append(problems[split][len(out.done) :])
-            out.finish()
+    for split, output in outputs.items():
+        if not output.complete:
+            with output.open({"date": output.date}) as out:  # the run's: see Output.date
+                out.append(problems[split][len(out.done) :])
     if s.make_base and (s.demos or not s.train):
         inputs |= {"base": s.base} if s.base else {}
-        base = Stage("prepare.py", folder / "base", s, inputs)
-        if not base.complete:
-            base.begin()
-            if s.demos:
-                tune_base(base, demos, folder, s)
-            else:
-                make_base(base, task, s)
+        output = Output("prepare.py", folder / "base", s, inputs)
+        if not output.complete:
+            with output.open() as out:
+                if s.demos:
+                    tune_base(out, demos, folder, s)
+                else:
+                    make_base(out, task, s)
 
 
 def steps_of(s: Settings) -> tuple[int, int]:
@@ -223,7 +222,7 @@ def without(records: list[dict], others: list[dict], s: Settings) -> list[dict]:
     return [r for r in records if question(r, s) not in known]
 
 
-def tune_base(out: Stage, demos: list[dict], folder: Path, s: Settings):
+def tune_base(out: Output, demos: list[dict], folder: Path, s: Settings):
     """Fine-tune --base on demonstrations of questions that are neither in valid nor in test."""
     held_out = [folder / "valid.jsonl", folder / "test.jsonl"]
     others = [p for path in held_out for p in read_jsonl(path, may_be_empty=True)]
@@ -235,19 +234,19 @@ def tune_base(out: Stage, demos: list[dict], folder: Path, s: Settings):
     lm = load_lm(s.base, train=True, dtype=s.dtype)
     shard(lm, None, s.offload, processes)
     trees = [demo_tree(lm, d) for d in chosen]
-    out.start()
+    out.write_manifest()
     fine_tune(lm, trees, out.work, s.lr, batch=32, passes=s.passes, seed=s.seed, prompt_weight=0.0)
-    out.finish(lm.save)
+    out.save(lm.save)
 
 
-def make_base(out: Stage, task: Task, s: Settings):
+def make_base(out: Output, task: Task, s: Settings):
     """The embedded base: clean solutions first, then a short while misread ones."""
-    out.start()
+    out.write_manifest()
     lm = clean_model(out.work, task, s)
     misread = demonstrations(task, s.seed, 3000, s.careless, steps_of(s), s.wordings)
     trees = [demo_tree(lm, d) for d in misread]
     fine_tune(lm, trees, out.work / "misread", 6e-4, 16, passes=1, seed=s.seed, prompt_weight=0.2)
-    out.finish(lm.save)
+    out.save(lm.save)
 
 
 def clean_model(work: Path, task: Task, s: Settings) -> LM:

@@ -34,7 +34,7 @@ from support.packing import Tree
 from support.records import read_jsonl, sha256
 from support.sampler import Row, alone, draw, draw_key
 from support.server import Server, work_through
-from support.stage import Stage, actor_facts
+from support.stage import Output, actor_facts
 
 
 @dataclass(frozen=True)
@@ -96,31 +96,31 @@ def stage(s: Settings):
     problems = problems[s.first :][: s.limit or None]
     if not problems:
         raise UserError(f"{s.problems}: no problem is left after --first {s.first}")
-    out = Stage("sample.py", s.out, s, {"actor": s.actor, "problems": s.problems})
-    if out.complete:
+    output = Output("sample.py", s.out, s, {"actor": s.actor, "problems": s.problems})
+    if output.complete:
         return
     lm = load_lm(s.actor, dtype=s.dtype, weights=not s.server)
-    lm.step, lm.codec.date = s.step, out.date
+    lm.step, lm.codec.date = s.step, output.date
     server = Server(s.server, lm) if s.server else None
-    facts = {"draws": "server"} if server else {}
-    out.begin({**actor_facts(lm, s.max_new), "problems": sha256(s.problems), **facts})
-    todo = [p for p in problems if p["id"] not in out.done]
-    rewards, tokens = [], []  # of all responses
-    with Progress("sample", len(todo)) as progress:
+    facts = {**actor_facts(lm, s.max_new), "problems": sha256(s.problems)}
+    facts |= {"draws": "server"} if server else {}
+    with output.open(facts) as out:
+        todo = [p for p in problems if p["id"] not in out.done]
+        rewards, tokens = [], []  # of all responses
+        with Progress("sample", len(todo)) as progress:
 
-        def process(chunk: list[dict]) -> list[dict]:
-            how = {"progress": progress, "server": server}
-            answered = respond(lm, chunk, s.n1, "sample", s, **how)
-            records = []
-            for problem, (prompt_ids, responses) in zip(chunk, answered):
-                rewards.extend(r["reward"] for r in responses)
-                tokens.extend(len(r["ids"]) for r in responses)
-                records.append(sample_record(lm, problem, prompt_ids, responses, s))
-            progress.update(len(chunk))
-            return records
+            def process(chunk: list[dict]) -> list[dict]:
+                how = {"progress": progress, "server": server}
+                answered = respond(lm, chunk, s.n1, "sample", s, **how)
+                records = []
+                for problem, (prompt_ids, responses) in zip(chunk, answered):
+                    rewards.extend(r["reward"] for r in responses)
+                    tokens.extend(len(r["ids"]) for r in responses)
+                    records.append(sample_record(lm, problem, prompt_ids, responses, s))
+                progress.update(len(chunk))
+                return records
 
-        work_through(todo, process, out, server)
-    out.finish()
+            work_through(todo, process, out, server)
     right = sum(rewards) / max(1, len(rewards))
     print(f"{len(todo)} problems, {sum(tokens)} tokens, {right:.3f} of the responses right")
 

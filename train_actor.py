@@ -42,7 +42,7 @@ from support.memory import require_memory
 from support.packing import BLOCK, pack_trees, record_tree
 from support.records import digest, dump, each_record, read_trees, replace, sha256
 from support.scoring import Results, score_trees
-from support.stage import Stage, fingerprint, read_manifest, stated_by, tokenizer_facts
+from support.stage import Output, fingerprint, read_manifest, stated_by, tokenizer_facts
 from support.training import fit, whole_batches
 from train_critic import load_critic, print_unknown, tree_values
 
@@ -326,56 +326,54 @@ def stage(s: Settings):
         raise UserError(f"--value_draws {s.value_draws} needs V: a critic, and --kappa above 0")
     records = read_trees(s.trees)
     inputs = {"actor": s.actor, "trees": s.trees, **({"critic": s.critic} if s.critic else {})}
-    out = Stage("train_actor.py", s.out, s, inputs)
-    if out.complete:
+    output = Output("train_actor.py", s.out, s, inputs)
+    if output.complete:
         return
     join(s.offload)
     processes = require_memory(s.actor, s.budget, s.offload, records)
     tokenizer = load_lm(s.actor, weights=False)
-    tokenizer.codec.date = out.date
+    tokenizer.codec.date = output.date
     facts = tokenizer_facts(tokenizer)
     expects = {"actor": fingerprint(s.actor), "trees": sha256(Path(s.trees)), **facts}
-    out.begin(facts, expects | {"step": stated_by(s.trees, "step", "line")})
-
-    # B.1, unless an earlier start came to its end
-    table, lines = Path(f"{s.out}.advantages.jsonl"), None
-    known = read_manifest(s.out).get("advantages")
-    if known and table.exists() and sha256(table) == known:
-        lines = list(each_record(table, may_be_empty=True))
-    inputs = out.manifest["inputs"]  # their hashes
-    made_from = {"trees": inputs["trees"], "budget": s.budget, "dtype": s.dtype}
-    values = [[None] * len(record["nodes"]) for record in records]
-    if lines is None and s.kappa > 0:
-        critic, value_head = load_critic(s.critic, dtype=s.dtype)
-        critic.codec.date = out.date
-        retokenise = tokenizer_facts(critic)["tokenizer"] != facts["tokenizer"]
-        if retokenise:
-            print_unknown(critic, records)
-        by = {"critic": inputs["critic"], "date": out.date if retokenise else None}
-        kept = Results(out.work / "values.jsonl", made_from | by)
-        values = tree_values(critic, value_head, records, retokenise, s.budget, kept)
-        del critic, value_head  # memory holds the critic and the actor one after the other
-    lm = load_lm(s.actor, train=True, dtype=s.dtype)
-    shard(lm, None, s.offload, processes)
-    of_id = {record["id"]: record for record in records}
-    if lines is None:
-        lines = advantages(records, values, s)
-        lines = lines if is_trainable(of_id, lines, s) else []
-        made_from |= {"actor": inputs["actor"], "pairs": digest(str(lines))}
-        kept = Results(out.work / "logp_ref.jsonl", made_from)
-        reference_logprobs(lm, [of_id[line["id"]] for line in lines], lines, s.budget, kept)
+    expects |= {"step": stated_by(s.trees, "step", "line")}
+    with output.open(facts, expects) as out:
+        # B.1, unless an earlier start came to its end
+        table, lines = Path(f"{s.out}.advantages.jsonl"), None
+        known = read_manifest(s.out).get("advantages")
+        if known and table.exists() and sha256(table) == known:
+            lines = list(each_record(table, may_be_empty=True))
+        inputs = out.manifest["inputs"]  # their hashes
+        made_from = {"trees": inputs["trees"], "budget": s.budget, "dtype": s.dtype}
+        values = [[None] * len(record["nodes"]) for record in records]
+        if lines is None and s.kappa > 0:
+            critic, value_head = load_critic(s.critic, dtype=s.dtype)
+            critic.codec.date = out.date
+            retokenise = tokenizer_facts(critic)["tokenizer"] != facts["tokenizer"]
+            if retokenise:
+                print_unknown(critic, records)
+            by = {"critic": inputs["critic"], "date": out.date if retokenise else None}
+            kept = Results(out.work / "values.jsonl", made_from | by)
+            values = tree_values(critic, value_head, records, retokenise, s.budget, kept)
+            del critic, value_head  # memory holds the critic and the actor one after the other
+        lm = load_lm(s.actor, train=True, dtype=s.dtype)
+        shard(lm, None, s.offload, processes)
+        of_id = {record["id"]: record for record in records}
+        if lines is None:
+            lines = advantages(records, values, s)
+            lines = lines if is_trainable(of_id, lines, s) else []
+            made_from |= {"actor": inputs["actor"], "pairs": digest(str(lines))}
+            kept = Results(out.work / "logp_ref.jsonl", made_from)
+            reference_logprobs(lm, [of_id[line["id"]] for line in lines], lines, s.budget, kept)
+            if rank() == 0:
+                replace(table, lambda p: p.write_bytes(b"".join(dump(line) for line in lines)))
         if rank() == 0:
-            replace(table, lambda p: p.write_bytes(b"".join(dump(line) for line in lines)))
-    if rank() == 0:
-        out.manifest["advantages"] = sha256(table)
-    out.start()
-    if rank() == 0:
-        for name in ("values.jsonl", "logp_ref.jsonl"):  # the table has them now
-            (out.work / name).unlink(missing_ok=True)
+            out.write_manifest(advantages=sha256(table))
+            for name in ("values.jsonl", "logp_ref.jsonl"):  # the table has them now
+                (out.work / name).unlink(missing_ok=True)
 
-    # B.2
-    train(lm, [of_id[line["id"]] for line in lines], lines, s, out.work)
-    out.finish(lm.save)
+        # B.2
+        train(lm, [of_id[line["id"]] for line in lines], lines, s, out.work)
+        out.save(lm.save)
 
 
 if __name__ == "__main__":

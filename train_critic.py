@@ -49,7 +49,7 @@ from support.memory import require_memory
 from support.packing import pack_trees, record_tree
 from support.records import read_trees, replace, sha256
 from support.scoring import score_trees
-from support.stage import Stage, stated_by, tokenizer_facts
+from support.stage import Output, stated_by, tokenizer_facts
 from support.stats import auc, calibration, siblings
 from support.training import fit, whole_batches
 
@@ -263,56 +263,56 @@ def stage(s: Settings):
     records = [r for path in paths for r in read_trees(path)]
     inputs = {"critic_model": s.critic_model, **{f"trees{i or ''}": p for i, p in enumerate(paths)}}
     inputs |= {"held_out": s.held_out} if s.held_out else {}
-    out = Stage("train_critic.py", s.out, s, inputs)
-    if out.complete:
+    output = Output("train_critic.py", s.out, s, inputs)
+    if output.complete:
         return
     join(s.offload)
     processes = require_memory(s.critic_model, s.budget, s.offload, records)
     lm, value_head = load_critic(s.critic_model, train=True, dtype=s.dtype, new=True)
     if lm.head is not lm.model.get_input_embeddings().weight:
         lm.head.requires_grad_(False)  # V does not use it
-    lm.codec.date = out.date
+    lm.codec.date = output.date
     every = [*paths, s.held_out] if s.held_out else paths
     made = {(stated_by(path, "tokenizer"), stated_by(path, "step", "line")) for path in every}
     (tokenizer, step), *others = made
-    out.begin({"trees": sha256(Path(paths[-1])), "step": step})
-    if others or not tokenizer:
-        wrong = "no manifest beside it, or made with different tokenizers or different --step"
-        raise UserError(f"{s.trees}: {wrong}")
-    retokenise = tokenizer != tokenizer_facts(lm)["tokenizer"]
-    if retokenise:
-        print_unknown(lm, records)
-    if s.held_out:
-        training, testing = records, read_trees(s.held_out)
-    else:
-        training, testing = split_by_hash(records)
-    if not training or not testing:
-        raise UserError(
-            f"{s.trees}: too few problems to hold some out; give more, or --held_out trees"
-        )
-    n = wins = 0
-    for record in training:
-        for node in record["nodes"]:
-            if node["labelled"]:
-                n, wins = n + node["n"], wins + node["wins"]
-    if not value_head.weight.any():  # a new head starts as the constant predictor
-        torch.nn.init.constant_(value_head.bias, math.log((wins + 1) / (n - wins + 1)))
-    shard(lm, value_head, s.offload, processes)
-    out.start()
-    train(lm, value_head, training, retokenise, s, out.work)
-    metrics = measure(lm, value_head, testing, retokenise, s.budget, wins / n)
-    print(json.dumps({k: v and round(v, 4) for k, v in metrics.items() if k != "bins"}))
+    with output.open({"trees": sha256(Path(paths[-1])), "step": step}) as out:
+        if others or not tokenizer:
+            wrong = "no manifest beside it, or made with different tokenizers or different --step"
+            raise UserError(f"{s.trees}: {wrong}")
+        retokenise = tokenizer != tokenizer_facts(lm)["tokenizer"]
+        if retokenise:
+            print_unknown(lm, records)
+        if s.held_out:
+            training, testing = records, read_trees(s.held_out)
+        else:
+            training, testing = split_by_hash(records)
+        if not training or not testing:
+            raise UserError(
+                f"{s.trees}: too few problems to hold some out; give more, or --held_out trees"
+            )
+        n = wins = 0
+        for record in training:
+            for node in record["nodes"]:
+                if node["labelled"]:
+                    n, wins = n + node["n"], wins + node["wins"]
+        if not value_head.weight.any():  # a new head starts as the constant predictor
+            torch.nn.init.constant_(value_head.bias, math.log((wins + 1) / (n - wins + 1)))
+        shard(lm, value_head, s.offload, processes)
+        out.write_manifest()
+        train(lm, value_head, training, retokenise, s, out.work)
+        metrics = measure(lm, value_head, testing, retokenise, s.budget, wins / n)
+        print(json.dumps({k: v and round(v, 4) for k, v in metrics.items() if k != "bins"}))
 
-    def write(folder):
-        lm.save(folder)
-        state = whole_state(value_head)
+        def write(folder):
+            lm.save(folder)
+            state = whole_state(value_head)
+            if rank() == 0:
+                save_file(state, folder / "value_head.safetensors")
+
         if rank() == 0:
-            save_file(state, folder / "value_head.safetensors")
-
-    if rank() == 0:
-        text = json.dumps(metrics, indent=1)
-        replace(Path(f"{s.out}.metrics.json"), lambda p: p.write_text(text))
-    out.finish(write)
+            text = json.dumps(metrics, indent=1)
+            replace(Path(f"{s.out}.metrics.json"), lambda p: p.write_text(text))
+        out.save(write)
 
 
 if __name__ == "__main__":

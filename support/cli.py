@@ -16,8 +16,6 @@ from transformers import HfArgumentParser
 
 from support.distributed import leave, rank
 
-held_locks = []  # of the stage that this process runs
-
 
 class UserError(Exception):
     """A user's mistake: one line that says what, where and how to mend; exit code 2."""
@@ -122,9 +120,6 @@ def main(stage, settings_class, doc: str):
     except Exception:
         sys.stderr = sys.__stderr__  # our own fault, whichever process found it, is shown whole
         raise
-    finally:
-        while held_locks:
-            held_locks.pop().close()
     if rank() > 0 and code != 130:  # If the first process has met it too, it says it, and torchrun
         time.sleep(3)  # ends this one meanwhile; else nobody but this one knows.
         sys.stderr = sys.__stderr__

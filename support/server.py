@@ -14,7 +14,7 @@ from pathlib import Path
 from support.cli import UserError
 from support.packing import Tree
 from support.sampler import Row
-from support.stage import Stage, fingerprint
+from support.stage import Output, fingerprint
 
 
 class Fault(Exception):
@@ -187,7 +187,7 @@ class Server:
         return results
 
 
-def work_through(todo: Iterable, process, out: Stage, server: Server | None, chunk: int = 64):
+def work_through(todo: Iterable, process, out: Output, server: Server | None, chunk: int = 64):
     """Append process(list of items) -> records of all items: the loop of every stage that draws.
 
     Here: `chunk` problems at a time, since they decode in one batch. By a server: a thread a problem,

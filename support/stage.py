@@ -1,4 +1,4 @@
-"""stage. It knows nothing of the algorithm."""
+"""What a stage writes: its manifest, its lock, going on after a kill. It knows nothing of the algorithm."""
 
 import datetime
 import fcntl
@@ -7,13 +7,14 @@ import os
 import re
 import shutil
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from types import EllipsisType
 
-from support.cli import UserError, held_locks
+from support.cli import UserError
 from support.distributed import rank, wait_for_all
 from support.records import digest, dump, each_record, misfit, replace, sha256
 
@@ -78,16 +79,35 @@ def changed_files(old: dict, new: dict) -> list[str]:
     return [name for name in sorted({*was, *now}) if was.get(name) != now.get(name)]
 
 
-class Stage:
-    """One output of one stage: its lock, its manifest, and for JSONL its records.
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Only one stage at a time writes into a folder; another one is refused at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another stage is writing here; wait") from None
+        yield
 
-    The manifest `OUT.manifest.json` holds settings, code, hashes of the inputs, and facts. Started
-    again with the same ones, the stage goes on where it stopped (`done`: the ids of the records
-    that are there); with others it is refused. Code is treated mildly, since people change it: a
-    difference is a warning, unless the output is half done and the stage's own file is another now.
-    The order of calls: Stage(...) only looks, and `complete` says that nothing is left to do,
-    before any model is loaded; `begin` locks the folder and finds what is done; `start` writes the
-    manifest (`append` does it for JSONL); `append` or `finish(folder)` write the output.
+
+class Output:
+    """One output of one stage: a JSONL file or a folder, and the manifest that says what made it.
+
+        output = Output("sample.py", s.out, s, {"problems": s.problems})
+        if output.complete:
+            return
+        with output.open({"problems": sha256(s.problems)}) as out:
+            out.append(records)    # to a JSONL file; a folder is written by out.save(write)
+
+    Output(...) only looks, so that a stage with nothing left to do says so before a model is loaded.
+    Within the block the folder is locked, and `done` holds the ids of the records that are there. A
+    block that comes to its end states that the output is whole. One that ends in an error leaves it
+    half done, and the same command goes on with it.
+
+    The manifest `OUT.manifest.json` holds settings, code, hashes of the inputs, and facts. With
+    others the stage is refused. Code is treated mildly, since people change it: a difference is a
+    warning, unless the output is half done and the stage's own file is another now.
 
     script    "sample.py": whose output this is
     inputs    {name: path}; an input made by a stage must be complete and as that stage left it
@@ -96,12 +116,12 @@ class Stage:
     TRUTH = ("model.py", "reward.py", "support/tokens.py")  # where steps end, and what is right
 
     def __init__(self, script: str, out, settings, inputs: dict):
-        self.out, self.inputs, self.force = Path(out), inputs, settings.force
-        self.path, self.work = Path(f"{out}.manifest.json"), Path(f"{out}.work")
+        self.path, self.inputs, self.force = Path(out), inputs, settings.force
+        self.manifest_path, self.work = Path(f"{out}.manifest.json"), Path(f"{out}.work")
         self.began, self.done = time.perf_counter(), set()
-        if self.out.exists() and not self.path.exists():
+        if self.path.exists() and not self.manifest_path.exists():
             raise UserError(f"{out}: there already, and not by this pipeline; choose another --out")
-        if self.out.resolve() in [Path(path).resolve() for path in inputs.values()]:
+        if self.path.resolve() in [Path(path).resolve() for path in inputs.values()]:
             raise UserError(f"{out}: is an input too; choose another --out")
         flags = {
             k: v
@@ -120,52 +140,70 @@ class Stage:
             "grader": version("math-verify"),
             "inputs": {key: _checked_input(key, str(path)) for key, path in inputs.items()},
         }
-        self.complete = "output" in self._earlier() and self.out.exists()
+        self.complete = "output" in self._earlier() and self.path.exists()
         if self.complete:
-            _checked_input("out", str(self.out))
+            _checked_input("out", str(self.path))
             self._drop_checkpoints()
-            print(f"{self.out}: complete, nothing to do")
+            print(f"{self.path}: complete, nothing to do")
 
     @property
     def date(self) -> str:
         """The date of this run's prompts, for chat templates that ask for one: an earlier start's or
         an input's, so that a run over midnight has one date; else today's."""
         paths = sorted(self.inputs.values(), key=os.path.isdir)  # records, then models
-        for path in paths if self.force else [self.out, *paths]:
+        for path in paths if self.force else [self.path, *paths]:
             if stated := stated_by(path, "date"):
                 return stated
         return datetime.date.today().isoformat()
 
     def _earlier(self) -> dict:
         """The manifest of an earlier start, {} if there is none; an error if this is another run."""
-        old = {} if self.force else read_manifest(self.out)
+        old = {} if self.force else read_manifest(self.path)
         if not old:
             return {}
         # A flag younger than it had its default; one that is no more is not compared.
         was = {name: old["settings"].get(name, x) for name, x in self.defaults.items()}
         now = {name: self.manifest["settings"][name] for name in self.defaults}
-        facts = self.manifest.get("facts", old["facts"])  # they come with `begin`
+        facts = self.manifest.get("facts", old["facts"])  # they come with `open`
         new = self.manifest | {"settings": now, "facts": facts}
         if found := differences(old | {"settings": was}, new):
-            raise UserError(f"{self.out}: {found[0]}; --force starts over, or change --out")
+            raise UserError(f"{self.path}: {found[0]}; --force starts over, or change --out")
         changed = changed_files(old, self.manifest)
         own = f"{self.manifest['stage']}.py"
         if own in changed and "output" not in old:
             half = f"half done by another {own}"
-            raise UserError(f"{self.out}: {half}; restore that, or --force starts over")
+            raise UserError(f"{self.path}: {half}; restore that, or --force starts over")
         if changed and self.manifest.get("facts") is None:  # say it once
-            print(f"{self.out}: made with another {', '.join(changed)}; taken as it is")
+            print(f"{self.path}: made with another {', '.join(changed)}; taken as it is")
         return old
 
-    def begin(self, facts: dict | None = None, expects: dict | None = None):
-        """Take the folder's lock and find the records that are there; a torn last line is dropped.
+    @contextmanager
+    def open(self, facts: dict | None = None, expects: dict | None = None) -> Iterator["Output"]:
+        """A block that writes the output. Of several processes all enter it; the first one writes.
 
         facts     {fact: value} that the manifest states for the stages that come after
         expects   {fact: value} that inputs' manifests must agree with, where they state that fact
         """
+        self._check_inputs(expects or {})
+        self.manifest["facts"] = facts or {}
+        with locked(self.path.parent) if rank() == 0 else nullcontext():
+            if rank() == 0:
+                self._clean()
+            wait_for_all()
+            if self.path.is_file():
+                self.done = {record["id"] for record in each_record(self.path, may_be_empty=True)}
+                if self.done:
+                    print(f"{self.path}: resuming after {len(self.done)} records")
+            yield self
+            if rank() == 0:
+                self._finish()
+        wait_for_all()
+        print(f"{self.path}: written, {time.perf_counter() - self.began:.0f} s")
+
+    def _check_inputs(self, expects: dict):
         for path in self.inputs.values():
             made = read_manifest(path)
-            for fact, now in (expects or {}).items():
+            for fact, now in expects.items():
                 was = made.get("facts", {}).get(fact, now)
                 if was != now:
                     wrong = f"made with {fact} {was[:16]}, this run has {now[:16]}"
@@ -175,80 +213,58 @@ class Stage:
                 if other:
                     taken = "its rewards and steps are taken as they are"
                     print(f"{path}: made with another {', '.join(other)}; {taken}")
-        self.manifest["facts"] = facts or {}
-        if rank() == 0:
-            self._own_folder()
-        wait_for_all()
-        if self.out.is_file():
-            self.done = {record["id"] for record in each_record(self.out, may_be_empty=True)}
-            if self.done:
-                print(f"{self.out}: resuming after {len(self.done)} records")
-        return self
 
-    def _own_folder(self):
-        """Lock the folder and make the output fit to go on from; with --force throw it away."""
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        while held_locks:  # a notebook's last stage may have ended in an error
-            held_locks.pop().close()
-        self.lock = (self.out.parent / ".lock").open("w")
-        held_locks.append(self.lock)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.out.parent}: another stage is writing here; wait") from None
-        self._earlier()
+    def _clean(self):
+        """Make what is there fit to go on from: without a torn last line; with --force nothing."""
+        self._earlier()  # another process may have written since this one looked
         # The manifest goes last: a kill in between leaves the rest owned.
-        for path in (self.out, self.work, self.path) if self.force else ():
+        for path in (self.path, self.work, self.manifest_path) if self.force else ():
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        if self.out.is_file():
-            with self.out.open("rb") as lines:
+        if self.path.is_file():
+            with self.path.open("rb") as lines:
                 whole = sum(len(line) for line in lines if line.endswith(b"\n"))
-            torn = self.out.stat().st_size - whole
+            torn = self.path.stat().st_size - whole
             if torn:
-                print(f"{self.out}: dropped a torn last line of {torn} bytes")
-                os.truncate(self.out, whole)
+                print(f"{self.path}: dropped a torn last line of {torn} bytes")
+                os.truncate(self.path, whole)
 
-    def start(self):
-        """Write the manifest; a run that was refused before this leaves nothing behind."""
-        if rank() > 0:
-            return
-        replace(self.path, lambda p: p.write_text(json.dumps(self.manifest, indent=1)))
+    def write_manifest(self, **more):
+        """Claim the output for these settings, before anything of it is there. `append` does so too; a
+        stage that makes a folder calls this when nothing can be refused any more, since a run that
+        was refused must leave nothing behind that refuses the corrected one."""
+        self.manifest |= more
+        if rank() == 0:
+            text = json.dumps(self.manifest, indent=1)
+            replace(self.manifest_path, lambda path: path.write_text(text))
 
     def append(self, records: list[dict]):
         """Write whole lines, flushed and fsynced before the next ones are made."""
         if rank() > 0:
             return
-        if not self.out.exists():
-            self.start()
-            replace(self.out, Path.touch)
-        with self.out.open("ab") as f:
+        if not self.path.exists():
+            self.write_manifest()
+            replace(self.path, Path.touch)
+        with self.path.open("ab") as f:
             f.write(b"".join(dump(record) for record in records))
             f.flush()
             os.fsync(f.fileno())
 
-    def finish(self, folder=None):
-        """State that the output is whole; `folder(path)`, if given, writes it as a folder first.
+    def save(self, write):
+        """Write the output as a folder, by `write(path)`. Of several processes all call it, since each
+        has a part of the weights."""
+        if rank() == 0:
+            replace(self.path, write)
+        else:
+            write(self.path)
 
-        Of several processes all call `folder`, since each has a part of the weights; one writes.
-        """
-        if rank() > 0:
-            if folder is not None:
-                folder(self.out)
-            wait_for_all()
-            return
-        if folder is not None:
-            replace(self.out, folder)
-        elif not self.out.exists():
+    def _finish(self):
+        if not self.path.exists():
             self.append([])
-        self.manifest["output"] = sha256(self.out)
-        self.start()
+        self.write_manifest(output=sha256(self.path))
         self._drop_checkpoints()
-        self.lock.close()
-        wait_for_all()
-        print(f"{self.out}: written, {time.perf_counter() - self.began:.0f} s")
 
     def _drop_checkpoints(self):
         """Of a finished stage: of an 8B model they take 96 GB each. A kill may leave some behind,

@@ -192,7 +192,6 @@ TABLE = [
     (A, ACTOR, "--kappa -1", "--kappa -1"),
     (A, ACTOR, "--kappa 0 --value_draws 1", "--value_draws 1.0"),
     (A, ACTOR, "--likelihood 0 --gap 1000", "--gap 1000"),
-    (A, ACTOR, "--advantage steps", "--advantage steps"),
     (A, ACTOR.replace("--critic run/critic", ""), "", "--critic is missing"),
     (E, EVALUATE, "--samples -1", "--samples -1"),
     # paths
@@ -226,7 +225,6 @@ TABLE = [
     (C, CRITIC, "--trees run/samples.jsonl", "nodes"),
     (C, CRITIC, "--trees unfinished/trees.jsonl", "unfinished"),
     (A, ACTOR, "--trees run/samples.jsonl", "nodes"),
-    (A, ACTOR, "--advantage outcome", "responses"),
     (A, ACTOR, "--actor other_words", "made with"),
     (A, ACTOR, "--critic unfinished/critic", "unfinished"),
     (A, ACTOR, "--trees changed/trees.jsonl --critic bad_head", "value_head.safetensors"),
@@ -316,6 +314,7 @@ def test_mistake(script, flags, change, says, ready, monkeypatch):
     there = toy.hashes(ready)
     code, _, err = toy.stage(script, f"{flags} {change}")
     after = toy.hashes(ready)
+    after.pop("new/actor.work/values.jsonl", None)  # V, which the corrected command need not repeat
     if (ready / "new").exists():
         shutil.rmtree(ready / "new")
     assert code == 2, err

@@ -14,11 +14,11 @@ import torch
 import toy
 from safetensors.torch import load_file
 
-import model
 from model import LM, load_lm
+from support import training
 from support.cli import UserError
 from support.records import dump, read_jsonl, replace, sha256
-from support.stage import Stage, differences
+from support.stage import Output, differences
 from support.training import fit
 from train_actor import advantage_states
 from train_critic import load_critic
@@ -31,6 +31,10 @@ RECORDS = {
     "trees": {"prompt_ids": [1], "nodes": [NODE]},
     "eval": {"text": "→ 18", "prediction": "18", "correct": True, "verdict": "right"},
 }
+
+
+class Stop(Exception):
+    pass
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,10 @@ def begun(tmp_path, monkeypatch):
     def make(kind):
         path = tmp_path / f"{kind}.jsonl"
         records = [{"id": f"p{i}", **RECORDS[kind]} for i in range(3)]
-        out = Stage(S, path, Settings(str(path)), {}).begin()
-        out.append(records[:1])
-        out.append(records[1:])
-        out.lock.close()
+        with pytest.raises(Stop), Output(S, path, Settings(str(path)), {}).open() as out:
+            out.append(records[:1])
+            out.append(records[1:])
+            raise Stop
         return path, path.read_bytes(), records
 
     return make
@@ -81,8 +85,8 @@ def test_cut_at_every_byte(kind, begun, capsys):
     for size in range(len(whole) + 1):
         path.write_bytes(whole[:size])
         capsys.readouterr()
-        out = Stage(S, path, Settings(str(path)), {}).begin()
-        out.lock.close()
+        with pytest.raises(Stop), Output(S, path, Settings(str(path)), {}).open() as out:
+            raise Stop
         kept = whole[:size].count(b"\n")
         assert out.done == {r["id"] for r in records[:kept]}
         assert path.read_bytes() == b"".join(map(dump, records[:kept]))
@@ -99,8 +103,9 @@ def test_broken_byte_in_the_middle(kind, begun):
     for at in range(line + 2, 2 * line - 2):
         broken = whole[:at] + b"\xff" + whole[at + 1 :]
         path.write_bytes(broken)
-        with pytest.raises(UserError, match=rf"{kind}\.jsonl:2: "):
-            Stage(S, path, Settings(str(path)), {}).begin()
+        output = Output(S, path, Settings(str(path)), {})
+        with pytest.raises(UserError, match=rf"{kind}\.jsonl:2: "), output.open():
+            pass
         assert path.read_bytes() == broken
 
 
@@ -178,7 +183,7 @@ def test_same_command_under_other_conditions(field, work):
 
 
 @pytest.mark.parametrize("half_done", [False, True])
-@pytest.mark.parametrize("name", [S, "model.py", "prepare.py", "reward.py"])
+@pytest.mark.parametrize("name", [S, "model.py", "support/cli.py", "reward.py"])
 def test_changed_code_is_a_warning_unless_its_own_stage_is_half_done(name, half_done, work):
     path = work / "run" / "samples.jsonl.manifest.json"
     alter(path, ("code", name))
@@ -229,7 +234,7 @@ def test_a_stage_from_a_notebook(work, monkeypatch, capsys):
     new, old = work / "new" / "samples.jsonl", work / "run" / "samples.jsonl"
     assert new.read_bytes() == old.read_bytes()
     with pytest.raises(UserError, match="stage was sample, is label_steps now"):
-        Stage(L, "new/samples.jsonl", Settings("new/samples.jsonl"), {})
+        Output(L, "new/samples.jsonl", Settings("new/samples.jsonl"), {})
 
 
 def test_differences():
@@ -340,19 +345,15 @@ def test_output_of_any_name_resumes(work):
 # ---------------------------------------------------------------------------------------------- training
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.fixture
 def clock(monkeypatch):
     """Seconds, as `fit` sees them pass: none but where a test adds some."""
     now = [0.0]
-    monkeypatch.setattr(model, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(training, "perf_counter", lambda: now[0])
     return now
 
 
-def regression(work: Path, clock, stop=None, poison=None, steps=12):
+def regression(work: Path, clock, stop=None, poison=None, steps=13):
     """fit a linear model with noise from torch's generator; die in pack 1 of step `stop`. A minute
     passes every four steps, after which a checkpoint is due. -> its parameters"""
     torch.manual_seed(0)
@@ -382,9 +383,9 @@ def regression(work: Path, clock, stop=None, poison=None, steps=12):
     return torch.cat([p.detach().flatten() for p in net.parameters()]), calls
 
 
-@pytest.mark.parametrize("stop", [0, 3, 4, 5, 8, 11])
+@pytest.mark.parametrize("stop", [0, 3, 4, 5, 8, 12])
 def test_training_resumes_exactly(stop, tmp_path, clock):
-    """Killed within step `stop` (4, 8: the first of an epoch; 11: the last), then gone on: n steps, to the bit."""
+    """Killed within step `stop` (4, 8, 12: the first after a checkpoint; 12: the last), then gone on: n steps, to the bit."""
     whole, _ = regression(tmp_path / "whole", clock)
     with pytest.raises(Stop):
         regression(tmp_path / "parts", clock, stop)
@@ -392,10 +393,10 @@ def test_training_resumes_exactly(stop, tmp_path, clock):
     assert torch.equal(whole, resumed)
     assert calls[0] == stop // 4 * 4
     lines = [(tmp_path / f / "metrics.jsonl").read_text() for f in ("whole", "parts")]
-    assert lines[0] == lines[1] and lines[0].count("\n") == 12
+    assert lines[0] == lines[1] and lines[0].count("\n") == 13
     assert len(list((tmp_path / "parts").glob("step-*.pt"))) == 2
     again, calls = regression(tmp_path / "parts", clock)
-    assert torch.equal(whole, again) and not calls
+    assert torch.equal(whole, again) and set(calls) == {12}  # none after the last step
 
 
 def test_broken_checkpoint(tmp_path, clock):
@@ -426,12 +427,13 @@ def test_half_a_checkpoint_of_a_killed_run_is_removed(tmp_path, clock):
 
 
 def test_a_finished_stage_leaves_no_checkpoint(tmp_path):
-    out = Stage("train_actor.py", tmp_path / "actor", Settings(str(tmp_path / "actor")), {})
-    (out.work / "clean" / "step-00000002.dcp").mkdir(parents=True)
-    (out.work / "step-00000002.pt").touch()
-    (out.work / "metrics.jsonl").touch()
-    out.begin().finish(Path.mkdir)
-    assert {path.name for path in out.work.rglob("*")} == {"clean", "metrics.jsonl"}
+    output = Output("train_actor.py", tmp_path / "actor", Settings(str(tmp_path / "actor")), {})
+    (output.work / "clean" / "step-00000002.dcp").mkdir(parents=True)
+    (output.work / "step-00000002.pt").touch()
+    (output.work / "metrics.jsonl").touch()
+    with output.open() as out:
+        out.save(Path.mkdir)
+    assert {path.name for path in output.work.rglob("*")} == {"clean", "metrics.jsonl"}
 
 
 def test_no_room_for_checkpoints(tmp_path, monkeypatch, clock):
