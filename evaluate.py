@@ -29,8 +29,8 @@ from support.cli import Progress, UserError, flag, main
 from support.distributed import all_gather, join, rank, world
 from support.records import misfit, read_jsonl, replace
 from support.report import percents, report
-from support.sampler import alone
-from support.server import Server, work_through
+from support.sampler import Sampler, require_single_process
+from support.server import Server
 from support.stage import Output, actor_facts, stated_by, tokenizer_facts
 from support.stats import majority, paired, pass_at, wilson
 from train_critic import load_critic, tree_values
@@ -116,27 +116,26 @@ def stage(s: Settings):
     output = Output("evaluate.py", s.out, dataclasses.replace(s, against=""), inputs)
     if not output.complete:
         if s.server or s.critic:  # processes share out one pack's trees, here each has its own
-            alone(f"evaluate.py {'--server' if s.server else '--critic'}")
+            flag = "--server" if s.server else "--critic"
+            require_single_process(f"evaluate.py {flag}")
         join()
         lm = load_lm(s.actor, dtype=s.dtype, weights=not s.server)
         lm.step, lm.codec.date = stated_by(s.critic, "step", "line"), output.date
-        server = Server(s.server, lm) if s.server else None
+        sampler = Server(s.server, lm) if s.server else Sampler(lm, s.batch)
         critic = load_critic(s.critic, dtype=s.dtype) if s.critic else None
         if critic and tokenizer_facts(critic[0])["tokenizer"] != tokenizer_facts(lm)["tokenizer"]:
             raise UserError(f"{s.critic}: its tokenizer is not the actor's; pass one that has it")
-        facts = actor_facts(lm, s.max_new) | ({"draws": "server"} if server else {})
-        with output.open(facts) as out:
+
+        def process(chunk: list[dict], progress) -> list[dict]:
+            """Each process answers every world()-th problem."""
+            mine = answer(lm, sampler, critic, chunk[rank() :: world()], s, progress)
+            answered = {line["id"]: line for line in all_gather(mine)}
+            return [answered[p["id"]] for p in chunk]
+
+        with output.open({**actor_facts(lm, s.max_new), **sampler.provenance}) as out:
             todo = [p for p in problems if p["id"] not in out.done]
-            with Progress("evaluate", len(todo)) as progress:
-
-                def process(chunk: list[dict]) -> list[dict]:
-                    """Each process answers every world()-th problem."""
-                    mine = answer(lm, critic, chunk[rank() :: world()], s, progress, server)
-                    answered = {line["id"]: line for line in all_gather(mine)}
-                    progress.update(len(chunk))
-                    return [answered[p["id"]] for p in chunk]
-
-                work_through(todo, process, out, server, 64 * world())
+            with Progress("evaluate", len(todo)) as bar:
+                sampler.work_through(todo, process, bar.add, out.append)
     if rank() > 0:
         return
     lines = {x["id"]: x for x in read_jsonl(s.out)}
@@ -162,13 +161,16 @@ def stage(s: Settings):
             print(f"  greedy {gain}, p {greedy['p']:.2g}, against {s.against}")
 
 
-def answer(lm: LM, critic, problems: list[dict], s: Settings, progress, server) -> list[dict]:
-    """A line of eval.jsonl a problem. A response that was cut off is not right in any case."""
+def answer(lm: LM, sampler, critic, problems: list[dict], s: Settings, progress) -> list[dict]:
+    """A line of eval.jsonl per problem. A response that was cut off is not right in any case."""
     if not problems:
         return []
-    how = {"progress": progress, "server": server}
-    drawn = respond(lm, problems, s.samples, "evaluate", s, **how)
-    greedy = respond(lm, problems, 1, "evaluate", s, temperature=0.0, **how)
+
+    def ended(responses: int, tokens: int):
+        progress(responses * world() / (s.samples + 1), tokens=tokens * world())
+
+    drawn = respond(lm, sampler, problems, s.samples, "evaluate", s, 1.0, ended)
+    greedy = respond(lm, sampler, problems, 1, "evaluate", s, 0.0, ended)
     lines = []
     for problem, (_, (first,)), (_, sampled) in zip(problems, greedy, drawn):
         line = {"id": problem["id"]}

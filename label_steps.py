@@ -29,7 +29,6 @@ Departures from the paper:
     after "a\\n" is in the tree only if some draw went on from it without the blank line.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,8 +38,8 @@ from reward import grade_ids
 from support.cli import Progress, UserError, flag, main
 from support.packing import record_tree
 from support.records import each_sample, read_jsonl, sha256
-from support.sampler import Prefixes, Row, alone, draw, draw_key, prefixes_fit
-from support.server import Server, work_through
+from support.sampler import Row, Sampler, draw_key, require_single_process
+from support.server import Server
 from support.stage import Output, actor_facts, stated_by
 
 
@@ -206,39 +205,46 @@ def require_relative_split(lm: LM, record: dict):
             raise UserError(f"LM.step_ends (model.py): {wrong}; it may not depend on the place")
 
 
-def label(lm: LM, problems: list[dict], trees: list[StepTree], s: Settings, progress, server):
+def label(
+    lm: LM, sampler, problems: list[dict], trees: list[StepTree], s: Settings, progress=None
+):
     """Top every state of these problems' trees up to m completions, level by level.
 
     Shallow states come first, since their completions count at the deeper states that they pass.
-    With a server a problem's levels wait for each other too, and other problems keep it busy.
-    -> how much was done, by name.
+    sampler: who draws. progress: called with the part of the work that is done, in problems, and
+    with what to sum up: states, completions, tokens.
     """
+    progress = progress or (lambda done, **counts: None)
     prefix_trees = []
     for tree in trees:
         record = {"prompt_ids": tree.prompt_ids, "nodes": tree.nodes}
         prefix_trees.append(record_tree(record, list(tree.to_label)))
-    if not server and len(trees) > 1 and not prefixes_fit(lm, prefix_trees):
+    if len(trees) > 1 and not sampler.fits(prefix_trees):
         half = len(trees) // 2
-        done = label(lm, problems[:half], trees[:half], s, progress, server)
-        return done + label(lm, problems[half:], trees[half:], s, progress, server)
-    done, prefixes = Counter(), None
+        label(lm, sampler, problems[:half], trees[:half], s, progress)
+        return label(lm, sampler, problems[half:], trees[half:], s, progress)
     levels = [tree.levels() for tree in trees]
-    if not server:
-        prefixes = Prefixes(lm, prefix_trees)  # once for all levels
-        done["prefilled"] += prefixes.tokens
     for depth in range(max(map(len, levels))):
-        rows = []
+        rows, share = [], 0.0  # of the work, in problems
         for t, tree in enumerate(trees):
             for v in levels[t][depth] if depth < len(levels[t]) else ():
-                room = s.max_new - tree.depth[v]
+                max_new = s.max_new - tree.depth[v]
                 missing = max(0, s.m - tree.nodes[v]["n"])
                 for k in range(missing):
                     key = draw_key(s.seed, "label", problems[t]["id"], v, k)
-                    rows.append(Row(t, v, key, room))
-                done["states"] += 1
-                done["prefixes"] += missing * (len(tree.prompt_ids) + tree.depth[v])
-        how = {"batch": s.batch, "progress": progress, "prefixes": prefixes, "server": server}
-        drawn = draw(lm, prefix_trees, rows, **how)
+                    rows.append(Row(t, v, key, max_new))
+                share += 1 / sum(tree.to_label)
+                prefix = len(tree.prompt_ids) + tree.depth[v]
+                progress(0, states=1, completions=missing, prefixes=missing * prefix)
+        if not rows:
+            progress(share)
+            continue
+        each = share / len(rows)
+
+        def ended(completions: int, tokens: int, each=each):
+            progress(completions * each, tokens=tokens)
+
+        drawn = sampler.draw(prefix_trees, rows, 1.0, ended)
         whole, owners = [], []
         for row, ids in zip(rows, drawn):
             whole.append(trees[row.tree].response(row.node) + ids)
@@ -248,13 +254,10 @@ def label(lm: LM, problems: list[dict], trees: list[StepTree], s: Settings, prog
             tree = trees[row.tree]
             tree.tokens += len(ids)
             tree.count_draw(row.node, ids, partial(checked_step_ends, lm), grade["reward"])
-            done["tokens"] += len(ids)
-        done["completions"] += len(rows)
-    return done
 
 
 def stage(s: Settings):
-    alone("label_steps.py")
+    require_single_process("label_steps.py")
     if s.m == 0 and not s.whole_draws:
         raise UserError("--m 0: nothing would be counted; wanted 1 or more, or --whole_draws")
     needs = ("id", "prompt", "answer or tests")
@@ -278,44 +281,45 @@ def stage(s: Settings):
         return
     lm = load_lm(s.actor, dtype=s.dtype, weights=s.m > 0 and not s.server)
     lm.step, lm.codec.date = stated_by(s.samples, "step", "line"), output.date
-    server = Server(s.server, lm) if s.server and s.m else None
+    sampler = Server(s.server, lm) if s.server and s.m else Sampler(lm, s.batch)
+
+    def process(chunk: list[dict], progress) -> list[dict]:
+        for record in chunk:
+            require_relative_split(lm, record)
+        cut = partial(checked_step_ends, lm)
+        trees = [plant(record, cut, s.whole_draws) for record in chunk]
+        owners = [problems[record["id"]] for record in chunk]
+        if s.m:
+            label(lm, sampler, owners, trees, s, progress)
+        for record in chunk:
+            progress(0, unshared=sum(len(record["responses"][k]["ends"]) for k in record["kept"]))
+        return [tree.record(lm, problem) for tree, problem in zip(trees, owners)]
+
     facts = {**actor_facts(lm, s.max_new), "problems": sha256(s.problems)}
-    drawn_by = {"draws": "server"} if server else {}
-    with output.open(facts | drawn_by, expects=facts) as out:
+    with output.open(facts | sampler.provenance, expects=facts, count=counted) as out:
         if foreign:
             wrong = f"{foreign} is not in {s.problems}"
             raise UserError(f"{s.samples}: {wrong}; pass the problems it was drawn from")
         todo = (r for r in each_sample(s.samples) if usable(r) and r["id"] not in out.done)
-        done_of_chunks = []
-        with Progress("label_steps", sampled - len(out.done)) as progress:
+        with Progress("label_steps", sampled - len(out.done)) as bar:
+            sampler.work_through(todo, process, bar.add, out.append)
+    total, here = out.totals, bar.counts  # of the whole file; of what this start has drawn
+    print(f"{total['states']} states of {total['problems']} problems, {total['tokens']} tokens")
+    if here["completions"]:
+        again = " since it was resumed" if out.done else ""
+        print(f"{here['completions']} completions of {here['states']} states{again}")
+    if here["completions"] and not s.whole_draws:
+        saved = 1 - here["completions"] / (s.m * here["unshared"])
+        print(f"{here['unshared']} states before sharing, {saved:.0%} of the completions saved")
+    if sampler.prefilled:
+        fewer = here["prefixes"] / sampler.prefilled
+        print(f"{sampler.prefilled} tokens prefilled ({fewer:.0f} times fewer than one by one)")
 
-            def process(chunk: list[dict]) -> list[dict]:
-                for record in chunk:
-                    require_relative_split(lm, record)
-                cut = partial(checked_step_ends, lm)
-                trees = [plant(record, cut, s.whole_draws) for record in chunk]
-                owners = [problems[record["id"]] for record in chunk]
-                done = label(lm, owners, trees, s, progress, server) if s.m else Counter()
-                for record in chunk:
-                    for k in record["kept"]:
-                        done["unshared"] += len(record["responses"][k]["ends"])
-                done_of_chunks.append(done)
-                progress.update(len(chunk))
-                return [tree.record(lm, problem) for tree, problem in zip(trees, owners)]
 
-            work_through(todo, process, out, server)
-    total = sum(done_of_chunks, Counter())
-    if total["completions"]:
-        print(
-            f"{total['states']} states labelled by {total['completions']} completions, "
-            f"{total['tokens']} tokens generated"
-        )
-    if total["completions"] and not s.whole_draws:
-        saved = 1 - total["completions"] / (s.m * total["unshared"])
-        print(f"{total['unshared']} states before sharing, {saved:.0%} of the completions saved")
-    if total["prefilled"]:
-        fewer = total["prefixes"] / total["prefilled"]
-        print(f"{total['prefilled']} tokens prefilled ({fewer:.0f} times fewer than one by one)")
+def counted(record: dict) -> dict:
+    """What a line of trees.jsonl adds to the totals of its manifest."""
+    states = sum(node["labelled"] for node in record["nodes"])
+    return {"problems": 1, "states": states, "tokens": record["tokens"]}
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ Departures from the paper:
     with the records. With --step response the only step is the whole response: then label_steps.py
     --whole_draws --m 0 and train_actor.py --kappa 0 are outcome advantages, without steps or critic.
 
-Drawing is one function, `draw(lm, trees, rows)`, for this stage, label_steps.py and evaluate.py. It
-is done here, by `Prefixes` (every token of a tree is computed once) and `Slots` (rows that decode
-together), or by a server that takes and returns token ids (--server, class `Server`).
+Who draws is one variable for this stage, label_steps.py and evaluate.py: `support/sampler.py` by the
+model's weights, here, or `support/server.py` by a server (--server). Both have
+`draw(trees, rows, temperature, progress)`.
 """
 
 from dataclasses import dataclass
@@ -32,8 +32,8 @@ from reward import grade_ids
 from support.cli import Progress, UserError, flag, main
 from support.packing import Tree
 from support.records import read_jsonl, sha256
-from support.sampler import Row, alone, draw, draw_key
-from support.server import Server, work_through
+from support.sampler import Row, Sampler, draw_key, require_single_process
+from support.server import Server
 from support.stage import Output, actor_facts
 
 
@@ -68,11 +68,13 @@ def keep_balanced(rewards: list[float], n: int) -> list[int]:
     return sorted(right[:a] + wrong[: n - a])
 
 
-def respond(lm: LM, problems: list[dict], count: int, use: str, s, **how) -> list[tuple]:
+def respond(
+    lm: LM, sampler, problems: list[dict], count: int, use: str, s, temperature=1.0, progress=None
+) -> list[tuple]:
     """(prompt_ids, `count` graded responses: {"ids", "text", "reward", ...}) of each problem.
 
-    use: what for, so that no other draws have the same keys. s: settings with seed, max_new, batch
-    and unsafe. how: further arguments of `draw`.
+    sampler: who draws. use: what for, so that no other draws have the same keys. s: settings with
+    seed, max_new and unsafe. progress: as in Sampler.draw.
     """
     trees = [Tree([lm.prompt_ids(p["prompt"])], [-1], [True]) for p in problems]
     rows, owners = [], []
@@ -80,7 +82,7 @@ def respond(lm: LM, problems: list[dict], count: int, use: str, s, **how) -> lis
         for k in range(count):
             rows.append(Row(j, 0, draw_key(s.seed, use, problem["id"], k), s.max_new))
             owners.append(problem)
-    drawn = draw(lm, trees, rows, batch=s.batch, **how)
+    drawn = sampler.draw(trees, rows, temperature, progress)
     answered = [(tree.ids[0], []) for tree in trees]
     for row, ids, graded in zip(rows, drawn, grade_ids(lm, owners, drawn, s.unsafe)):
         answered[row.tree][1].append({"ids": ids, **graded})
@@ -88,7 +90,7 @@ def respond(lm: LM, problems: list[dict], count: int, use: str, s, **how) -> lis
 
 
 def stage(s: Settings):
-    alone("sample.py")
+    require_single_process("sample.py")
     if not 1 <= s.n <= s.n1:
         raise UserError(f"--n {s.n}: wanted 1 <= n <= n1 = {s.n1}")
     require_step_unit(s.step)
@@ -101,28 +103,26 @@ def stage(s: Settings):
         return
     lm = load_lm(s.actor, dtype=s.dtype, weights=not s.server)
     lm.step, lm.codec.date = s.step, output.date
-    server = Server(s.server, lm) if s.server else None
-    facts = {**actor_facts(lm, s.max_new), "problems": sha256(s.problems)}
-    facts |= {"draws": "server"} if server else {}
-    with output.open(facts) as out:
+    sampler = Server(s.server, lm) if s.server else Sampler(lm, s.batch)
+
+    def process(chunk: list[dict], progress) -> list[dict]:
+        def ended(responses: int, tokens: int):
+            progress(responses / s.n1, tokens=tokens)
+
+        answered = respond(lm, sampler, chunk, s.n1, "sample", s, progress=ended)
+        records = []
+        for problem, (prompt_ids, responses) in zip(chunk, answered):
+            records.append(sample_record(lm, problem, prompt_ids, responses, s))
+        return records
+
+    facts = {**actor_facts(lm, s.max_new), "problems": sha256(s.problems), **sampler.provenance}
+    with output.open(facts, count=counted) as out:
         todo = [p for p in problems if p["id"] not in out.done]
-        rewards, tokens = [], []  # of all responses
-        with Progress("sample", len(todo)) as progress:
-
-            def process(chunk: list[dict]) -> list[dict]:
-                how = {"progress": progress, "server": server}
-                answered = respond(lm, chunk, s.n1, "sample", s, **how)
-                records = []
-                for problem, (prompt_ids, responses) in zip(chunk, answered):
-                    rewards.extend(r["reward"] for r in responses)
-                    tokens.extend(len(r["ids"]) for r in responses)
-                    records.append(sample_record(lm, problem, prompt_ids, responses, s))
-                progress.update(len(chunk))
-                return records
-
-            work_through(todo, process, out, server)
-    right = sum(rewards) / max(1, len(rewards))
-    print(f"{len(todo)} problems, {sum(tokens)} tokens, {right:.3f} of the responses right")
+        with Progress("sample", len(todo)) as bar:
+            sampler.work_through(todo, process, bar.add, out.append)
+    total = out.totals
+    right = total["rewards"] / max(1, total["responses"])
+    print(f"{total['problems']} problems, {total['tokens']} tokens, {right:.3f} of the responses right")
 
 
 def sample_record(lm: LM, problem: dict, prompt_ids: list[int], responses: list[dict], s) -> dict:
@@ -136,6 +136,19 @@ def sample_record(lm: LM, problem: dict, prompt_ids: list[int], responses: list[
         line = {"ids": r["ids"], "ends": checked_step_ends(lm, r["ids"]), "text": r["text"]}
         lines.append(line | {"reward": r["reward"], "finished": r["finished"]})
     return {"id": problem["id"], "prompt_ids": prompt_ids, "kept": kept, "responses": lines}
+
+
+def counted(record: dict) -> dict:
+    """What a line of samples.jsonl adds to the totals of its manifest."""
+    responses = record["responses"]
+    return {
+        "problems": 1,
+        "kept": int(bool(record["kept"])),  # problems of which a response is kept
+        "mixed": int(len({r["reward"] for r in responses}) > 1),  # with right and wrong responses
+        "responses": len(responses),
+        "tokens": sum(len(r["ids"]) for r in responses),
+        "rewards": sum(r["reward"] for r in responses),
+    }
 
 
 if __name__ == "__main__":

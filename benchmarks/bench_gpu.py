@@ -91,13 +91,13 @@ def one_correctness(heads: int, groups: int, size: int, rope="default"):
             for graphs in (True, False):
                 lm = bench.load_lm(folder, device=bench.DEVICE, dtype=dtype)
                 lm.may_capture &= graphs
-                drawn[graphs] = bench.draw(lm, [tree], rows)
+                drawn[graphs] = bench.Sampler(lm).draw([tree], rows)
                 captured[graphs] = lm.may_capture
             print(f"{title}, {dtype}, rotary {rope}: captured as CUDA graphs: {captured[True]}, draws the same as "
                   f"without: {drawn[True] == drawn[False]}")  # fmt: skip
             assert drawn[True] == drawn[False]
             if dtype == "float32":
-                wanted = bench.draw(on_cpu, [tree], rows)
+                wanted = bench.Sampler(on_cpu).draw([tree], rows)
                 same = sum(a == b for a, b in zip(wanted, drawn[True])) / len(rows)
                 print(f"{title}, float32, rotary {rope}: {same:.0%} of the draws are the CPU's")
 
@@ -168,13 +168,14 @@ def decoding(lm, rate: float, batch: int, prompt: int, new: int):
     """A decoding step reads every weight that it uses once, and every row's keys and values so far."""
     weights = used_parameters(lm) * lm.head.element_size()
     stop, lm.eos = lm.eos, [len(lm.head)]  # no row ends early
-    prefixes = bench.Prefixes(lm, [bench.Tree([[5] * prompt], [-1], [True])])
+    sampler, trees = bench.Sampler(lm, batch), [bench.Tree([[5] * prompt], [-1], [True])]
+    sampler.draw(trees, [bench.Row(0, 0, 0, 1)])  # computes the prefix, which is not measured
     rows = [bench.Row(0, 0, i, new) for i in range(batch)]
     size = lm.head.element_size()
     kept = batch * support.attention.row_bytes(lm.config, prompt + new // 2, size)
     for graphs in (True, False):
         lm.may_capture = graphs and bench.CUDA
-        took = bench.seconds(lambda: bench.draw(lm, None, rows, batch=batch, prefixes=prefixes), 2)
+        took = bench.seconds(lambda: sampler.draw(trees, rows), 2)
         share = (weights + kept) * new / took / rate
         print(f"  batch {batch}, prompt {prompt}, {new} new, CUDA graphs {graphs}: "
               f"{batch * new / took:.0f} tokens/s, {share:.0%} of the bandwidth")  # fmt: skip

@@ -25,7 +25,7 @@ import transformers as hf
 
 from model import linear_logprobs, load_lm, step_logprobs
 from support.packing import Tree, pack_trees
-from support.sampler import Prefixes, Row, draw, draw_key
+from support.sampler import Row, Sampler, draw_key
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -229,9 +229,8 @@ def sampler(sizes=SMALL, batches=(256, 512), new=80, model=None, dtype=""):
             prompt = torch.tensor([ids] * batch, device=DEVICE)
 
             def ours(batch=batch):
-                prefixes = Prefixes(lm, [Tree([ids], [-1], [True])])
                 rows = [Row(0, 0, draw_key("bench", i), new) for i in range(batch)]
-                return draw(lm, None, rows, batch=batch, prefixes=prefixes)
+                return Sampler(lm, batch).draw([Tree([ids], [-1], [True])], rows)
 
             def generate(prompt=prompt):
                 with torch.no_grad():

@@ -7,7 +7,9 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
+from collections import Counter
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 
@@ -35,11 +37,13 @@ class Progress(tqdm):
     """A bar in a terminal; in a log a line a minute: done of all, tokens/s, time left."""
 
     def __init__(self, what: str, total: int, unit: str = "problems", initial: int = 0):
-        self.tokens = 0
+        self.counts, self.lock = Counter(), threading.Lock()
         form = {"desc": what, "total": total, "unit": f" {unit}", "initial": initial}
-        form["disable"] = rank() > 0
+        form |= {"disable": rank() > 0, "smoothing": 0}  # time left: by the rate of all so far
+        bar = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total}"
+        form["bar_format"] = bar + " [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
         if not sys.stderr.isatty():
-            line = "{desc}: {n_fmt} of {total_fmt}{unit}{postfix}, {remaining} left"
+            line = "{desc}: {n:.0f} of {total}{unit}{postfix}, {remaining} left"
             form |= {"bar_format": line, "delay": 60, "mininterval": 60, "maxinterval": 60}
         super().__init__(**form)
 
@@ -54,17 +58,20 @@ class Progress(tqdm):
         self.disable |= not sys.stderr.isatty()  # no last line of blanks
         super().close()
 
-    def add(self, tokens: int):
-        """Tokens were drawn or trained on; shown when it is time."""
-        if self.disable:
-            return
-        self.tokens += tokens
-        now = self._time()
-        rate = self.tokens / max(1e-9, now - self.start_t)
-        self.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
-        if now - self.last_print_t >= self.mininterval and now - self.start_t >= self.delay:
-            self.last_print_t = now
-            self.refresh()
+    def add(self, done: float = 0, **counts: int):
+        """So much more is done (a part of a problem, too); counts: what to sum up beside it, such
+        as tokens. Shown when it is time. Any thread may call it."""
+        with self.lock:
+            self.counts.update(counts)
+            if self.disable:
+                return
+            self.n += done
+            now = self._time()
+            rate = self.counts["tokens"] / max(1e-9, now - self.start_t)
+            self.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+            if now - self.last_print_t >= self.mininterval and now - self.start_t >= self.delay:
+                self.last_print_t = now
+                self.refresh()
 
 
 class Help(argparse.RawDescriptionHelpFormatter):

@@ -1,7 +1,19 @@
-"""sampler. It knows nothing of the algorithm."""
+"""Draws from a language model on this device. It knows nothing of the algorithm.
+
+Read from bottom to top: `Sampler.draw` is the loop. A row is one response or completion to draw; what
+comes before it is a path of a tree, whose tokens `Prefixes` computes once each. `Decoder` holds a
+batch of rows that decode together: finished rows retire, waiting ones are admitted into their slots,
+and when none waits the batch is made more compact.
+
+A draw depends on its prefix and its key alone, not on the batch, the neighbours or the slot (on the
+CPU in float32: to the last bit). `support/server.py` has the other class with the same `draw`.
+"""
 
 import hashlib
 import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +24,18 @@ from support.attention import CacheView, TreeView, pack_hidden, row_bytes
 from support.cli import UserError, first_line
 from support.distributed import world
 from support.packing import BLOCK, Tree, pack_trees
+
+
+class Row(NamedTuple):
+    """One draw: what follows the tokens from trees[tree]'s root through `node`."""
+
+    tree: int
+    node: int
+    key: int  # of its random numbers (draw_key)
+    max_new: int  # the most tokens that it may have
+
+
+# ------------------------------------------------------------ random numbers
 
 
 def draw_key(*what) -> int:
@@ -34,8 +58,10 @@ def uniforms(key: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
 
 
 def draw_tokens(logits, key, position, temperature: float) -> torch.Tensor:
-    """Inverse-CDF draw from the whole distribution, (B, V) -> (B,); temperature 0 is greedy. V,
-    which no token is, where a logit is no number."""
+    """Inverse-CDF draw from the whole distribution, (B, V) -> (B,); temperature 0 is greedy.
+
+    Where a logit is NaN the token drawn is V, which no token is.
+    """
     if temperature == 0:
         top, token = logits.max(-1)
         return token.masked_fill_(top.isnan(), logits.shape[-1])
@@ -45,44 +71,7 @@ def draw_tokens(logits, key, position, temperature: float) -> torch.Tensor:
     return torch.searchsorted(cdf, u, right=True)[:, 0]
 
 
-COLUMNS = 128  # of the cache, that one CUDA graph serves
-
-
-def free_memory() -> int:
-    """Bytes of the GPU that nothing uses, those that torch has set aside included."""
-    free, _ = torch.cuda.mem_get_info()
-    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-
-
-def rows_that_fit(lm, columns: int, wanted: int) -> int:
-    """How many rows of the key/value cache to decode at once: `wanted`, or as many as fit."""
-    if lm.device != "cuda":
-        return wanted
-    free = free_memory()
-    each = row_bytes(lm.config, columns, lm.head.element_size())
-    logits = 20 * lm.config.vocab_size  # of a row in float32; probabilities and sums in float64
-    fit = int(0.8 * free / (each + logits)) // 16 * 16
-    if fit == 0:
-        needed = f"16 rows of {columns} tokens need {16 * each / 1e9:.1f} GB"
-        raise UserError(f"{lm.path}: {needed}, {free / 1e9:.1f} GB are free; lower --max_new")
-    return min(wanted, fit)
-
-
-class Row(NamedTuple):
-    """One draw: what follows the tokens from trees[tree]'s root through `node`."""
-
-    tree: int
-    node: int
-    key: int  # of its random numbers (draw_key)
-    room: int  # the most tokens that it may have
-
-
-def prefixes_fit(lm, trees: list[Tree]) -> bool:
-    """Do the trees' Prefixes take at most half of the memory? The rest is for the rows."""
-    if lm.device != "cuda":
-        return True
-    tokens = sum(len(ids) for tree in trees for ids in tree.ids)
-    return tokens * row_bytes(lm.config, 1, lm.head.element_size()) <= free_memory() / 2
+# ------------------------------------------------------------ prefixes
 
 
 class Prefixes:
@@ -115,47 +104,79 @@ class Prefixes:
             self.values.append(torch.cat([values for _, values in layer], 1))
 
 
+# ------------------------------------------------------------ a batch of rows
+
+COLUMNS = 128  # of the cache, that one CUDA graph serves
+
+
+@dataclass
 class Slots:
-    """B rows that decode together, each in a slot; a finished row's slot is free for another."""
+    """What is known of the row in each of B slots, all on the model's device."""
+
+    row: torch.Tensor  # (B,) the row's number; -1: the slot is free
+    alive: torch.Tensor  # (B,) bool: it draws on
+    key: torch.Tensor  # (B,) of its random numbers
+    max_new: torch.Tensor  # (B,) how many tokens it may draw
+    count: torch.Tensor  # (B,) how many it has drawn
+    out: torch.Tensor  # (B, largest max_new) which ones
+    token: torch.Tensor  # (B,) the last of them, not yet in the cache
+    length: torch.Tensor  # (B,) tokens before that one, which are
+
+    @classmethod
+    def free(cls, size: int, largest: int, device: str):
+        def zeros(*shape):
+            return torch.zeros(*shape, dtype=torch.long, device=device)
+
+        alive = torch.zeros(size, dtype=torch.bool, device=device)
+        columns = {f.name: zeros(size) for f in fields(cls)}
+        return cls(
+            **columns | {"row": zeros(size) - 1, "alive": alive, "out": zeros(size, largest)}
+        )
+
+    def take(self, slots: torch.Tensor):
+        """These slots alone, in this order."""
+        return Slots(*(getattr(self, f.name)[slots] for f in fields(self)))
+
+
+class Decoder:
+    """A batch of rows that decode together: admit, step, retire, compact.
+
+    size: B, the number of slots. temperature: as in draw_tokens.
+    """
 
     def __init__(self, lm, prefixes: Prefixes, rows: list[Row], size: int, temperature: float):
         self.lm, self.prefixes, self.rows, self.temperature = lm, prefixes, rows, temperature
-        self.size = size  # B, the number of slots
+        self.size = size
         self.width = 0  # columns of the cache that the longest row may have written
-        longest = max(len(prefixes.path[row.tree, row.node]) + row.room for row in rows)
+        longest = max(len(prefixes.path[row.tree, row.node]) + row.max_new for row in rows)
         groups, _, head_size = prefixes.keys[0].shape
         shape, dtype = (size, groups, longest, head_size), prefixes.keys[0].dtype
         self.cache = CacheView(len(prefixes.keys), shape, dtype, lm.device)
-
-        def zeros(*shape):
-            return torch.zeros(*shape, dtype=torch.long, device=lm.device)
-
-        self.row = zeros(size) - 1  # which of `rows` sits in a slot; -1: none
-        self.alive = torch.zeros(size, dtype=torch.bool, device=lm.device)  # it draws on
-        self.key = zeros(size)  # of its draws
-        self.room = zeros(size)  # how many tokens it may draw
-        self.new = zeros(size)  # how many it has drawn
-        self.out = zeros(size, max(row.room for row in rows))  # (B, longest room) what it has drawn
-        self.token = zeros(size)  # the last of them, not yet in the cache
-        self.length = zeros(size)  # tokens before that one, which are
-        # Is this token an end (V + 1,): V, which no token is, is drawn where a logit is no number.
-        self.stop = torch.zeros(max(len(lm.head), max(lm.eos)) + 1, dtype=torch.bool)
-        self.stop[[*lm.eos, len(lm.head)]] = True
-        self.stop = self.stop.to(lm.device)
+        self.slots = Slots.free(size, max(row.max_new for row in rows), lm.device)
+        # (V + 1,) does this token end a response: EOS do, and V, which is drawn where a logit is NaN.
+        self.ends = torch.zeros(max(len(lm.head), max(lm.eos)) + 1, dtype=torch.bool)
+        self.ends[[*lm.eos, len(lm.head)]] = True
+        self.ends = self.ends.to(lm.device)
         self.graphs = {}  # width of the cache: the kernels of one token, on a GPU
 
-    def seat(self, waiting: list[int]):
+    def living(self) -> int:
+        """How many rows draw on. On a GPU this waits for its work, so it is asked now and then."""
+        self.width = int(self.slots.length.max())
+        return int(self.slots.alive.sum())
+
+    def admit(self, waiting: list[int]):
         """Give free slots to waiting rows, the last ones first, and draw their first tokens."""
-        free = (self.row < 0).nonzero()[:, 0][: len(waiting)]
+        slots, device = self.slots, self.lm.device
+        free = (slots.row < 0).nonzero()[:, 0][: len(waiting)]
         if len(free) == 0:
             return
         numbers = [waiting.pop() for _ in range(len(free))]
-        seated = [self.rows[r] for r in numbers]
-        paths = [self.prefixes.path[row.tree, row.node] for row in seated]
-        index = np.zeros((len(seated), max(map(len, paths))), int)  # (free, longest prefix)
+        rows = [self.rows[r] for r in numbers]
+        paths = [self.prefixes.path[row.tree, row.node] for row in rows]
+        index = np.zeros((len(rows), max(map(len, paths))), int)  # (free, longest prefix)
         for i, path in enumerate(paths):
             index[i, : len(path)] = path
-        index = torch.from_numpy(index).to(self.lm.device)
+        index = torch.from_numpy(index).to(device)
         for stores, sources in (
             (self.cache.keys, self.prefixes.keys),
             (self.cache.values, self.prefixes.values),
@@ -164,26 +185,27 @@ class Slots:
                 store[free, :, : index.shape[1]] = source[:, index].transpose(0, 1)
 
         def tensor(values):
-            return torch.tensor(values, dtype=torch.long, device=self.lm.device)
+            return torch.tensor(values, dtype=torch.long, device=device)
 
-        self.row[free], self.alive[free], self.new[free] = tensor(numbers), True, 0
-        self.key[free] = tensor([row.key for row in seated])
-        self.room[free] = tensor([row.room for row in seated])
-        self.length[free] = tensor([len(path) for path in paths])
+        slots.row[free], slots.alive[free], slots.count[free] = tensor(numbers), True, 0
+        slots.key[free] = tensor([row.key for row in rows])
+        slots.max_new[free] = tensor([row.max_new for row in rows])
+        slots.length[free] = tensor([len(path) for path in paths])
         last = tensor([path[-1] for path in paths])
-        self.write(free, _at_least_16(self.lm.logits, self.prefixes.hidden[last]))
+        self._draw(free, _at_least_16(self.lm.logits, self.prefixes.hidden[last]))
 
-    def write(self, slot, logits):
-        """Draw the next token of these slots and write it down where the row is alive."""
-        alive = self.alive[slot]
-        token = draw_tokens(logits, self.key[slot], self.new[slot], self.temperature)
-        column = self.new[slot].clamp(max=self.out.shape[1] - 1)
-        self.out[slot, column] = torch.where(alive, token, self.out[slot, column])
-        self.token[slot] = token.clamp(max=len(self.lm.head) - 1)
-        self.new[slot] += alive
-        self.alive[slot] = alive & ~self.stop[token] & (self.new[slot] < self.room[slot])
+    def _draw(self, at, logits):
+        """Draw the next token of the slots `at` and write it down where the row is alive."""
+        slots = self.slots
+        alive = slots.alive[at]
+        token = draw_tokens(logits, slots.key[at], slots.count[at], self.temperature)
+        column = slots.count[at].clamp(max=slots.out.shape[1] - 1)
+        slots.out[at, column] = torch.where(alive, token, slots.out[at, column])
+        slots.token[at] = token.clamp(max=len(self.lm.head) - 1)
+        slots.count[at] += alive
+        slots.alive[at] = alive & ~self.ends[token] & (slots.count[at] < slots.max_new[at])
 
-    def next_token(self):
+    def step(self):
         """One token for every living row.
 
         A GPU runs a token's kernels in less time than Python needs to launch them. So they are
@@ -193,27 +215,28 @@ class Slots:
         columns = self.cache.keys[0].shape[2]
         self.width = min(self.width + 1, columns)
         if not self.lm.may_capture:
-            self.next_token_of_width(self.width)
+            self.step_of_width(self.width)
             return
         width = min(self.width + -self.width % COLUMNS, columns)
         if width in self.graphs:
             self.graphs[width].replay()
         else:
             # Kernels that run for the first time cannot be captured.
-            self.next_token_of_width(width)
+            self.step_of_width(width)
             self.capture(width)
 
-    def next_token_of_width(self, width: int):
+    def step_of_width(self, width: int):
         """A forward of all slots that reads `width` columns of the cache, then the draws."""
-        view = self.cache.at(self.length, width)
-        hidden = self.lm.hidden(self.token[:, None], self.length[:, None], view)[:, 0]  # (B, d)
-        self.length += self.alive  # a finished row stays where it is until its slot is given away
+        slots, cuda = self.slots, self.lm.device == "cuda"
+        view = self.cache.at(slots.length, width)
+        hidden = self.lm.hidden(slots.token[:, None], slots.length[:, None], view)[:, 0]  # (B, d)
+        slots.length += slots.alive  # a finished row stays where it is until its slot is given away
         logits = self.lm.logits(hidden)  # (B, V)
-        if self.lm.device == "cuda":  # to ask which rows live would wait for the GPU
-            self.write(torch.arange(self.size, device="cuda"), logits)
+        if cuda:  # to ask which rows live would wait for the GPU
+            self._draw(torch.arange(self.size, device="cuda"), logits)
         else:
-            living = self.alive.nonzero()[:, 0]
-            self.write(living, logits[living])
+            living = slots.alive.nonzero()[:, 0]
+            self._draw(living, logits[living])
 
     def capture(self, width: int):
         """Capture the next token's kernels; it does not run them. A model that cannot be captured
@@ -222,39 +245,36 @@ class Slots:
         pool = others[0].pool() if others else None  # graphs never run together: one workspace
         try:
             with torch.cuda.graph(graph, pool=pool):
-                self.next_token_of_width(width)
+                self.step_of_width(width)
             self.graphs[width] = graph
         except RuntimeError as e:
             wrong = f"{self.lm.path}: no CUDA graph, slower ({first_line(e)})"
             print(f"warning: {wrong}", file=sys.stderr)
             self.lm.may_capture = False
 
-    def look(self) -> int:
-        """How many rows live; on a GPU this waits for its work."""
-        self.width = int(self.length.max())
-        return int(self.alive.sum())
-
-    def finished(self) -> list[tuple[int, list[int]]]:
+    def retire(self) -> list[tuple[int, list[int]]]:
         """(row, its tokens) of the rows that have ended; their slots are free then."""
-        done = (~self.alive & (self.row >= 0)).nonzero()[:, 0]
+        slots = self.slots
+        done = (~slots.alive & (slots.row >= 0)).nonzero()[:, 0]
         ended = []
         for r, n, ids in zip(
-            self.row[done].tolist(), self.new[done].tolist(), self.out[done].tolist()
+            slots.row[done].tolist(), slots.count[done].tolist(), slots.out[done].tolist()
         ):
             if ids[n - 1] >= len(self.lm.head):
-                raise UserError(f"{self.lm.path}: a logit is no number; train it anew")
+                raise UserError(f"{self.lm.path}: a logit is NaN; train it again")
             ended.append((r, ids[:n]))
-        self.row[done] = -1
+        slots.row[done] = -1
         return ended
 
-    def shrink(self, size: int):
-        """Leave free slots behind: the first `size` slots are the living rows', then free ones."""
-        first = torch.cat([self.alive.nonzero()[:, 0], (~self.alive).nonzero()[:, 0]])[:size]
+    def compact(self, living: int):
+        """Go on with as few slots as the living rows need, which come first."""
+        if (size := _sixteens(living)) >= self.size:
+            return
+        alive = self.slots.alive
+        first = torch.cat([alive.nonzero()[:, 0], (~alive).nonzero()[:, 0]])[:size]
         for store in (*self.cache.keys, *self.cache.values):
             store[:size] = store[first]
-        for name in ("row", "alive", "key", "room", "new", "out", "token", "length"):
-            setattr(self, name, getattr(self, name)[first])
-        self.size = size
+        self.slots, self.size = self.slots.take(first), size
         self.graphs = {}  # they were captured for the old tensors
 
 
@@ -268,60 +288,112 @@ def _sixteens(n: int) -> int:
     return max(16, -(-n // 16) * 16)
 
 
-@torch.no_grad()
-def draw(
-    lm, trees: list[Tree], rows: list[Row], temperature=1.0, batch=256, progress=None,
-    prefixes: Prefixes | None = None, server=None,
-) -> list[list[int]]:  # fmt: skip
-    """A continuation for each row: up to an EOS (kept) or `room` tokens.
+# ------------------------------------------------------------ memory
 
-    -> lists of token ids, in the order of rows. They depend on a row's prefix and key alone, not on
-    the batch, the neighbours or the slot (on the CPU in float32: to the last bit; a server's draws
-    are its own). batch: rows decoded at once, fewer where the GPU's memory holds fewer; progress: told of
-    the tokens; prefixes: of these trees, if they are computed already.
+
+def free_memory() -> int:
+    """Bytes of the GPU that nothing uses, those that torch has set aside included."""
+    free, _ = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
+def rows_that_fit(lm, columns: int, wanted: int) -> int:
+    """How many rows of the key/value cache to decode at once: `wanted`, or as many as fit."""
+    if lm.device != "cuda":
+        return wanted
+    free = free_memory()
+    each = row_bytes(lm.config, columns, lm.head.element_size())
+    logits = 20 * lm.config.vocab_size  # of a row in float32; probabilities and sums in float64
+    fit = int(0.8 * free / (each + logits)) // 16 * 16
+    if fit == 0:
+        needed = f"16 rows of {columns} tokens need {16 * each / 1e9:.1f} GB"
+        raise UserError(f"{lm.path}: {needed}, {free / 1e9:.1f} GB are free; lower --max_new")
+    return min(wanted, fit)
+
+
+# ------------------------------------------------------------ who draws
+
+
+class Sampler:
+    """Draws by the model's weights on this device.
+
+    lm: a model.LM. batch: rows decoded at once, fewer where the GPU's memory holds fewer.
     """
-    if server:
-        return server.draw(trees, rows, temperature, progress)
-    if not rows:
-        return []
-    prefixes = prefixes or Prefixes(lm, trees)
-    sizes = [len(prefixes.path[row.tree, row.node]) for row in rows]
-    width = max(size + row.room for size, row in zip(sizes, rows))
-    if width > lm.max_length:
-        wrong = f"a prefix and its new tokens are {width}, the context is {lm.max_length}"
-        raise UserError(f"{lm.path}: {wrong}; lower --max_new or leave long problems out")
-    # Taken from the end: longest first, so that rows of like length decode together.
-    waiting = sorted(range(len(rows)), key=lambda r: sizes[r])
-    wanted = max(16, min(batch, _sixteens(len(rows))))
-    slots = Slots(lm, prefixes, rows, rows_that_fit(lm, width, wanted), temperature)
-    results = [None] * len(rows)
-    while True:
-        # 1. Look how many rows live. On a GPU that waits for its work, so it is done now and then.
-        live = slots.look()
-        # A tenth of the slots pays for seating rows, a quarter for shrinking the batch.
-        free_enough = live <= (0.9 if waiting else 0.75) * slots.size
-        # 2. Finished rows hand in their tokens, once a good part of the slots is free.
-        if free_enough:
-            for r, ids in slots.finished():
-                results[r] = ids
-                if progress is not None:
-                    progress.add(len(ids))
-        # 3. Nothing lives and nothing waits: done.
-        if live == 0 and not waiting:
-            return results
-        # 4. Waiting rows take the free slots; one may end with its first token, so look again.
-        if waiting and free_enough:
-            slots.seat(waiting)
-            continue
-        # 5. When none waits, the batch gets smaller.
-        if not waiting and free_enough and _sixteens(live) < slots.size:
-            slots.shrink(_sixteens(live))
-        # 6. The next token of every row.
-        for _ in range(8 if lm.device == "cuda" else 1):
-            slots.next_token()
+
+    chunk = 64  # problems whose rows decode together
+    provenance = {}  # what a manifest says of draws: nothing, since they are the seed's
+
+    def __init__(self, lm, batch: int = 256):
+        self.lm, self.batch = lm, batch
+        self.trees, self.prefixes = None, None  # of the last call: a stage draws level by level
+        self.prefilled = 0  # tokens of prefixes computed so far
+
+    def fits(self, trees: list[Tree]) -> bool:
+        """Do the trees' prefixes take at most half of the memory? The rest is for the rows."""
+        if self.lm.device != "cuda":
+            return True
+        self.trees = self.prefixes = None
+        tokens = sum(len(ids) for tree in trees for ids in tree.ids)
+        size = row_bytes(self.lm.config, 1, self.lm.head.element_size())
+        return tokens * size <= free_memory() / 2
+
+    @torch.no_grad()
+    def draw(
+        self, trees: list[Tree], rows: list[Row], temperature: float = 1.0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[int]]:  # fmt: skip
+        """A continuation for each row: up to an EOS (kept) or `max_new` tokens.
+
+        -> lists of token ids, in the order of rows. progress: called as rows end, with how many
+        have ended and how many tokens they have. Raises UserError where a row is longer than the
+        model's context, or the memory holds too few.
+        """
+        if not rows:
+            return []
+        lm, prefixes = self.lm, self._prefixes(trees)
+        sizes = [len(prefixes.path[row.tree, row.node]) for row in rows]
+        width = max(size + row.max_new for size, row in zip(sizes, rows))
+        if width > lm.max_length:
+            wrong = f"a prefix and its new tokens are {width}, the context is {lm.max_length}"
+            raise UserError(f"{lm.path}: {wrong}; lower --max_new or leave long problems out")
+        # Taken from the end: longest first, so that rows of like length decode together.
+        waiting = sorted(range(len(rows)), key=lambda r: sizes[r])
+        size = rows_that_fit(lm, width, max(16, min(self.batch, _sixteens(len(rows)))))
+        decoder = Decoder(lm, prefixes, rows, size, temperature)
+        results = [None] * len(rows)
+        while True:
+            living = decoder.living()
+            # A tenth of the slots pays for admitting rows, a quarter for a smaller batch.
+            if living <= (0.9 if waiting else 0.75) * decoder.size:
+                for r, ids in decoder.retire():
+                    results[r] = ids
+                    if progress:
+                        progress(1, len(ids))
+                if waiting:
+                    decoder.admit(waiting)
+                    continue  # one may end with its first token
+                if living == 0:
+                    return results
+                decoder.compact(living)
+            for _ in range(8 if lm.device == "cuda" else 1):
+                decoder.step()
+
+    def _prefixes(self, trees: list[Tree]) -> Prefixes:
+        """Of these trees, computed unless the last call was about the same list."""
+        if trees is not self.trees:
+            self.trees = self.prefixes = None  # their memory is free before the next take theirs
+            self.trees, self.prefixes = trees, Prefixes(self.lm, trees)
+            self.prefilled += self.prefixes.tokens
+        return self.prefixes
+
+    def work_through(self, todo: Iterable, process: Callable, progress, write: Callable):
+        """write(process(items, progress)), a list of records, of all items, a chunk at a time."""
+        items = iter(todo)
+        while some := list(islice(items, self.chunk * world())):
+            write(process(some, progress))
 
 
-def alone(script: str):
+def require_single_process(script: str):
     """Refuse torchrun: several cards sample by an engine, which shares out the work itself."""
     if world() > 1:
         raise UserError(

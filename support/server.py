@@ -1,20 +1,27 @@
-"""server. It knows nothing of the algorithm."""
+"""Draws by inference servers (vLLM, SGLang). It knows nothing of the algorithm.
+
+The servers are OpenAI-compatible and take and return token ids. `Endpoint` sends a question,
+`judge` says what an answer is worth, `Server` shares out the questions and asks again where a server
+fails. `Server` has the same `draw` as `support/sampler.py`'s Sampler; its draws are its own, since no
+seed is sent: they differ from run to run, and what is stored stays. Log-probs are never taken from a
+server.
+"""
 
 import http.client
 import json
 import math
 import queue
 import time
-import urllib.request
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from support.cli import UserError
 from support.packing import Tree
 from support.sampler import Row
-from support.stage import Output, fingerprint
+from support.stage import fingerprint
 
 
 class Fault(Exception):
@@ -25,20 +32,111 @@ class NoTokenIds(Fault):
     """What a server says that cannot return token ids."""
 
 
-# Of the connection, and of answers that hold anything else than what was asked for.
-FAULTS = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError)
+# ------------------------------------------------------------ one server
 
 
-FAULTS += (Fault,)
+class Endpoint:
+    """The address of a server, what it serves, and how it fares.
+
+    url: its root, such as "http://127.0.0.1:8000". It is asked directly, whatever proxy is set.
+    """
+
+    def __init__(self, url: str):
+        try:
+            parts = urlsplit(url)
+            self.address = parts.hostname, parts.port
+        except ValueError:  # a port that is none
+            parts = self.address = None
+        if not parts or parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError(f"--server {url}: wanted a URL such as http://127.0.0.1:8000")
+        self.url, self.root = url, parts.path
+        https = parts.scheme == "https"
+        self.connect = http.client.HTTPSConnection if https else http.client.HTTPConnection
+        self.model, self.context = "", math.inf  # what it calls the model; its tokens at most
+        self.faults, self.rest = 0, 0.0  # in a row; until when it is not asked (time.monotonic())
+
+    def send(self, path: str, question: dict | None = None, timeout: float = 900.0) -> bytes:
+        """What it answers to a GET, or to a POST of the question. Raises Fault where that may be
+        better another time, UserError where the question itself is refused."""
+        connection = self.connect(*self.address, timeout=timeout)
+        body = None if question is None else json.dumps(question)
+        kind = "GET" if question is None else "POST"
+        try:
+            connection.request(kind, self.root + path, body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            said = answer.read()
+        except (OSError, http.client.HTTPException) as e:
+            raise Fault(str(e) or type(e).__name__) from e
+        finally:
+            connection.close()
+        if answer.status == 200:
+            return said
+        wrong = f"answered {answer.status}: {said.decode(errors='replace')[:300]}"
+        if 400 <= answer.status < 500 and answer.status not in (408, 429):
+            raise UserError(f"{self.url}: {wrong}")
+        raise Fault(wrong)
+
+    def ask(self, path: str, question: dict | None = None, timeout: float = 900.0) -> dict:
+        """The JSON object that it answers."""
+        said = self.send(path, question, timeout)
+        try:
+            answer = json.loads(said)
+        except ValueError as e:
+            raise Fault(f"it answered no JSON ({e})") from e
+        if not isinstance(answer, dict):
+            raise Fault("it answered no JSON object")
+        return answer
+
+
+def list_of_objects(answer: dict, field: str) -> list[dict]:
+    found = answer.get(field)
+    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        raise Fault(f"its answer has no list of {field}")
+    return found
+
+
+def judge(answer: dict, prompt: list[int], count: int, max_new: int, lm) -> list[list[int]]:
+    """The continuations of `prompt` in a server's answer, at most `count`, each up to an EOS (kept)
+    or `max_new` tokens. Raises Fault if they are not what was asked for.
+
+    A continuation with a token that the tokenizer does not have (rows of the head beyond it are
+    padding) is left out, to be drawn again.
+    """
+    choices, drawn = list_of_objects(answer, "choices"), []
+    if not 1 <= len(choices) <= count:
+        raise Fault(f"{len(choices)} continuations came where {count} were asked for")
+    for choice in choices:
+        ids, echoed = choice.get("token_ids"), choice.get("prompt_token_ids")
+        echoed = answer.get("prompt_token_ids") if echoed is None else echoed
+        if not isinstance(ids, list) or not isinstance(echoed, list):
+            raise NoTokenIds("its answers have no token ids")
+        if echoed != prompt:
+            raise Fault("it answered another prompt than it was sent")
+        if not set(map(type, ids)) <= {int}:
+            raise Fault("a token id of its answer is no whole number")
+        if choice.get("finish_reason") == "stop" and not (ids and ids[-1] in lm.eos):
+            end = choice.get("stop_reason")  # the EOS, where the server leaves it out
+            ids = [*ids, end if type(end) is int else lm.own_eos]  # none said: the tokenizer's
+        whole = len(ids) == max_new or (ids and len(ids) < max_new and ids[-1] in lm.eos)
+        if not whole or not set(lm.eos).isdisjoint(ids[:-1]):
+            raise Fault(f"{len(ids)} tokens came where {max_new} or an end were asked for")
+        if 0 <= min(ids) and max(ids) < len(lm.tokenizer):
+            drawn.append(ids)
+    return drawn
+
+
+# ------------------------------------------------------------ who draws
 
 
 class Server:
-    """Draws by OpenAI-compatible servers that take and return token ids (vLLM, SGLang).
+    """Draws by one or several servers of the same model.
 
-    urls: comma separated, each the root of a server ("http://127.0.0.1:8000"). lm: tokenizer and
-    config of the model that they must serve (its weights are not needed). Log-probs are never taken
-    from a server, and no seed is sent: draws differ from run to run, what is stored stays.
+    urls: comma separated. lm: a model.LM, the tokenizer and config of the model that they must
+    serve (its weights are not needed).
     """
+
+    provenance = {"draws": "server"}  # what a manifest says of draws
+    prefilled = 0  # tokens of prefixes that were computed in this process
 
     requests = 64  # that each server is asked at once
     most = 64  # continuations that a request asks for
@@ -47,169 +145,137 @@ class Server:
     pause = 1.0  # seconds that a server rests after a fault, doubled with each further one
 
     def __init__(self, urls: str, lm):
-        self.lm, self.names, self.contexts = lm, {}, {}
-        self.faults, self.rest = {}, {}  # of each server: faults in a row, and until when it rests
-        if wrong := [url for url in urls.split(",") if "://" not in url]:
-            raise UserError(f"--server {wrong[0]}: wanted a URL such as http://127.0.0.1:8000")
-        self.seats = queue.PriorityQueue()  # (when it may be used, number, url): free requests
-        for url in [url.strip().rstrip("/") for url in urls.split(",")]:
-            self.faults[url], self.rest[url] = 0, 0.0
-            self._check(url)
+        self.lm = lm
+        self.endpoints = [Endpoint(url.strip().rstrip("/")) for url in urls.split(",")]
+        self.seats = queue.PriorityQueue()  # (when it may be used, number, endpoint): free requests
+        for endpoint in self.endpoints:
+            self._check(endpoint)
             for _ in range(self.requests):
-                self.seats.put((0.0, self.seats.qsize(), url))
+                self.seats.put((0.0, self.seats.qsize(), endpoint))
 
-    def _check(self, url: str):
+    def _check(self, endpoint: Endpoint):
         """Refuse a server that serves another model, or gives no token ids."""
         try:
-            self._name_of_model(url)
-            self._complete(url, [self.lm.eos[0]], 1, 1, 0.0)
+            self._find_model(endpoint)
+            self._complete(endpoint, [self.lm.eos[0]], 1, 1, 0.0)
         except NoTokenIds as e:
-            raise UserError(f"{url}: {e}; a server that returns token ids is needed") from e
-        except FAULTS as e:
-            raise ConnectionError(f"{url}: {e}; is the server up?") from e
+            raise UserError(
+                f"{endpoint.url}: {e}; a server that returns token ids is needed"
+            ) from e
+        except Fault as e:
+            raise ConnectionError(f"{endpoint.url}: {e}; is the server up?") from e
 
-    def _name_of_model(self, url: str) -> str:
-        """What the server calls the actor: it is known by its path, or by its weights' fingerprint."""
-        models = self._ask(url, "/v1/models")["data"]
+    def _find_model(self, endpoint: Endpoint):
+        """Under which name it serves the model, known by its path or its weights' fingerprint."""
         own = {self.lm.path, str(Path(self.lm.path).resolve()), fingerprint(self.lm.path)[:16]}
         served = set()
-        for model in models:
-            names = {model.get("id"), model.get("root")}
+        for model in list_of_objects(endpoint.ask("/v1/models", timeout=self.timeout), "data"):
+            names = {str(name) for name in (model.get("id"), model.get("root")) if name}
             if names & own:
-                self.names[url] = model["id"]
-                self.contexts[url] = min(model.get("max_model_len") or math.inf, self.lm.max_length)
-                return model["id"]
+                endpoint.model = model["id"]
+                length = model.get("max_model_len") or math.inf
+                endpoint.context = min(length, self.lm.max_length)
+                return
             served |= names
-        others = ", ".join(sorted(str(name) for name in served if name))
-        raise UserError(f"{url}: serves {others}, not {self.lm.path}; start it with that folder")
+        others = ", ".join(sorted(served))
+        wrong = f"serves {others}, not {self.lm.path}"
+        raise UserError(f"{endpoint.url}: {wrong}; start it with that folder")
 
-    def _ask(self, url: str, path: str, question: dict | None = None) -> dict:
-        data = None if question is None else json.dumps(question).encode()
-        request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                return json.loads(answer.read())
-        except urllib.error.HTTPError as e:
-            said = e.read().decode(errors="replace")[:300]
-            if 400 <= e.code < 500 and e.code not in (408, 429):
-                raise UserError(f"{url}: answered {e.code}: {said}") from e
-            raise Fault(f"answered {e.code}: {said}") from e
-
-    def _complete(self, url, prompt: list[int], count: int, room: int, temperature) -> list:
-        """Up to `count` continuations of a prompt; Fault if the answer is not to be trusted."""
+    def _complete(self, endpoint, prompt: list[int], count: int, max_new: int, temperature) -> list:
+        """Up to `count` continuations of a prompt by one request."""
         # A server cuts off what does not fit. Asked again until nothing is cut off, it would draw
         # short responses alone.
-        if len(prompt) + room > self.contexts[url]:
-            wrong = f"a prefix and its new tokens are {len(prompt) + room}"
-            wrong += f", the server's context is {self.contexts[url]}"
-            raise UserError(f"{url}: {wrong}; lower --max_new, or start it with a longer context")
+        if len(prompt) + max_new > endpoint.context:
+            wrong = f"a prefix and its new tokens are {len(prompt) + max_new}"
+            wrong += f", the server's context is {endpoint.context}; lower --max_new"
+            raise UserError(f"{endpoint.url}: {wrong}, or start it with a longer context")
         question = {
-            "model": self.names[url], "prompt": prompt, "n": count, "max_tokens": room,
+            "model": endpoint.model, "prompt": prompt, "n": count, "max_tokens": max_new,
             "temperature": temperature, "top_p": 1.0, "top_k": -1, "min_p": 0.0,
             "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
             "ignore_eos": False, "stop_token_ids": self.lm.eos, "return_token_ids": True,
         }  # fmt: skip
-        answer = self._ask(url, "/v1/completions", question)
-        drawn = []
-        for choice in answer.get("choices") or ():
-            ids, echoed = choice.get("token_ids"), choice.get("prompt_token_ids")
-            echoed = answer.get("prompt_token_ids") if echoed is None else echoed
-            if not isinstance(ids, list) or not isinstance(echoed, list):
-                raise NoTokenIds("its answers have no token ids")
-            if echoed != prompt:
-                raise Fault("it answered another prompt than it was sent")
-            if choice.get("finish_reason") == "stop" and not (ids and ids[-1] in self.lm.eos):
-                end = choice.get("stop_reason")
-                ids = [*ids, self.lm.own_eos if end is None else end]  # none said: the tokenizer's
-            whole = len(ids) == room or (ids and len(ids) < room and ids[-1] in self.lm.eos)
-            if not whole or set(ids[:-1]) & set(self.lm.eos):
-                raise Fault(f"{len(ids)} tokens came where {room} or an end were asked for")
-            # Rows of the head beyond the tokenizer are padding: such a draw is made anew.
-            if all(type(i) is int and 0 <= i < len(self.lm.tokenizer) for i in ids):
-                drawn.append(ids)
-        if not answer.get("choices") or len(drawn) > count:
-            raise Fault(f"{len(drawn)} continuations came where {count} were asked for")
-        return drawn
+        answer = endpoint.ask("/v1/completions", question, self.timeout)
+        return judge(answer, prompt, count, max_new, self.lm)
 
-    def _continuations(self, prompt: list[int], count: int, room: int, temperature) -> list:
-        """`count` continuations, by whichever server is free, tried again where one fails."""
+    def _continuations(self, prompt: list[int], count: int, max_new: int, temperature) -> list:
+        """`count` continuations, by whichever server is free, asked for again where one fails."""
         drawn, failed = [], 0
         while len(drawn) < count:
-            usable, number, url = self.seats.get()
-            if usable < self.rest[url]:  # a fault at another of its seats: the whole server rests
-                self.seats.put((self.rest[url], number, url))
+            usable, number, endpoint = self.seats.get()
+            if usable < endpoint.rest:  # a fault at another of its seats: the whole server rests
+                self.seats.put((endpoint.rest, number, endpoint))
                 continue
             time.sleep(max(0.0, usable - time.monotonic()))
             began = time.monotonic()
             try:
-                if self.faults[url]:  # it may have been started anew, with another model
-                    self._name_of_model(url)
+                if endpoint.faults:  # it may have been started again, with another model
+                    self._find_model(endpoint)
                 # At temperature 0 a request for several is refused.
                 asked = min(self.most if temperature else 1, count - len(drawn))
-                more = self._complete(url, prompt, asked, room, temperature)
+                more = self._complete(endpoint, prompt, asked, max_new, temperature)
                 if not more:
                     raise Fault("it draws tokens that the tokenizer does not have")
-                drawn = drawn + more
-                self.faults[url], self.rest[url] = 0, 0.0
-            except FAULTS as e:
+                drawn += more
+                endpoint.faults, endpoint.rest = 0, 0.0
+            except Fault as e:
                 failed += 1
-                if began >= self.rest[url]:  # requests in flight together fail together, once
-                    self.faults[url] += 1
-                    rest = self.pause * 2 ** min(self.faults[url] - 1, 6)
-                    self.rest[url] = time.monotonic() + rest
+                if began >= endpoint.rest:  # requests in flight together fail together, once
+                    endpoint.faults += 1
+                    rest = self.pause * 2 ** min(endpoint.faults - 1, 6)
+                    endpoint.rest = time.monotonic() + rest
                 if failed >= self.tries:
-                    raise ConnectionError(f"{url}: {e}, {failed} times") from e
+                    raise ConnectionError(f"{endpoint.url}: {e}, {failed} times") from e
             finally:
-                self.seats.put((self.rest[url], number, url))
+                self.seats.put((endpoint.rest, number, endpoint))
         return drawn
 
-    def draw(self, trees: list[Tree], rows: list[Row], temperature: float, progress):
-        """As the function `draw`: rows of one state and room are one request."""
-        asked = {}  # (tree, node, room): the numbers of its rows
+    def fits(self, trees: list[Tree]) -> bool:
+        """The prefixes are the server's concern."""
+        return True
+
+    def draw(
+        self, trees: list[Tree], rows: list[Row], temperature: float = 1.0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[list[int]]:  # fmt: skip
+        """As Sampler.draw, but a row's key counts for nothing: rows of one state and length are one
+        request. Raises ConnectionError where no server answers as it should."""
+        asked = {}  # (tree, node, max_new): the numbers of its rows
         for r, row in enumerate(rows):
-            asked.setdefault((row.tree, row.node, row.room), []).append(r)
+            asked.setdefault((row.tree, row.node, row.max_new), []).append(r)
 
         def ask(state):
-            tree, node, room = state
+            tree, node, max_new = state
             prompt = []
             while node >= 0:
                 prompt = trees[tree].ids[node] + prompt
                 node = trees[tree].parent[node]
-            return self._continuations(prompt, len(asked[state]), room, temperature)
+            return self._continuations(prompt, len(asked[state]), max_new, temperature)
 
         results = [None] * len(rows)
         with ThreadPoolExecutor(self.requests) as pool:
             for state, drawn in zip(asked, pool.map(ask, asked)):
                 for r, ids in zip(asked[state], drawn):
                     results[r] = ids
-                    if progress is not None:
-                        progress.add(len(ids))
+                if progress:
+                    progress(len(drawn), sum(map(len, drawn)))
         return results
 
-
-def work_through(todo: Iterable, process, out: Output, server: Server | None, chunk: int = 64):
-    """Append process(list of items) -> records of all items: the loop of every stage that draws.
-
-    Here: `chunk` problems at a time, since they decode in one batch. By a server: a thread a problem,
-    so that requests are in flight over the problems' borders, and records come as problems finish.
-    """
-    items = iter(todo)
-    if server is None:
-        while some := list(islice(items, chunk)):
-            out.append(process(some))
-        return
-    threads = server.requests * len(server.faults)
-    with ThreadPoolExecutor(threads) as pool:
-        running = set()
-        try:
-            while True:
-                for item in islice(items, 2 * threads - len(running)):
-                    running.add(pool.submit(process, [item]))
-                if not running:
-                    return
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    out.append(future.result())
-        finally:
-            for future in running:
-                future.cancel()
+    def work_through(self, todo: Iterable, process: Callable, progress, write: Callable):
+        """As Sampler.work_through, a thread per item: requests are in flight over the borders of
+        problems, and records are written as problems finish."""
+        items, threads = iter(todo), self.requests * len(self.endpoints)
+        with ThreadPoolExecutor(threads) as pool:
+            running = set()
+            try:
+                while True:
+                    for item in islice(items, 2 * threads - len(running)):
+                        running.add(pool.submit(process, [item], progress))
+                    if not running:
+                        return
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        write(future.result())
+            finally:
+                for future in running:
+                    future.cancel()

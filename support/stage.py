@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields
@@ -119,6 +120,7 @@ class Output:
         self.path, self.inputs, self.force = Path(out), inputs, settings.force
         self.manifest_path, self.work = Path(f"{out}.manifest.json"), Path(f"{out}.work")
         self.began, self.done = time.perf_counter(), set()
+        self.count, self.totals = None, Counter()  # of all records
         if self.path.exists() and not self.manifest_path.exists():
             raise UserError(f"{out}: there already, and not by this pipeline; choose another --out")
         if self.path.resolve() in [Path(path).resolve() for path in inputs.values()]:
@@ -178,20 +180,26 @@ class Output:
         return old
 
     @contextmanager
-    def open(self, facts: dict | None = None, expects: dict | None = None) -> Iterator["Output"]:
+    def open(
+        self, facts: dict | None = None, expects: dict | None = None, count=None
+    ) -> Iterator["Output"]:
         """A block that writes the output. Of several processes all enter it; the first one writes.
 
+        count     record -> {name: number}: their sums over all records are `totals`, which the
+                  manifest states in the end
         facts     {fact: value} that the manifest states for the stages that come after
         expects   {fact: value} that inputs' manifests must agree with, where they state that fact
         """
         self._check_inputs(expects or {})
-        self.manifest["facts"] = facts or {}
+        self.manifest["facts"], self.count = facts or {}, count
         with locked(self.path.parent) if rank() == 0 else nullcontext():
             if rank() == 0:
                 self._clean()
             wait_for_all()
             if self.path.is_file():
-                self.done = {record["id"] for record in each_record(self.path, may_be_empty=True)}
+                for record in each_record(self.path, may_be_empty=True):
+                    self.done.add(record["id"])
+                    self.totals.update(count(record) if count else {})
                 if self.done:
                     print(f"{self.path}: resuming after {len(self.done)} records")
             yield self
@@ -251,6 +259,8 @@ class Output:
             f.write(b"".join(dump(record) for record in records))
             f.flush()
             os.fsync(f.fileno())
+        for record in records if self.count else ():
+            self.totals.update(self.count(record))
 
     def save(self, write):
         """Write the output as a folder, by `write(path)`. Of several processes all call it, since each
@@ -263,6 +273,8 @@ class Output:
     def _finish(self):
         if not self.path.exists():
             self.append([])
+        if self.totals:
+            self.manifest["totals"] = dict(self.totals)
         self.write_manifest(output=sha256(self.path))
         self._drop_checkpoints()
 

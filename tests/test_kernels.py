@@ -338,7 +338,7 @@ def test_flex_is_tried_by_the_first_pack_and_not_by_the_sampler(models, monkeypa
     lm = load_lm(models("llama, GQA, tied"), device="cpu")
     lm.flex = None  # as on CUDA
     tree = Tree([[5, 6, 7]], [-1], [True])
-    support.sampler.draw(lm, [tree], [support.sampler.Row(0, 0, 1, 4)])
+    support.sampler.Sampler(lm).draw([tree], [support.sampler.Row(0, 0, 1, 4)])
     assert asked == []
     for _ in range(2):
         step_values(lm, torch.nn.Linear(lm.config.hidden_size, 1), *pack_trees([tree], 99))
@@ -492,7 +492,7 @@ def test_the_forms_of_cuda_draw_and_score_as_the_cpu_s(models, name, monkeypatch
     for cuda in (False, True):
         as_if_on_cuda(monkeypatch, cuda)
         logp = torch.cat([step_logprobs(lm, pack) for pack in pack_trees(trees, 250)])
-        found.append((logp, support.sampler.draw(lm, trees, rows)))
+        found.append((logp, support.sampler.Sampler(lm).draw(trees, rows)))
     (logp, drawn), (cuda_logp, cuda_drawn) = found
     torch.testing.assert_close(cuda_logp, logp, rtol=1e-5, atol=1e-4)
     same = sum(a == b for a, b in zip(drawn, cuda_drawn))

@@ -10,13 +10,13 @@ import support.sampler
 from model import load_lm
 from support.cli import UserError
 from support.packing import Tree
-from support.sampler import Prefixes, Row, Slots, draw, draw_key, draw_tokens, uniforms
+from support.sampler import Decoder, Prefixes, Row, Sampler, draw_key, draw_tokens, uniforms
 
 MASK = 2**64 - 1
 
 
-def draw_rows(lm, prefixes, rows, *args, **how):
-    return draw(lm, None, rows, *args, prefixes=prefixes, **how)
+def draw_rows(lm, trees, rows, temperature=1.0, batch=256):
+    return Sampler(lm, batch).draw(trees, rows, temperature)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def crowd(peaked):
         t = rng.randrange(3)
         v = rng.randrange(len(trees[t].ids))
         rows.append(Row(t, v, draw_key(7, "test", t, v, k), rng.choice([1, 2, 5, 17, 40])))
-    return Prefixes(peaked, trees), trees, rows
+    return trees, rows
 
 
 def joined(tree: Tree, v: int) -> list[int]:
@@ -61,68 +61,67 @@ def joined(tree: Tree, v: int) -> list[int]:
 
 
 def test_draws_depend_on_prefix_and_key_alone(peaked, crowd):
-    prefixes, trees, rows = crowd
-    drawn = draw_rows(peaked, prefixes, rows)
+    trees, rows = crowd
+    drawn = draw_rows(peaked, trees, rows)
     assert len({tuple(ids) for ids in drawn}) > 100
     for batch in (1, 16, 33, 64, 1000):  # refilled slots, shrinking batches, all at once
-        assert draw_rows(peaked, prefixes, rows, batch=batch) == drawn, batch
+        assert draw_rows(peaked, trees, rows, batch=batch) == drawn, batch
     order = random.Random(1).sample(range(len(rows)), len(rows))
-    assert draw_rows(peaked, prefixes, [rows[i] for i in order], batch=32) == [
-        drawn[i] for i in order
-    ]
+    assert draw_rows(peaked, trees, [rows[i] for i in order], batch=32) == [drawn[i] for i in order]
     for i in range(0, 150, 15):  # alone, and among other neighbours
-        assert draw_rows(peaked, prefixes, [rows[i]]) == [drawn[i]]
-        assert draw_rows(peaked, prefixes, rows[i : i + 20], batch=7) == drawn[i : i + 20]
-    assert draw_rows(peaked, prefixes, []) == []
+        assert draw_rows(peaked, trees, [rows[i]]) == [drawn[i]]
+        assert draw_rows(peaked, trees, rows[i : i + 20], batch=7) == drawn[i : i + 20]
+    assert draw_rows(peaked, trees, []) == []
     # the prefix as a plain prompt of its own: the same
     plain = [Tree([joined(trees[t], v)], [-1], [True]) for t, v, *_ in rows]
     alone = [row._replace(tree=i, node=0) for i, row in enumerate(rows)]
-    assert draw_rows(peaked, Prefixes(peaked, plain), alone) == drawn
-    assert (
-        draw_rows(peaked, Prefixes(peaked, trees, budget=20), rows) == drawn
-    )  # trees cut into packs
+    assert draw_rows(peaked, plain, alone) == drawn
+    cut = Sampler(peaked)
+    cut.trees, cut.prefixes = trees, Prefixes(peaked, trees, budget=20)  # trees cut into packs
+    assert cut.draw(trees, rows) == drawn
+    # and level by level, when prefixes are computed once
+    assert [cut.draw(trees, [row])[0] for row in rows[:20]] == drawn[:20] and cut.prefilled == 0
 
 
 class Replayed:
     """A CUDA graph as the CPU can have one: the same kernels on the tensors of the time of recording."""
 
-    def __init__(self, slots, width):
-        self.slots, self.width, self.tensors = slots, width, self.addresses(slots)
+    def __init__(self, decoder, width):
+        self.decoder, self.width, self.tensors = decoder, width, self.addresses(decoder)
 
     @staticmethod
-    def addresses(slots):
-        found = [slots.cache.keys[0].data_ptr(), slots.cache.values[-1].data_ptr()]
-        for name in ("row", "alive", "key", "room", "new", "out", "token", "length", "stop"):
-            found.append(getattr(slots, name).data_ptr())
-        return found
+    def addresses(decoder):
+        tensors = [decoder.cache.keys[0], decoder.cache.values[-1], decoder.ends]
+        tensors += vars(decoder.slots).values()
+        return [tensor.data_ptr() for tensor in tensors]
 
     def replay(self):
-        assert self.addresses(self.slots) == self.tensors, "a graph knows the old tensors alone"
-        self.slots.next_token_of_width(self.width)
+        assert self.addresses(self.decoder) == self.tensors, "a graph knows the old tensors alone"
+        self.decoder.step_of_width(self.width)
 
 
 def test_replayed_steps_draw_the_same(peaked, crowd, monkeypatch):
-    prefixes, _, rows = crowd
-    drawn, recorded = draw_rows(peaked, prefixes, rows), []
+    trees, rows = crowd
+    drawn, recorded = draw_rows(peaked, trees, rows), []
 
-    def capture(slots, width):
-        recorded.append((slots.size, width))
-        slots.graphs[width] = Replayed(slots, width)
+    def capture(decoder, width):
+        recorded.append((decoder.size, width))
+        decoder.graphs[width] = Replayed(decoder, width)
 
-    monkeypatch.setattr(Slots, "capture", capture)
+    monkeypatch.setattr(Decoder, "capture", capture)
     monkeypatch.setattr(support.sampler, "COLUMNS", 16)
     monkeypatch.setattr(peaked, "may_capture", True)
     for batch in (16, 64, 1000):
         recorded.clear()
-        assert draw_rows(peaked, prefixes, rows, batch=batch) == drawn, batch
+        assert draw_rows(peaked, trees, rows, batch=batch) == drawn, batch
         assert len(recorded) == len(set(recorded)) > 2  # several widths, and each recorded once
     assert len({size for size, _ in recorded}) > 1  # and anew for a smaller batch
 
 
 def test_a_longer_room_only_adds(peaked, crowd):
-    prefixes, _, rows = crowd
-    drawn = draw_rows(peaked, prefixes, rows)
-    longer = draw_rows(peaked, prefixes, [row._replace(room=row.room + 9) for row in rows])
+    trees, rows = crowd
+    drawn = draw_rows(peaked, trees, rows)
+    longer = draw_rows(peaked, trees, [row._replace(max_new=row.max_new + 9) for row in rows])
     for ids, more in zip(drawn, longer, strict=True):
         assert more[: len(ids)] == ids
         assert (len(more) > len(ids)) == (ids[-1] not in peaked.eos)
@@ -130,25 +129,25 @@ def test_a_longer_room_only_adds(peaked, crowd):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_rows_end_at_an_eos_or_at_their_room(peaked, crowd, temperature):
-    prefixes, _, rows = crowd
+    trees, rows = crowd
     ended = cut = 0
     for batch in (16, 64, 256):
-        drawn = draw_rows(peaked, prefixes, rows, temperature, batch)
+        drawn = draw_rows(peaked, trees, rows, temperature, batch)
         for ids, row in zip(drawn, rows, strict=True):
-            assert 1 <= len(ids) <= row.room
+            assert 1 <= len(ids) <= row.max_new
             assert not set(ids[:-1]) & set(peaked.eos)  # it stopped at the first one
             finished = ids[-1] in peaked.eos  # and kept it
-            assert finished or len(ids) == row.room
+            assert finished or len(ids) == row.max_new
             ended, cut = ended + finished, cut + (not finished)
     assert ended > 50 and cut > 50
 
 
 def test_different_keys_draw_differently(peaked, crowd):
-    prefixes, _, _ = crowd
+    trees, _ = crowd
     rows = [Row(1, 0, draw_key(0, k), 12) for k in range(64)]
-    first = draw_rows(peaked, prefixes, rows)
+    first = draw_rows(peaked, trees, rows)
     assert len({tuple(ids) for ids in first}) > 30
-    assert draw_rows(peaked, prefixes, [Row(1, 0, draw_key(1, k), 12) for k in range(64)]) != first
+    assert draw_rows(peaked, trees, [Row(1, 0, draw_key(1, k), 12) for k in range(64)]) != first
     keys = [
         draw_key(0, "a", "1", 2),
         draw_key(0, "a", 1, 2),
@@ -179,7 +178,7 @@ def test_temperature_1_is_the_models_distribution(peaked):
     """First tokens and whole two-token sequences, against softmax of Hugging Face's own logits."""
     prompt, n = [4, 9, 13, 5, 2, 77], 6000
     rows = [Row(0, 0, draw_key(3, "chi", k), 2) for k in range(n)]
-    drawn = draw_rows(peaked, Prefixes(peaked, [Tree([prompt], [-1], [True])]), rows, batch=1000)
+    drawn = draw_rows(peaked, [Tree([prompt], [-1], [True])], rows, batch=1000)
     plain = hf.AutoModelForCausalLM.from_pretrained(peaked.path, dtype=torch.float64)
     size = peaked.config.vocab_size
     with torch.no_grad():
@@ -223,9 +222,7 @@ def test_a_models_own_logit_transform_is_sampled(folder, tmp_path, kind, fields)
     tokenizer.save_pretrained(tmp_path)
     lm, prompt = load_lm(tmp_path, device="cpu"), [4, 9, 13, 5]
     keys = [draw_key(5, k) for k in range(300)]
-    drawn = draw_rows(
-        lm, Prefixes(lm, [Tree([prompt], [-1], [True])]), [Row(0, 0, k, 2) for k in keys]
-    )
+    drawn = draw_rows(lm, [Tree([prompt], [-1], [True])], [Row(0, 0, k, 2) for k in keys])
     plain = hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     same = total = 0
     for ids, key in zip(drawn, keys, strict=True):
@@ -252,9 +249,9 @@ def test_draw_tokens_is_the_inverse_cdf():
 
 
 def test_greedy_equals_hugging_face(peaked, crowd):
-    _, trees, _ = crowd
+    trees, _ = crowd
     states = [(t, v) for t, tree in enumerate(trees) for v in range(len(tree.ids))]
-    mine = draw_rows(peaked, Prefixes(peaked, trees), [Row(t, v, 0, 30) for t, v in states], 0.0)
+    mine = draw_rows(peaked, trees, [Row(t, v, 0, 30) for t, v in states], 0.0)
     plain = hf.AutoModelForCausalLM.from_pretrained(peaked.path, dtype=torch.float32)
     for (t, v), ids in zip(states, mine, strict=True):
         prompt = torch.tensor([joined(trees[t], v)])
@@ -309,12 +306,11 @@ def test_uniforms_are_uniform(key, position):
 def test_more_than_the_context_is_refused(peaked):
     assert peaked.max_length == 128
     tree = Tree([[5] * 100, [6] * 20], [-1, 0], [True, True])
-    prefixes = Prefixes(peaked, [tree])
-    fits = draw_rows(peaked, prefixes, [Row(0, 1, 1, 8), Row(0, 0, 1, 28)])
+    fits = draw_rows(peaked, [tree], [Row(0, 1, 1, 8), Row(0, 0, 1, 28)])
     assert len(fits[0]) <= 8 and len(fits[1]) <= 28
     for row in [Row(0, 1, 1, 9), Row(0, 0, 1, 29)]:
         with pytest.raises(UserError, match=r"129.*128"):
-            draw_rows(peaked, prefixes, [Row(0, 0, 1, 2), row])
+            draw_rows(peaked, [tree], [Row(0, 0, 1, 2), row])
 
 
 def test_a_prompt_longer_than_learned_positions_is_refused(folder, tmp_path):
@@ -326,15 +322,15 @@ def test_a_prompt_longer_than_learned_positions_is_refused(folder, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     lm, tree = load_lm(tmp_path, device="cpu"), Tree([[5] * 100], [-1], [True])
     with pytest.raises(UserError, match=r"100.*64"):
-        support.sampler.draw(lm, [tree], [Row(0, 0, 1, 4)])
+        draw_rows(lm, [tree], [Row(0, 0, 1, 4)])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_logit_that_is_no_number_is_refused(peaked, temperature, monkeypatch):
     broken = lambda hidden: torch.full((len(hidden), peaked.config.vocab_size), torch.nan)
     monkeypatch.setattr(peaked, "logits", broken)
-    with pytest.raises(UserError, match="no number"):
-        support.sampler.draw(peaked, [Tree([[5, 6]], [-1], [True])], [Row(0, 0, 1, 4)], temperature)
+    with pytest.raises(UserError, match="is NaN"):
+        draw_rows(peaked, [Tree([[5, 6]], [-1], [True])], [Row(0, 0, 1, 4)], temperature)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -348,6 +344,6 @@ def test_so_is_one_in_the_middle_of_a_response(peaked, temperature, monkeypatch)
 
     monkeypatch.setattr(peaked, "logits", later)
     monkeypatch.setattr(peaked, "eos", [len(peaked.head)])  # no row ends before
-    with pytest.raises(UserError, match="no number"):
-        support.sampler.draw(peaked, [Tree([[5, 6]], [-1], [True])], [Row(0, 0, 1, 4)], temperature)
+    with pytest.raises(UserError, match="is NaN"):
+        draw_rows(peaked, [Tree([[5, 6]], [-1], [True])], [Row(0, 0, 1, 4)], temperature)
     assert len(calls) == 2

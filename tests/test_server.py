@@ -74,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
                 for k in range(asked["n"])
             ]
             tree = Tree([asked["prompt"]], [-1], [True])
-            drawn = support.sampler.draw(stub.lm, [tree], rows, asked["temperature"])
+            drawn = support.sampler.Sampler(stub.lm).draw([tree], rows, asked["temperature"])
         choices = []
         for ids in drawn:
             ended = ids[-1] in stub.lm.eos
@@ -201,12 +201,12 @@ def test_draws_come_from_the_model_s_distribution(work):
     trees = [Tree([ids], [-1], [True]) for ids in prompts]
     rows = [support.sampler.Row(t, 0, 0, 1 + t) for t in (2, 0, 1) for _ in range(200)]
     with serving(Stub(lm, "tiny")) as url:
-        drawn = support.server.Server(url, lm).draw(trees, rows, 1.0, None)
+        drawn = support.server.Server(url, lm).draw(trees, rows)
     own = [row._replace(key=support.sampler.draw_key(i)) for i, row in enumerate(rows)]
     for t in range(3):
         first = Counter(ids[0] for ids, row in zip(drawn, rows) if row[0] == t)
         twin = Counter(
-            ids[0] for ids, row in zip(support.sampler.draw(lm, trees, own), rows) if row[0] == t
+            ids[0] for ids, row in zip(support.sampler.Sampler(lm).draw(trees, own), rows) if row[0] == t
         )
         assert sum(first.values()) == 200
         assert sum(abs(first[i] - twin[i]) for i in first | twin) < 120  # of 400; others: 300
@@ -247,13 +247,13 @@ def test_a_server_that_is_away_for_seconds_rests_as_a_whole(work, monkeypatch):
     clock = Clock()
     with serving(Stub(load_lm("tiny"), "tiny")) as url:
         server = support.server.Server(url, load_lm("tiny", weights=False))
-        monkeypatch.setattr(sample, "time", clock)
+        monkeypatch.setattr(support.server, "time", clock)
         monkeypatch.setattr(server, "_complete", complete)
         monkeypatch.setattr(server, "pause", 1.0)
         assert server._continuations([1], 1, 2, 1.0) == [[5, 0]]
         assert clock.slept == [1.0, 2.0, 4.0]
         assert server._continuations([1], 1, 2, 1.0) == [[5, 0]]  # no seat rests on
-        assert server.faults[url] == 0 and clock.slept == [1.0, 2.0, 4.0]
+        assert server.endpoints[0].faults == 0 and clock.slept == [1.0, 2.0, 4.0]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -372,7 +372,7 @@ def test_greedy_responses_of_one_state_are_a_request_each(work):
     with serving(stub) as url:
         server = support.server.Server(url, load_lm("tiny", weights=False))
         tree = Tree([[1, 5, 9]], [-1], [True])
-        drawn = server.draw([tree], [support.sampler.Row(0, 0, 0, 4)] * 3, 0.0, None)
+        drawn = server.draw([tree], [support.sampler.Row(0, 0, 0, 4)] * 3, 0.0)
     assert drawn[0] == drawn[1] == drawn[2]
     assert [asked["n"] for asked in stub.asked] == [1] * 4  # the first is the stage's own question
 

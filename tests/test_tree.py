@@ -495,11 +495,11 @@ def test_a_card_with_less_memory_makes_the_same_trees(labelled, monkeypatch):
     """Problems are labelled a few at a time where the keys and values of all are too many."""
     run, sizes = Path(labelled[0].path).parent, []
 
-    def fit(lm, trees):
+    def fit(sampler, trees):
         sizes.append(len(trees))
         return len(trees) <= 8
 
-    monkeypatch.setattr(support.sampler, "prefixes_fit", fit)
+    monkeypatch.setattr(support.sampler.Sampler, "fits", fit)
     monkeypatch.setattr(sys, "argv", ["label_steps.py"])
     where = {"actor": str(run / "base"), "problems": str(run / "train.jsonl"), "max_new": 10}
     few = run / "few.jsonl"
