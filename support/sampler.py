@@ -321,10 +321,10 @@ class Sampler:
     """
 
     chunk = 64  # problems whose rows decode together
-    provenance = {}  # what a manifest says of draws: nothing, since they are the seed's
 
     def __init__(self, lm, batch: int = 256):
         self.lm, self.batch = lm, batch
+        self.provenance = {}  # what a manifest says of draws: nothing, since they are the seed's
         self.trees, self.prefixes = None, None  # of the last call: a stage draws level by level
         self.prefilled = 0  # tokens of prefixes computed so far
 

@@ -135,7 +135,6 @@ class Server:
     serve (its weights are not needed).
     """
 
-    provenance = {"draws": "server"}  # what a manifest says of draws
     prefilled = 0  # tokens of prefixes that were computed in this process
 
     requests = 64  # that each server is asked at once
@@ -145,7 +144,7 @@ class Server:
     pause = 1.0  # seconds that a server rests after a fault, doubled with each further one
 
     def __init__(self, urls: str, lm):
-        self.lm = lm
+        self.lm, self.provenance = lm, {"draws": "server"}  # what a manifest says of draws
         self.endpoints = [Endpoint(url.strip().rstrip("/")) for url in urls.split(",")]
         self.seats = queue.PriorityQueue()  # (when it may be used, number, endpoint): free requests
         for endpoint in self.endpoints:
