@@ -205,9 +205,7 @@ def require_relative_split(lm: LM, record: dict):
             raise UserError(f"LM.step_ends (model.py): {wrong}; it may not depend on the place")
 
 
-def label(
-    lm: LM, sampler, problems: list[dict], trees: list[StepTree], s: Settings, progress=None
-):
+def label(lm: LM, sampler, problems: list[dict], trees: list[StepTree], s: Settings, progress=None):
     """Top every state of these problems' trees up to m completions, level by level.
 
     Shallow states come first, since their completions count at the deeper states that they pass.

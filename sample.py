@@ -122,7 +122,9 @@ def stage(s: Settings):
             sampler.work_through(todo, process, bar.add, out.append)
     total = out.totals
     right = total["rewards"] / max(1, total["responses"])
-    print(f"{total['problems']} problems, {total['tokens']} tokens, {right:.3f} of the responses right")
+    print(
+        f"{total['problems']} problems, {total['tokens']} tokens, {right:.3f} of the responses right"
+    )
 
 
 def sample_record(lm: LM, problem: dict, prompt_ids: list[int], responses: list[dict], s) -> dict:

@@ -121,7 +121,7 @@ def work(ready, tmp_path, monkeypatch):
     shutil.copytree(ready, tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setattr(support.server.Server, "pause", 0.0)
-    monkeypatch.setattr(support.server.Server, "timeout", 2.0)
+    monkeypatch.setattr(support.server.Server, "timeout", 60.0)
     monkeypatch.setattr(support.server.Server, "requests", 4)
     return tmp_path / "work"
 
@@ -206,7 +206,9 @@ def test_draws_come_from_the_model_s_distribution(work):
     for t in range(3):
         first = Counter(ids[0] for ids, row in zip(drawn, rows) if row[0] == t)
         twin = Counter(
-            ids[0] for ids, row in zip(support.sampler.Sampler(lm).draw(trees, own), rows) if row[0] == t
+            ids[0]
+            for ids, row in zip(support.sampler.Sampler(lm).draw(trees, own), rows)
+            if row[0] == t
         )
         assert sum(first.values()) == 200
         assert sum(abs(first[i] - twin[i]) for i in first | twin) < 120  # of 400; others: 300
@@ -214,7 +216,9 @@ def test_draws_come_from_the_model_s_distribution(work):
 
 
 @pytest.mark.parametrize("fault", [*FAULTS, "padding row"])
-def test_a_fault_that_passes_leaves_no_trace(fault, work, capsys):
+def test_a_fault_that_passes_leaves_no_trace(fault, work, capsys, monkeypatch):
+    if fault == "hangs":
+        monkeypatch.setattr(support.server.Server, "timeout", 3.0)
     with serving(Stub(load_lm("tiny"), "tiny", [fault] * 3)) as url:
         code, err = run(sample, f"{toy.SAMPLE} --limit 12 --server {url}", capsys)
     assert code == 0 and not err
@@ -260,7 +264,8 @@ def test_a_server_that_is_away_for_seconds_rests_as_a_whole(work, monkeypatch):
 def test_a_fault_that_stays_is_one_line_and_the_same_command_goes_on(
     fault, work, capsys, monkeypatch
 ):
-    monkeypatch.setattr(support.server.Server, "timeout", 1.0)
+    if fault == "hangs":
+        monkeypatch.setattr(support.server.Server, "timeout", 3.0)
     monkeypatch.setattr(support.server.Server, "tries", 2)
     lm = load_lm("tiny")
     flags = f"{toy.SAMPLE} --limit 12"
@@ -332,7 +337,8 @@ def test_a_server_that_is_not_there(work, capsys):
 
 
 @pytest.mark.parametrize("fault", ["500", "hangs"])
-def test_a_fault_of_the_first_answer_may_pass(fault, work, capsys):
+def test_a_fault_of_the_first_answer_may_pass(fault, work, capsys, monkeypatch):
+    monkeypatch.setattr(support.server.Server, "timeout", 3.0)
     with serving(Stub(load_lm("tiny"), "tiny", always=fault)) as url:
         code, err = run(sample, f"{toy.SAMPLE} --server {url}", capsys)
     assert code == 1 and "is the server up" in err and "same command" in err
