@@ -1,79 +1,116 @@
-r"""What is right: the reward of a response, shared by sampling, labelling and evaluation.
+r"""What is right: the reward of a response. Replace `reward` to train for something else.
 
-    reward(problem, text) -> float        from 0 (wrong) to 1 (right); replace it for another reward
+    reward(problem, text) -> float        from 0 (wrong) to 1 (right)
 
-Read from top to bottom: the reward and how the stages call it; math answers; programs and their
-sandbox. A verdict is one of right, wrong, no answer, timed out, error; only "right" is reward 1.
+The contract: the same arguments give the same number; it never raises, never hangs and never runs
+model text in this process; several threads call it. problem is a line of problems.jsonl, text the
+whole response. One that was cut off by the length has reward 0 and is not asked about. Right is
+reward 1, nothing less.
 
-Rules for math answers, in order:
-1. Equal after `normalise`: right.
-2. Two plain numbers are compared as exact fractions; nothing is rounded (0.333 is not 1/3).
-3. A unit may be missing on one side (5 cm, 5). Two measures that differ are wrong (5 cm, 5 km), and
-   none is converted (45 cents, $0.45). A thing counted is no measure: 9 apples are 9 fruits.
-4. Beside a percentage a number up to 1 is a share (50%, 0.5); above 1 it lost its sign (50%, 50).
-5. Bases, times, ratios and words are right by rule 1 only: 2516_8 is neither 2516_7 nor 2516.
-6. (1,2) and [1,2) are ordered, \{1,2\} and a bare 1,2 are not; kinds and lengths must agree.
-7. What is left math-verify decides, part by part, with every decimal written as a fraction.
-
-A problem with `tests` is a program to write, and all tests must pass. Its tests are of one of three
-kinds (further fields and their defaults: `TESTS`):
+A problem with an `answer` is graded by support/math_answers.py, whose docstring has the rules. A
+problem with `tests` is a program to write, graded by running it in support/sandbox.py. Its tests
+are of one of three kinds (further fields and their defaults: `TESTS` in support/sandbox.py):
 
     {"kind": "call", "entry": "f", "inputs": [[1, 2]], "outputs": [3]}      f(1, 2) returns 3 or 3.0
     {"kind": "stdin", "inputs": ["1 2\n"], "outputs": ["3\n"]}              it prints 3; white space
                                                                             does not count
     {"kind": "assert", "entry": "f", "code": "assert f(1, 2) == 3"}         sees what f returns
 
-In assert tests f takes positional arguments only, and an exception of f ends them.
+Two rewards that forks often want. A bonus for a short response:
 
-The sandbox (Linux, standard library). The tests stay in a judge process. A program runs in another,
-a candidate, which gets the inputs one by one and returns plain values that the judge compares:
-expected values never get there, so nothing printed, patched, raised or forged makes a pass. A
-candidate sees no other process, no network and no file but /usr, /lib and Python's own folder, which
-it can read; it has no privilege, an empty folder of 64 MB, limits of CPU time, memory, processes and
-file size, and whatever it started dies with it. Where namespaces are not to be had (most containers),
-root runs it as a user of no rights, who can harm no other process and read no private file, but
-reaches the network and public files; the stage says so once. Where that fails too it asks for
---unsafe. What it does not keep out: bugs of the kernel, what timing tells, memory or disk bandwidth
-used up. The tests' own code is trusted: in `assert` tests it runs in the judge.
+    def reward(problem, text, unsafe=False):
+        verdict, _ = grade(problem, text, unsafe)
+        return 0.9 * (verdict == "right") + 0.1 * (len(text) < 200)
+
+The share of tests that pass, of a program with `inputs` and `outputs`, in one run of it:
+
+    def reward(problem, text, unsafe=False):
+        tests, wanted = problem["tests"], problem["tests"]["outputs"]
+        program = prediction_of(problem, text)
+        _, values = sandbox(unsafe).run(tests | {"outputs": None}, program)
+        return sum(v == w for v, w in zip(values or [], wanted)) / len(wanted)
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
 from model import LM
-from support.math_answers import grade_answer
-from support.sandbox import CPUS, extract_program, sandbox
-
-# ------------------------------------------------------------ the reward
+from support.cli import UserError
+from support.math_answers import (
+    exact_number,
+    extract_answer,
+    grade_answer,
+    normalise,
+    split_unit,
+)
+from support.programs import extract_program
+from support.sandbox import CPUS, sandbox
 
 
 def reward(problem: dict, text: str, unsafe: bool = False) -> float:
-    """How good a response is, from 0 (wrong) to 1 (right). Replace this body for another reward.
-
-    problem is a line of problems.jsonl, text the whole response; one that was cut off by the length
-    has reward 0 and is not asked about. The contract: the same arguments give the same number; it
-    never raises, never hangs and never runs model text in this process; several threads call it.
-    unsafe: run programs even where they cannot be walled off.
-
-    A bonus for a short response, say: return 0.9 * (verdict == "right") + 0.1 * (len(text) < 200)
-    """
+    """How good a response is, from 0 (wrong) to 1 (right). unsafe: run programs even where they
+    cannot be walled off."""
     verdict, _ = grade(problem, text, unsafe)
     return 1.0 if verdict == "right" else 0.0
 
 
 def grade(problem: dict, text: str, unsafe: bool = False) -> tuple[str, str | None]:
-    """(verdict, prediction or None) of a response; a program is its own prediction."""
-    if tests := problem.get("tests"):
-        program = extract_program(tests.get("setup", ""), text)
-        verdict, _ = sandbox(unsafe).run(tests, program)
-        return verdict, program
-    return grade_answer(problem["answer"], text)
+    """(verdict, prediction or None): right, wrong, no answer, timed out or error, and what was taken
+    for the answer; a program is its own prediction."""
+    if problem.get("tests"):
+        program = prediction_of(problem, text)
+        verdict, _ = sandbox(unsafe).run(problem["tests"], program)
+        found = verdict, program
+    else:
+        found = grade_answer(problem["answer"], text)
+        verdict, prediction = found
+        tolerance = problem.get("tolerance")  # of a few problems of OlympiadBench
+        if tolerance and verdict == "wrong" and is_near(problem["answer"], prediction, tolerance):
+            found = "right", prediction
+    judgements[problem.get("id"), text] = found
+    return found
 
+
+def is_near(gold: str, answer: str, tolerance: float) -> bool:
+    """Are two numbers, of no different units, at most `tolerance` apart? 3.2, 3.27, 0.1 -> True"""
+    (ours, unit), (theirs, other_unit) = (split_unit(normalise(x)) for x in (gold, answer))
+    numbers = exact_number(ours), exact_number(theirs)
+    if None in numbers or (unit and other_unit and unit != other_unit):
+        return False
+    return abs(numbers[0] - numbers[1]) <= Fraction(str(tolerance))
+
+
+def prediction_of(problem: dict, text: str) -> str | None:
+    """What a response gives as its answer, or its program; None if there is none."""
+    if tests := problem.get("tests"):
+        return extract_program(tests.get("setup", ""), text, tests.get("entry"))
+    return extract_answer(text)
+
+
+# ------------------------------------------------------------ how the stages call it
 
 graders = ThreadPoolExecutor(CPUS)
+judgements = {}  # (problem's id, text): what `grade` found, until `judged` takes it
+
+
+def judged(problem: dict, text: str, finished: bool, unsafe: bool) -> dict:
+    """Reward, verdict and prediction of one response, graded once."""
+    value = checked(reward(problem, text, unsafe), problem["id"]) if finished else 0
+    found = judgements.pop((problem["id"], text), None)
+    if found is None and not finished:
+        found = grade(problem, text, unsafe)
+        del judgements[problem["id"], text]
+    if found is None:  # another reward, which did not ask `grade`
+        prediction = prediction_of(problem, text)
+        verdict = "right" if value == 1 else "wrong" if prediction else "no answer"
+        found = verdict, prediction
+    verdict, prediction = found
+    line = {"text": text, "prediction": prediction, "correct": value == 1, "reward": value}
+    return line | {"verdict": verdict, "finished": finished}
 
 
 def grade_ids(lm: LM, problems: list[dict], responses: list[list[int]], unsafe: bool) -> list[dict]:
-    """Text, prediction, verdict and reward of each response; `finished`: it ended by itself.
+    """`judged` of each response, of its token ids; `finished`: it ended by itself.
 
     Identical responses to a problem are graded once, different ones several at a time.
     """
@@ -83,17 +120,18 @@ def grade_ids(lm: LM, problems: list[dict], responses: list[list[int]], unsafe: 
         keys.append((problem["id"], lm.text(ids), ids[-1] in lm.eos))
         tasks[keys[-1]] = problem
 
-    def judged(key, problem):
+    def judge(key, problem) -> dict:
         _, text, finished = key
-        judgement = grade(problem, text, unsafe)
-        return judgement, reward(problem, text, unsafe) if finished else 0.0
+        return judged(problem, text, finished, unsafe)
 
-    found = dict(zip(tasks, graders.map(judged, tasks, tasks.values())))
-    graded = []
-    for key in keys:
-        _, text, finished = key
-        (verdict, prediction), value = found[key]
-        line = {"text": text, "prediction": prediction, "correct": value >= 0.5}
-        line["reward"] = int(value) if value in (0, 1) else value  # 0 and 1 are written as such
-        graded.append(line | {"verdict": verdict, "finished": finished})
-    return graded
+    found = dict(zip(tasks, graders.map(judge, tasks, tasks.values())))
+    return [dict(found[key]) for key in keys]
+
+
+def checked(value, problem) -> float:
+    """A reward from 0 to 1, with 0 and 1 as integers, as the files have them; UserError if it is none."""
+    is_number = isinstance(value, int | float) and 0 <= value <= 1
+    if not is_number:
+        wrong = f"reward() gave {value!r} for problem {problem}; a number from 0 to 1 is wanted"
+        raise UserError(f"reward.py: {wrong}")
+    return int(value) if value in (0, 1) else float(value)

@@ -18,6 +18,9 @@ from transformers import HfArgumentParser
 
 from support.distributed import leave, rank
 
+# Data sets, programs and answers hold integers of more than 4,300 digits, which Python refuses to read.
+sys.set_int_max_str_digits(0)
+
 
 class UserError(Exception):
     """A user's mistake: one line that says what, where and how to mend; exit code 2."""

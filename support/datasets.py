@@ -1,7 +1,12 @@
-"""datasets. It knows nothing of the algorithm."""
+"""Reads data sets in their native files as problems and demonstrations. It knows nothing of the algorithm.
+
+A converter per set turns a row into a prompt and an answer, or tests; `LOADERS` lists them, and a new
+set is one more row there. Rows that cannot be used are left out with a reason, and counted.
+"""
 
 import ast
 import base64
+import csv
 import gzip
 import io
 import json
@@ -47,7 +52,7 @@ class Loader(NamedTuple):
 
 
 def read_rows(path: str | Path) -> list[dict]:
-    """Rows of a .jsonl, .jsonl.gz, .json (a list, or a dict of columns) or .parquet file; of a
+    """Rows of a .jsonl, .jsonl.gz, .csv, .json (a list, or a dict of columns) or .parquet file; of a
     folder with a folder for each row, in which every field is a file (APPS)."""
     path = Path(path)
     if path.is_dir():
@@ -64,6 +69,8 @@ def read_rows(path: str | Path) -> list[dict]:
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
     except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{path}: not UTF-8 text: {error}") from None
+    if path.name.removesuffix(".gz").endswith(".csv"):
+        return csv_rows(path, text)
     whole = path.name.removesuffix(".gz").endswith(".json")
     rows = []
     for number, line in enumerate([text] if whole else text.split("\n"), 1):
@@ -85,6 +92,25 @@ def read_rows(path: str | Path) -> list[dict]:
     return rows
 
 
+def csv_rows(path: Path, text: str) -> list[dict]:
+    """A CSV's rows: its first line names the fields; a field that holds a JSON object is read as one."""
+    table = csv.DictReader(io.StringIO(text), strict=True)
+    rows = []
+    csv.field_size_limit(1 << 30)  # of tests
+    try:
+        for row in table:
+            if None in row or None in row.values():
+                wrong = f"as many fields as in the first line are wanted, {len(table.fieldnames)}"
+                raise UserError(f"{path}:{table.line_num}: {wrong}")
+            tests = row.get("tests") or ""
+            rows.append(row | ({"tests": json.loads(tests)} if tests.startswith("{") else {}))
+    except (csv.Error, json.JSONDecodeError) as error:
+        raise UserError(f"{path}:{table.line_num}: {error}") from None
+    if not rows:
+        raise UserError(f"{path}: no rows under its first line")
+    return rows
+
+
 def boxed(row: dict) -> dict:
     """MATH and Minerva: the gold answer is in the solution's last box."""
     if not re.search(r"\\(boxed|fbox)", row["solution"]):
@@ -93,11 +119,15 @@ def boxed(row: dict) -> dict:
 
 
 def olympiadbench(row: dict) -> dict:
-    """Several final answers are one list; the unit is a field of its own."""
+    """Several final answers are one list; the unit is a field of its own, and so is how far an answer
+    may be off ("1e-1"; of several answers one number each, of which the least is taken)."""
     question = "\n".join(part for part in (row["context"], row["question"]) if part)
     answer, unit = ", ".join(row["final_answer"] or []), row["unit"] or ""
     unit = unit if not unit or "\\" in unit else rf"\text{{ {unit}}}"
-    return {"prompt": question, "answer": f"{answer} {unit}" if answer else ""}
+    record = {"prompt": question, "answer": f"{answer} {unit}" if answer else ""}
+    if row.get("error"):
+        record["tolerance"] = min(float(part) for part in str(row["error"]).split(","))
+    return record
 
 
 def mawps(row: dict) -> dict:
@@ -124,12 +154,16 @@ def taken(**names: str) -> Callable[[dict], dict]:
 
 # Sets of programs. Their converters give readings of the tests, of which one is to hold, and the
 # row's own solutions, one of which must pass (keep_solved); or tests that are taken on trust.
-LIBRARY = ["typing", "collections", "functools", "itertools", "heapq", "bisect", "math", "string"]
-
-
-LEETCODE = "\n".join(f"from {name} import *" for name in LIBRARY)  # as LeetCode does for its users
-
-
+# What LeetCode's users need not import. A module is bound after the names out of it (`bisect` is the
+# module, not its function), and the builtin pow, which takes a modulus, is no longer hidden by math's.
+STARS = "typing collections functools itertools heapq bisect string math"
+MODULES = "bisect collections copy datetime functools heapq itertools math operator queue random re"
+MODULES += " statistics string sys"
+LEETCODE = "\n".join(
+    [f"from {name} import *" for name in STARS.split()]
+    + [f"import {name}" for name in MODULES.split()]
+    + ["from builtins import pow"]
+)
 STDIN = "Read standard input and print the answer."
 
 
@@ -300,7 +334,12 @@ def own(row: dict) -> dict:
     """A user's line: an answer, or tests."""
     tests = row.get("tests")
     if not tests:
-        return {"prompt": row["prompt"], "answer": row.get("answer")}
+        answer = row.get("answer")
+        if isinstance(answer, list) and len(answer) == 1:
+            (answer,) = answer
+        if not isinstance(answer, str | int | float | None) or isinstance(answer, bool):
+            raise LeftOut(f"its answer is no text or number but a {type(answer).__name__}")
+        return {"prompt": row["prompt"], "answer": answer}
     if not isinstance(tests, dict):
         raise LeftOut("its tests are no JSON object")
     if unknown := tests.keys() - TESTS.keys():

@@ -1,4 +1,10 @@
-"""judge. It knows nothing of the algorithm."""
+"""Grades one program after another: a process of its own, started by sandbox.py, of the standard library
+alone. It knows nothing of the algorithm.
+
+Each line of its input is [tests, program], each line of its output [verdict, values].
+Read from top to bottom: values as JSON; when two values are the same; the judge; the walls that a
+candidate runs behind; the candidate.
+"""
 
 import atexit
 import builtins
@@ -67,10 +73,15 @@ def identity(value):
 
 
 def same(want, got, atol):
-    """Equal values of equal types all through; but 2 equals 2.0, as in every benchmark."""
+    """Equal values of equal types all through; but 2 equals 2.0, as in every benchmark.
+
+    atol: how far a float may be from a wanted float, and 1e-7 of it beside. Integers are exact.
+    """
     if {type(want), type(got)} <= {int, float, complex}:  # so no bool
         if want == got or repr(want) == repr(got):  # repr for NaN
             return True
+        if type(want) is int:  # a count is right or wrong: 1000000006 is not 1000000000
+            return False
         return atol > 0 and abs(want - got) <= atol + 1e-7 * abs(want) < math.inf
     if type(want) is not type(got):
         return False
@@ -88,7 +99,8 @@ def same(want, got, atol):
 
 
 def same_text(want, got, atol):
-    """The same words on the same lines; space around words and empty lines do not count."""
+    """The same words on the same lines; space around words and empty lines do not count. Where a float
+    is wanted ("0.5", "1e-07"), another spelling of it will do, and one within atol."""
 
     def words(text):
         found = []
@@ -98,10 +110,16 @@ def same_text(want, got, atol):
 
     want, got = words(want), words(got)
     try:
-        equal = (w == g or "." in w and same(float(w), float(g), atol) for w, g in zip(want, got))
+        equal = (
+            w == g or is_float(w) and same(float(w), float(g), atol) for w, g in zip(want, got)
+        )
         return len(want) == len(got) and all(equal)
     except ValueError:  # a word that is no number
         return False
+
+
+def is_float(word):
+    return re.fullmatch(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?", word) is not None
 
 
 class Verdict(BaseException):
@@ -359,6 +377,7 @@ def candidate():
     lines = data.makefile("rb")
     task = json.loads(lines.readline())
     sys.argv = ["program.py"]
+    sys.setrecursionlimit(50_000)  # as LiveCodeBench's own grader does; the stack has 64 MB
     builtins.exit = builtins.quit = sys.exit  # by site, which we do without
     name = "__main__" if task["kind"] == "stdin" else "program"
     module = sys.modules[name] = types.ModuleType(name)
@@ -407,3 +426,12 @@ def printed(program, stdin):
         with contextlib.suppress(ValueError):  # it may be closed
             file.flush()
     return os.pread(out, os.fstat(out).st_size, 0).decode(errors="replace")
+
+
+if __name__ == "__main__":
+    sys.set_int_max_str_digits(
+        0
+    )  # here and in all that is forked: answers may be longer than 4,300
+    judge = Judge(sys.argv[1])
+    for line in sys.stdin.buffer:
+        print(json.dumps(judge.grade(*json.loads(line))), flush=True)

@@ -1,5 +1,6 @@
 """math_answers. It knows nothing of the algorithm."""
 
+import inspect
 import json
 import queue
 import re
@@ -229,7 +230,8 @@ class MathVerifier:
         if self.left_s <= 0:
             return "timed out"
         if not self.worker or self.worker.poll() is not None:
-            worker = Worker("-c", [math_worker], "math_worker()")
+            source = "import json, resource, signal, sys\n" + inspect.getsource(math_worker)
+            worker = Worker("-c", f"{source}\nmath_worker()")
             worker.stdout.readline()  # "ready"; starting is not the answer's time
             self.worker = worker
         exact = [re.sub(r"(\d*)\.(\d+)", as_fraction, side) for side in (gold, answer)]

@@ -1,61 +1,52 @@
-"""sandbox. It knows nothing of the algorithm."""
+"""Runs programs that a model wrote, walled off, and says whether they pass their tests. It knows nothing
+of the algorithm.
 
-import ast
+    trainer ---- judge: holds the tests, compares ---- zygote: holds nothing, forks
+                   |                                      |
+                   +------ inputs in, values out ----- candidate: runs the program
+
+The tests stay in a judge process (judge.py, an interpreter without torch and site-packages). A
+program runs in another, a candidate, which gets the inputs one by one and returns plain values that
+the judge compares: expected values never get there, so nothing printed, patched, raised or forged
+makes a pass. A candidate sees no other process, no network and no file but /usr, /lib and Python's own
+folder, which it can read; it has no privilege, an empty folder of 64 MB, limits of CPU time,
+memory, processes and file size, and whatever it started dies with it. Where namespaces are not to
+be had (most containers), root runs it as a user of no rights, who can harm no other process and
+read no private file, but reaches the network and public files; the stage says so once. Where that
+fails too it asks for --unsafe. What it does not keep out: bugs of the kernel, what timing tells,
+memory or disk bandwidth used up. The tests' own code is trusted: in `assert` tests it runs in the
+judge. Linux, standard library.
+"""
+
 import atexit
 import hashlib
-import inspect
 import json
 import os
 import queue
-import re
 import select
 import sys
-import textwrap
 import threading
 from functools import cache
+from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 
 from support.cli import UserError
-from support.judge import (
-    Judge,
-    Verdict,
-    candidate,
-    confine,
-    decode,
-    encode,
-    identity,
-    libc,
-    printed,
-    same,
-    same_text,
-    sweep,
-    wall_off,
-    warden,
-    zygote,
-)
 
+JUDGE = Path(__file__).with_name("judge.py")
 # CPUs that this process may use; only Linux says which.
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-# What those processes import; beside it math-verify alone, so they start fast and stay small.
-IMPORTS = """import atexit, builtins, contextlib, ctypes, json, math, os, re, resource, select
-import shutil, signal, socket, sys, tempfile, threading, time, types
-"""
-
-
 class Worker(Popen):
-    """A Python process that answers each line of JSON with one: [verdict, values] of a judge,
-    [verdict, seconds left] of a math_worker.
+    """A Python process that answers each line of JSON with one: [verdict, ...].
 
-    parts: the functions and classes that it consists of; main: code that runs them.
+    words: of its command line, behind the interpreter's name. env: its environment, by default ours.
     """
 
-    def __init__(self, flags: str, parts: list, main: str, *args: str, env: dict | None = None):
-        source = "\n".join([IMPORTS, *map(inspect.getsource, parts), main])
-        options = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL, "env": env}
+    def __init__(self, *words: str, env: dict | None = None):
+        pipes = {"stdin": PIPE, "stdout": PIPE, "stderr": DEVNULL}
         # In a session of its own, because Ctrl-C is for the trainer.
-        super().__init__([sys.executable, flags, source, *args], start_new_session=True, **options)
+        super().__init__([sys.executable, *words], start_new_session=True, env=env, **pipes)
 
     def ask(self, question: list, seconds: float) -> list:
         """Its answer; ["timed out" or "error", None] from one that is too slow or dead: it is ended."""
@@ -78,10 +69,6 @@ class Worker(Popen):
         self.communicate()
 
 
-#
-#     trainer ---- judge: holds the tests, compares ---- zygote: holds nothing, forks
-#                    |                                      |
-#                    +------ inputs in, values out ----- candidate: runs the program
 TESTS = {  # the fields of a problem's tests, and what holds where one is not given
     "kind": "call",  # or "stdin", or "assert"
     "entry": None,  # the function to test
@@ -95,54 +82,12 @@ TESTS = {  # the fields of a problem's tests, and what holds where one is not gi
 }
 
 
-def extract_program(setup: str, text: str) -> str | None:
-    """The program in a response, None if there is none; setup: of the problem's tests."""
-    completes = re.search(r"^def \w+\(", setup, re.MULTILINE)  # HumanEval: the prompt, by its body
-    # Tokenizers of SentencePiece's kind put a space before a response, which is no indentation.
-    if not completes or re.match(r" (import |from |async def |def |class |@)", text):
-        text = text.removeprefix(" ")
-    defines = re.compile(r"^(async def|def|class) ", re.MULTILINE)
-    fence = r"^ *```([^`\n]*)\n(.*?)(?:^ *```|\Z)"  # one left open runs to the end
-    blocks, programs = [], []
-    for info, block in re.findall(fence, text, re.DOTALL | re.MULTILINE):
-        if block.strip():
-            blocks.append(textwrap.dedent(block))
-            if info.strip().lower().startswith("py") or defines.search(blocks[-1]):
-                programs.append(blocks[-1])
-    if blocks:  # the last program; what is none may be its output
-        return (programs or blocks)[-1]
-    if defines.search(text):  # all from the margin on, to a fence that only closes
-        first = re.search(r"^(import |from |async def |def |class |@)", text, re.MULTILINE)
-        return re.split(r"^ *```", text[first.start() :], maxsplit=1, flags=re.MULTILINE)[0]
-    if completes:
-        body = re.split(r"^(?=\S)", text, maxsplit=1, flags=re.MULTILINE)[0]
-        return f"{setup.rstrip()}\n{body}" if body.strip() else None
-    try:
-        return text if ast.parse(text).body else None
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-
-
 MODES = {  # ways to wall programs off, best first, and what they leave open
     "root": "",
     "user": "",
     "uid": "the network, files that everyone may read, folders that everyone may write to",
     "none": "your files, your processes, the network",
 }
-
-
-# The judge runs in an interpreter of its own, without torch and site-packages.
-JUDGE_PARTS = [encode, decode, identity, same, same_text, Verdict, Judge, libc, zygote]
-
-
-JUDGE_PARTS += [wall_off, warden, sweep, confine, candidate, printed]
-
-
-JUDGE_MAIN = """
-judge = Judge(sys.argv[1])
-for line in sys.stdin.buffer:
-    print(json.dumps(judge.grade(*json.loads(line))), flush=True)
-"""
 
 
 class Sandbox:
@@ -200,9 +145,11 @@ class Sandbox:
 
     def _start(self):
         # -I would ignore the hash seed, without which the order of a set, and with it a verdict,
-        # changes from run to run; with this environment and -sS the rest is the same
+        # changes from run to run. With this environment and -sS the rest is the same; the safe path
+        # keeps the modules beside judge.py from being taken for the standard library's.
         env = {"PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "utf-8"}
-        return Worker("-sSBc", JUDGE_PARTS, JUDGE_MAIN, self.mode, env=env)
+        env |= {"TMPDIR": os.environ["TMPDIR"]} if "TMPDIR" in os.environ else {}
+        return Worker("-sSB", str(JUDGE), self.mode, env=env)
 
 
 REMEMBERED = 1 << 18  # verdicts

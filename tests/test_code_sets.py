@@ -9,6 +9,7 @@ import zlib
 import pytest
 
 import reward
+import support.datasets
 from support.cli import UserError
 from support.datasets import load_set
 
@@ -236,3 +237,50 @@ def test_apps_folders_and_packed_files(tmp_path):
 def test_another_layout_is_an_error(tmp_path):
     with pytest.raises(UserError, match="test.jsonl.*prompt.*tests"):
         load(tmp_path, "jsonl", {"question": "?"})
+
+
+def test_a_list_of_one_answer_is_that_answer(tmp_path):
+    rows = [{"prompt": "a", "answer": ["34"]}, {"prompt": "b", "answer": ["3", "4"]},
+            {"prompt": "c", "answer": {"x": 1}}, {"prompt": "d", "answer": 5}, {"prompt": "e", "answer": [7]}]  # fmt: skip
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    used, left_out = load_set("jsonl", path)
+    assert [r["answer"] for r in used] == ["34", "5", "7"]
+    assert [reason for _, reason in left_out] == [
+        "its answer is no text or number but a list", "its answer is no text or number but a dict"]  # fmt: skip
+
+
+def test_a_csv_is_a_data_set(tmp_path):
+    path = tmp_path / "own.csv"
+    tests = json.dumps({"kind": "stdin", "inputs": ["1"], "outputs": ["2"]}).replace('"', '""')
+    path.write_text(f'prompt,answer,tests\n"What is ""1"", 2\nand 3?",6,\nAdd one.,,"{tests}"\n')
+    used, left_out = load_set("jsonl", path)
+    assert left_out == [] and [r["prompt"] for r in used] == ['What is "1", 2\nand 3?', "Add one."]
+    assert used[0]["answer"] == "6" and used[1]["tests"]["outputs"] == ["2"]
+    path.write_text("prompt,answer\na,1,2\n")
+    with pytest.raises(UserError, match="own.csv:2: as many fields as in the first line"):
+        load_set("jsonl", path)
+
+
+def test_olympiadbench_names_a_tolerance(tmp_path):
+    row = {"question": "q", "context": None, "final_answer": ["3.2"], "unit": "cm", "error": "1e-1"}
+    path = tmp_path / "o.jsonl"
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row | {"error": None}) + "\n")
+    used, _ = load_set("olympiadbench", path)
+    assert used[0]["tolerance"] == 0.1 and "tolerance" not in used[1]
+
+
+def test_what_leetcode_s_users_need_not_import():
+    names = "math.inf, collections.Counter, heapq.heappop, functools.lru_cache, bisect.bisect_left, re.sub"
+    program = (
+        f"def f(x):\n    assert all([{names}, operator.add, random.random, inf, Counter, heappush, deque])\n"
+        "    xs: List[int] = [x]\n    return pow(2, 10, 1000)"
+    )
+    tests = {
+        "kind": "call",
+        "entry": "f",
+        "setup": support.datasets.LEETCODE,
+        "inputs": [[1]],
+        "outputs": [24],
+    }
+    assert reward.grade({"id": 1, "tests": tests}, program, True)[0] == "right"

@@ -4,6 +4,7 @@ import ast
 import json
 import random
 import re
+import textwrap
 from itertools import takewhile
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 import reward
 import support.embedded
 import support.records
+import support.sandbox
 from reward import grade
 
 MATH = support.embedded.TASKS["math"]
@@ -206,3 +208,41 @@ def test_every_stage_with_programs(tmp_path, monkeypatch):
     row = json.loads((tmp_path / "run/summary.json").read_text())["sets"]["jsonl"]
     assert 0 <= row["maj"] <= row["pass@16"] <= 1
     assert row["verdicts"].keys() <= {"right", "wrong", "no answer", "error"}
+
+
+def test_the_share_of_tests_as_reward_says_it(monkeypatch):
+    """The lines of reward.py's docstring, in one run of the program."""
+    lines = reward.__doc__.split("in one run of it:")[1]
+    code, runs = {}, []
+    exec(textwrap.dedent(lines), vars(reward) | code, code)  # noqa: S102
+    box = support.sandbox.sandbox(True)
+    usual = box.run
+    monkeypatch.setattr(box, "run", lambda *job: runs.append(job) or usual(*job))
+    monkeypatch.setattr(reward, "reward", code["reward"])
+    code["reward"].__globals__["sandbox"] = lambda unsafe: box
+    tests = {"kind": "call", "entry": "f", "inputs": [[1], [2], [3]], "outputs": [1, 4, 9]}
+    problem = {"id": "p", "answer": None, "tests": tests}
+
+    def graded(text):
+        return reward.judged(problem, text, True, True)
+
+    some, all_right = (
+        graded("def f(x): return 2 * x if x == 2 else 1"),
+        graded("def f(x): return x * x"),
+    )
+    assert some["reward"] == pytest.approx(2 / 3) and all_right["reward"] == 1
+    assert (some["verdict"], some["correct"]) == ("wrong", False)
+    assert (all_right["verdict"], all_right["correct"]) == ("right", True)
+    assert len(runs) == 2  # one a response
+    assert graded("no program at all, sorry.")["verdict"] == "no answer"
+
+
+@pytest.mark.parametrize(
+    "answer, verdict",
+    [("3.2", "right"), ("3.27 cm", "right"), ("3.3", "right"), ("3.31", "wrong"), ("3.1 km", "wrong"),
+     ("-3.2", "wrong"), ("x", "wrong")],
+)  # fmt: skip
+def test_an_answer_within_the_tolerance_of_a_problem_is_right(answer, verdict):
+    problem = {"id": "o", "answer": r"3.2 \\text{ cm}", "tests": None, "tolerance": 0.1}
+    assert grade(problem, rf"So \\boxed{{{answer}}}")[0] == verdict
+    assert grade(problem | {"tolerance": None}, r"So \\boxed{3.27}")[0] == "wrong"

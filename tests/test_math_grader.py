@@ -17,6 +17,7 @@ import pytest
 
 import reward
 import support.math_answers
+from support.cli import UserError
 from support.math_answers import (
     MathVerifier,
     compare,
@@ -438,7 +439,12 @@ def test_one_function_is_the_reward_of_every_stage(monkeypatch):
     monkeypatch.setattr(reward, "reward", lambda problem, text, unsafe: len(text) / 10)
     graded = reward.grade_ids(Words(), problems, responses, False)
     assert [g["reward"] for g in graded] == [0.6, 0.6, 0]
-    assert [g["verdict"] for g in graded] == ["right", "wrong", "right"]
+    assert [g["verdict"] for g in graded] == ["wrong", "wrong", "right"]  # right is reward 1 alone
+    assert not any(g["correct"] for g in graded)
+    for value in (1.5, -0.5, float("nan"), None, "1"):
+        monkeypatch.setattr(reward, "reward", lambda *_, value=value: value)
+        with pytest.raises(UserError, match=f"reward.py: reward.. gave {value!r} for problem 1"):
+            reward.grade_ids(Words(), problems, responses, False)
 
 
 def test_a_response_that_was_cut_off_is_not_asked_about(monkeypatch):

@@ -5,6 +5,7 @@ import glob
 import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import pytest
 
 from support.cli import UserError
 from support.judge import decode, encode, same, same_text
-from support.sandbox import Sandbox, Worker, extract_program
+from support.programs import extract_program
+from support.sandbox import Sandbox, Worker
 
 ROOT = os.getuid() == 0
 NONCE = secrets.token_hex(4)  # names the processes and files of this run
@@ -321,6 +323,9 @@ def python_for(mode):
 def sandbox(request):
     patch = pytest.MonkeyPatch()
     patch.setattr(sys, "executable", python_for(request.param))
+    own = tempfile.mkdtemp()  # of these judges: what others do in /tmp is no matter of ours
+    os.chmod(own, 0o711)
+    patch.setenv("TMPDIR", own)
     try:
         with started(1, unsafe=True, modes=[request.param]) as sandbox:
             yield sandbox
@@ -328,6 +333,7 @@ def sandbox(request):
         pytest.skip(f"mode {request.param} is not to be had on this machine by this user")
     finally:
         patch.undo()
+        shutil.rmtree(own)
 
 
 @contextlib.contextmanager
@@ -391,7 +397,6 @@ def test_case(sandbox, name):
         program = STRAY + program
     judge = sandbox._judges.get()
     sandbox._judges.put(judge)
-    boxes = set(glob.glob(tempfile.gettempdir() + "/*"))
     begin = time.monotonic()
     (verdict,) = verdicts(sandbox, [(tests, program)])
     assert time.monotonic() - begin < 60
@@ -399,7 +404,7 @@ def test_case(sandbox, name):
     assert judge.poll() is None, "the judge has died"
     while left := stragglers(judge):  # a candidate's warden says that it is gone, and then goes
         assert time.monotonic() - begin < 61, left
-    while left := set(glob.glob(tempfile.gettempdir() + "/tmp*")) - boxes:  # or somebody else's
+    while left := glob.glob(os.environ["TMPDIR"] + "/*"):  # of the judges alone
         assert time.monotonic() - begin < 13, left
     assert verdicts(sandbox, [(SQUARE, f"{GOOD}# {name}")]) == ["right"]
 
@@ -555,7 +560,7 @@ def test_the_trainer_is_told_when_nothing_is_walled_off(capsys):
 
 def test_nothing_survives_a_trainer_that_is_killed(tmp_path):
     code = (
-        "from reward import Sandbox\n"
+        "from support.sandbox import Sandbox\n"
         f"Sandbox(1, unsafe=True).run({SQUARE!r} | {{'seconds': 60}}, {STRAY + 'time.sleep(99)'!r})"
     )
     trainer = subprocess.Popen([sys.executable, "-c", code])
@@ -610,6 +615,8 @@ def test_speed():
         ({1, 2}, {2, 1}, 0, True), ({1}, {True}, 0, False), ({1}, frozenset({1}), 0, False), (b"1", "1", 0, False),
         (1.0, 1.0 + 1e-7, 0, False), (1.0, 1.0 + 1e-7, 1e-6, True), (1.0, 1.1, 1e-6, False), (1j, 1j + 1e-9, 1e-6, True),
         ([0.1], [0.1 + 1e-9], 1e-6, True), (float("nan"), float("nan"), 0, True), (1.0, float("nan"), 1e-6, False),
+        (1000000006, 1000000000, 1e-6, False), (1000000006, 1000000006.0, 1e-6, True), ([20000001], [20000002], 1e-6, False),
+        (20000001.5, 20000002.5, 1e-6, True), ({"a": 20000001}, {"a": 20000002}, 1e-6, False), (5, 5.0000001, 1e-6, False),
         ({1, 2}, {1.0, 2.0}, 0, True), ({1: 2}, {1.0: 2}, 0, True), ({True}, {1}, 0, False), ({(1, 2)}, {(1, 2.0)}, 0, True),
         ({frozenset([0, 8])}, {frozenset([8, 0])}, 0, True), ({float("nan"): 1}, {float("nan"): 1}, 0, True),
         ({1: 0.5}, {1: 0.6}, 0, False), ({1, 2}, {1, 3}, 0, False),
@@ -641,6 +648,7 @@ def test_encode_refuses_what_has_code_of_its_own():
         ("1 2\n3\n", "1 2\n3", 0, True), ("1 2\n3\n", " 1  2 \n\n3\r\n", 0, True), ("1 2 3", "1 2\n3", 0, False),
         ("1", "1.0", 0, False), ("0.5", "0.50", 0, True), ("0.5", "0.5000001", 1e-6, True), ("0.5", "0.51", 1e-6, False),
         ("10000000", "10000001", 1e-6, False), ("0.5", "nan", 1e-6, False), ("x.y", "z", 1e-6, False), ("", "", 0, True),
+        ("1e-07", "0.0000001", 0, True), ("1e-07", "0.0000002", 0, False), ("1E5", "100000", 1e-6, True), ("1e5x", "100000", 0, False),
         ("YES", "yes", 0, False), ("a\nb", "a", 0, False),
     ],
 )  # fmt: skip
@@ -674,12 +682,53 @@ SIGNATURE = 'from typing import List\n\n\ndef f(x: int) -> int:\n    """Double x
         (SIGNATURE, "    return 2 * x\n\nprint(f(1))", SIGNATURE + "    return 2 * x\n\n"),
         (SIGNATURE, "def f(x):\n    return 2 * x", "def f(x):\n    return 2 * x"),
         (SIGNATURE, "I do not know.", None),
+        # the last block is its tests, its output, or an example: the one before is the program
+        ("", "```python\ndef f(x): return 1\n```\nTests:\n```python\nassert f(1) == 1\n```", "def f(x): return 1\n"),
+        ("", "```python\ndef f(x): return 1\n```\n```python\nprint(f(2))\n```", "def f(x): return 1\n"),
+        ("", "```python\ndef f(x): return 1\n```\n```python\ndef test_f():\n    assert f(1) == 1\n\ntest_f()\n```", "def f(x): return 1\n"),
+        ("", "```python\ndef f(x): return 1\n```\n```pycon\n>>> f(2)\n1\n```", "def f(x): return 1\n"),
+        ("", "```pycon\n>>> x = 1\n>>> print(x)\n1\n```", "x = 1\nprint(x)\n"),
+        ("", "```python\nn = int(input())\nprint(n)\n```\n```python\nprint(int(input()) + 1)\n```", "print(int(input()) + 1)\n"),
+        ("", "~~~python\ndef f(x): return 1\n~~~\nDone.", "def f(x): return 1\n"),
+        ("", "The code is ```python\ndef f(x): return 1\n```\nDone.", "def f(x): return 1\n"),
+        ("", "```python\ndef f(x):\n    return 1```\nDone.", "def f(x):\n    return 1\n"),
+        ("", "<think>Try ```python\ndef f(x): return 0\n\nno.</think>\n```python\ndef f(x): return 1\n```", "def f(x): return 1\n"),
+        ("", "```python\ndef f(x): return 0\n\nWait, better:\n\n```python\ndef f(x): return 1\n```", "def f(x): return 1\n"),
+        ("", '```python\ndef f(x):\n    """\n    ```\n    f(1)\n    ```\n    """\n    return 1\n```\nDone.',
+         'def f(x):\n    """\n    ```\n    f(1)\n    ```\n    """\n    return 1\n'),
+        (SIGNATURE, "```python\n    return 2 * x\n```", SIGNATURE + "    return 2 * x\n"),
+        (SIGNATURE, "```python\nreturn 2 * x\n```", SIGNATURE + "    return 2 * x\n"),
+        ("", "```python\ndef g(x): return 1\n```\nThen:\n```python\ndef f(x): return g(x)\n```",
+         "def g(x): return 1\ndef f(x): return g(x)\n"),
+        ("", "```python\ndef g(x): return 1\nprint(g(2))\n```\n```python\ndef f(x): return 3\n```", "def f(x): return 3\n"),
         # as Llama 2 begins a response: the space is no indentation, but of a body it is
         ("", " def f(x):\n    return 1\n\ndef g(): pass", "def f(x):\n    return 1\n\ndef g(): pass"),
         ("", " n = int(input())\nprint(n)", "n = int(input())\nprint(n)"),
         (SIGNATURE, " def f(x):\n    return 2 * x", "def f(x):\n    return 2 * x"),
         (SIGNATURE, " y = 2 * x\n return y", SIGNATURE + " y = 2 * x\n return y"),
     ],
-)
+)  # fmt: skip
 def test_extract_program(setup, text, program):
     assert extract_program(setup, text) == program
+
+
+def test_the_function_that_is_tested_says_which_block_is_the_program():
+    text = "```python\ndef f(x): return g(x)\ndef g(x): return x\n```\n```python\ndef main():\n    f(1)\n\ndef show(y): print(y)\n```"
+    assert extract_program("", text, "f").startswith("def f(x)")
+    assert extract_program("", text).endswith("def show(y): print(y)\n")
+    leetcode = "```python\nclass Solution:\n    def f(self, x): return x\n```\n```python\ns = Solution()\nclass T: pass\n```"
+    assert extract_program("", leetcode, "f").startswith("class Solution")
+
+
+def test_deep_recursion_and_long_integers():
+    deep = "def f(x): return 0 if x == 0 else 1 + f(x - 1)"
+    memo = "from functools import lru_cache\n@lru_cache(None)\n" + deep
+    long = "def f(x): return 10 ** x"
+    tests = LARGE | {"entry": "f", "inputs": [[5000]], "outputs": [5000]}
+    power = LARGE | {"entry": "f", "inputs": [[5000]], "outputs": [10**5000]}
+    read = LARGE | {"kind": "stdin", "inputs": ["1" * 5000], "outputs": ["1" * 4999 + "2"]}
+    jobs = [(tests, deep), (tests, memo), (power, long), (read, "print(int(input()) + 1)")]
+    wrong = [(power, "def f(x): return 10 ** x + 1"), (read, "print(int(input()) + 2)")]
+    with started(1, unsafe=True) as sandbox:
+        assert verdicts(sandbox, jobs) == ["right"] * 4
+        assert verdicts(sandbox, wrong) == ["wrong"] * 2
