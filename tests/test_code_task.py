@@ -243,6 +243,6 @@ def test_the_share_of_tests_as_reward_says_it(monkeypatch):
      ("-3.2", "wrong"), ("x", "wrong")],
 )  # fmt: skip
 def test_an_answer_within_the_tolerance_of_a_problem_is_right(answer, verdict):
-    problem = {"id": "o", "answer": r"3.2 \\text{ cm}", "tests": None, "tolerance": 0.1}
-    assert grade(problem, rf"So \\boxed{{{answer}}}")[0] == verdict
-    assert grade(problem | {"tolerance": None}, r"So \\boxed{3.27}")[0] == "wrong"
+    problem = {"id": "o", "answer": r"3.2 \text{ cm}", "tests": None, "tolerance": 0.1}
+    assert grade(problem, rf"So \boxed{{{answer}}}")[0] == verdict
+    assert grade(problem | {"tolerance": None}, r"So \boxed{3.27}")[0] == "wrong"
