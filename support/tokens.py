@@ -65,13 +65,13 @@ class Codec:
         """The text of each node of a tree of ids; along a path they join to the text of its ids.
 
         parents (K,): -1 or an earlier node. ends (K,): nothing follows this node. Of a character
-        whose bytes are in two nodes the whole character stands in the second. The root's bytes are
-        its own, since a prompt is no part of a response.
+        whose bytes are in two nodes the whole character stands in the second. But none goes from the
+        root, the prompt, into a response.
         """
         texts, pending = [], []  # pending: a node's bytes that are no whole character yet
         for parent, node, last in zip(parents, ids, ends):
             decoder = codecs.getincrementaldecoder("utf-8")("replace")
-            before = pending[parent] if parent > 0 else b""
+            before = pending[parent] if parent >= 0 else b""
             data = before + b"".join(self.bytes[i] for i in node)
             texts.append(decoder.decode(data, final=last or parent < 0))
             pending.append(decoder.getstate()[0])

@@ -200,11 +200,13 @@ def test_a_critic_of_another_tokenizer_reads_what_was_said(name):
     assert record_tree(record, [True] * 4, lm).ids[0] == codec.prompt_ids(texts[0])
 
 
-def test_unknown_tokens_are_counted():
-    words = tk.Tokenizer(tk.models.WordLevel({"<unk>": 0, "</s>": 1, "go": 2, "\n": 3}, "<unk>"))
-    words.pre_tokenizer = tk.pre_tokenizers.Split(tk.Regex(r"\w+|\n"), "isolated")
-    codec = Codec(wrapped(words), "it", None, 4)
+def test_unknown_tokens_are_counted_and_blanks_before_signs_kept():
+    words = tk.Tokenizer(tk.models.WordLevel({"<unk>": 0, "go": 1, "\n": 2, " .": 3}, "<unk>"))
+    words.pre_tokenizer = tk.pre_tokenizers.Split(tk.Regex(r"\w+|\n| \."), "isolated")
+    words.decoder = tk.decoders.Fuse()
+    codec = Codec(wrapped(words, clean_up_tokenization_spaces=True), "it", None, 4)
     assert codec.unknown(codec.ids("go home\ngo west\n")) == 4  # "home", "west" and the spaces
+    assert codec.text(codec.ids("go .\ngo")) == "go .\ngo"
 
 
 def test_a_prompt_has_a_bos_and_no_eos():
