@@ -1,7 +1,9 @@
 """What is said of memory and hours before a run: against a small model that is measured here."""
 
 import os
+import re
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
@@ -251,5 +253,17 @@ def test_hours_by_hand():
     two_packs = support.memory.Work(actor_step=16384, training=22_200 * 1.5 / 7.6)
     slow, fast = [support.memory.hours(1.5e9, 1, o, two_packs)["actor"] for o in (True, False)]
     assert slow / fast == pytest.approx(2.8, abs=0.1)
+    # The page of the paper's tables says what the function says.
+    page = (Path(__file__).parents[1] / "benchmarks" / "PAPER.md").read_text()
+    rows = re.findall(
+        r"^\|[^|]+\| ([\d.]+) \| `?(--[^`|]*)?`? ?\| ([\d.]+) \|$", page, re.MULTILINE
+    )
+    assert len(rows) == 7
+    for billions, flags, said in rows:
+        (told,) = hf.HfArgumentParser(support.memory.Work).parse_args_into_dataclasses(
+            flags.split()
+        )
+        found = support.memory.hours(float(billions) * 1e9, 8, False, told)
+        assert sum(found.values()) == pytest.approx(float(said), abs=0.06), flags
     smaller = support.memory.hours(3.8e9, 1, False, work)
     assert sum(smaller.values()) == pytest.approx(sum(one.values()) / 2)
