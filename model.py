@@ -24,7 +24,8 @@ import transformers
 from support.architectures import check_attention, checkpoint_layers, refuse_dropout
 from support.attention import attend, forward_pack, on_cuda, pack_hidden
 from support.cli import UserError, first_line
-from support.distributed import is_sharded, rank, whole_state
+from support.distributed import in_turns, is_sharded, rank, whole_state, world
+from support.memory import loaders
 from support.packing import Pack
 from support.records import misfit
 from support.tokens import Codec
@@ -58,8 +59,10 @@ def load_lm(
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         config = transformers.AutoConfig.from_pretrained(path).get_text_config()
         if weights:
-            model = read_weights(path, torch.float32 if train else getattr(torch, dtype))
-            model = model.to(device).eval()
+            kind = torch.float32 if train else getattr(torch, dtype)
+            read = lambda: read_weights(path, kind).to(device).eval()
+            # Several processes would fill the host's memory with copies that are on cards soon.
+            model = in_turns(read, loaders(config)) if device == "cuda" and world() > 1 else read()
             config, generation = model.config.get_text_config(), model.generation_config
         else:
             generation = read_generation_config(path, config)

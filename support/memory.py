@@ -31,13 +31,14 @@ def memory(
     offload: bool,
     tree_tokens: int = 0,
     on_host: int = 0,
+    at_once: int = 0,
 ) -> dict[str, dict[str, int]]:
     """{stage: {part: bytes}} of one card, of a host, and of the disk.
 
     columns: of a row of the key/value cache (prompt and response); tokens of a pack; rows decoded
     at once; cards: that the weights are sharded over, on_host: how many of them one host has, by
-    default all; tree_tokens: of the trees that are read. Training is in bfloat16 with checkpointed
-    layers.
+    default all, at_once: how many of those load at once, by default all; tree_tokens: of the trees
+    that are read. Training is in bfloat16 with checkpointed layers.
     """
     on_host = on_host or cards
     model, config = empty_model(config), config.get_text_config()
@@ -77,7 +78,7 @@ def memory(
     }
     # Each process reads the whole model, which is then sharded.
     loading = {} if alone else {"the whole weights, in float32": 4 * count}
-    host = {"weights of every process, as they are loaded": 4 * count * on_host}
+    host = {"weights of every process, as they are loaded": 4 * count * (at_once or on_host)}
     if offload:
         shard = sum(pinned_bytes(p.shape, cards) for p in model.parameters())
         moments = 8 * count * on_host // cards
@@ -125,6 +126,13 @@ def host_memory(groups=Path("/proc/self/cgroup"), root=Path("/sys/fs/cgroup")) -
     return least
 
 
+def loaders(config) -> int:
+    """How many processes of a machine load a model at once, in half of its memory: each reads whole
+    weights in float32 before they are on its card."""
+    one = sum(4 * p.numel() for p in empty_model(config).parameters())
+    return max(1, int(host_memory() // (2 * one)))
+
+
 def config_of(path: str):
     """The config of a folder or hub id; UserError if there is none."""
     try:
@@ -160,8 +168,9 @@ def require_memory(
         return numbers[0]
     config = config_of(path)
     tree_tokens = sum(len(node["ids"]) for record in records for node in record["nodes"])
+    on_host, at_once = local_world(), min(local_world(), loaders(config))
     for cards in numbers:
-        found = memory(config, 0, tokens, 0, cards, offload, tree_tokens, local_world())
+        found = memory(config, 0, tokens, 0, cards, offload, tree_tokens, on_host, at_once)
         wrong = shortage(found, card, offload)
         if not wrong:
             return cards
