@@ -4,7 +4,7 @@
         --samples runs/demo/iter1/samples.jsonl --out runs/demo/iter1/trees.jsonl
 
 Reads:  samples.jsonl, its problems, and the actor that drew it.
-Writes: trees.jsonl, a step tree a problem (node 0: the prompt, by its text; tokens: generated for it)
+Writes: trees.jsonl, a step tree per problem (node 0: the prompt, by its text; tokens: generated for it)
     {"id": "demo/train/17", "prompt": "..", "prompt_ids": [1, 9], "tokens": 812, "nodes": [
      {"parent": -1, "ids": [], "text": "..", "draws": 0, "n": 16, "wins": 9, "reward": null,
       "labelled": true}]}
@@ -17,10 +17,12 @@ leads to a leaf, made if it is not there yet; it is counted, and the walk ends. 
 an unbiased draw at every state that it passes, and the children's draws of a labelled state sum to
 its n.
 
-Departures from the paper:
+Departures from the paper, by default:
  1. States that several kept responses share are labelled once.
  2. A completion counts at the deeper kept states that it passes, so those need fewer of their own:
     only m - n.
+
+Beyond the paper, off by default:
  3. --whole_draws wastes no draw: all responses are in the tree and count (all of them are a fair
     sample, only the kept ones are not), and of responses and completions every step, not the first
     one alone, is an action that leads to a state. With --m 0 no completion is drawn at all: the
@@ -49,7 +51,7 @@ class Settings:
     problems: str = flag("the problems that the samples are of")
     samples: str = flag("samples.jsonl from sample.py")
     out: str = flag("trees.jsonl to write")
-    m: int = flag("completions a state; 0 with --whole_draws: none", 16)
+    m: int = flag("completions per state; 0 with --whole_draws: none", 16)
     whole_draws: bool = flag("count all responses, and every step of a completion", False)
     max_new: int = flag("length limit of a whole response in tokens", 2048)
     batch: int = flag("rows decoded at once, at least 16", 256)
@@ -61,7 +63,7 @@ class Settings:
 
 
 class StepTree:
-    """One problem's nodes while they are counted: the lists below have an item a node.
+    """One problem's nodes while they are counted: the lists below have one item per node.
 
     whole_draws: every step that is drawn leads to a state, not those of kept responses alone.
     """
@@ -110,30 +112,32 @@ class StepTree:
             self.followed[v] = True
             self.followed_below[self.nodes[v]["parent"]].append(v)
 
-    def count_draw(self, v: int, ids: list[int], cut, reward: float):
+    def count_draw(self, v: int, ids: list[int], split_steps, reward: float):
         """Count one draw at node v, a completion or response, and at every state that it passes.
 
-        cut: LM.step_ends. A blank line joins the step before it, so where "a\\n" and "a\\n\\n" are both
-        states, a draw "a\\n\\nb" passes both, though its own cut takes the second alone. It counts at
+        split_steps: LM.step_ends. A blank line joins the step before it, so where "a\\n" and "a\\n\\n" are both
+        states, a draw "a\\n\\nb" passes both, though its own steps take the second alone. It counts at
         both: only if every draw counts at each state whose tokens begin it, is it an unbiased one
-        there. New states are made along the draw's own cut only.
+        there. New states are made along the draw's own steps only.
         """
-        waiting = [(v, ids, True)]  # node, what is drawn from there, did the own cut lead there
+        waiting = [
+            (v, ids, True)
+        ]  # node, what is drawn from there, did the draw's own steps lead there
         while waiting:
-            v, ids, by_own_cut = waiting.pop()
+            v, ids, by_own_steps = waiting.pop()
             self._count(v, reward)
-            end = cut(ids)[0]
+            end = split_steps(ids)[0]
             last = end == len(ids)
             child = self.step(v, ids[:end], reward if last else None)
             self.nodes[child]["draws"] += 1
-            if self.whole_draws and by_own_cut and not last:
+            if self.whole_draws and by_own_steps and not last:
                 self._follow(child)
             if last or not self.followed[child]:
                 self._count(child, reward)
             for u in reversed(self.followed_below[v]):
                 size = len(self.nodes[u]["ids"])
                 if size < len(ids) and ids[:size] == self.nodes[u]["ids"]:
-                    waiting.append((u, ids[size:], by_own_cut and u == child))
+                    waiting.append((u, ids[size:], by_own_steps and u == child))
 
     def _count(self, v: int, reward: float):
         self.nodes[v]["n"] += 1
@@ -171,23 +175,13 @@ class StepTree:
         return whole | {"tokens": self.tokens, "nodes": self.nodes}
 
 
-def plant(sampled: dict, cut, whole_draws: bool) -> StepTree:
-    """The tree of a problem's responses, all in it before the first completion.
-
-    Kept responses choose the states and are not counted. whole_draws: all responses are in it and
-    count, which is unbiased as long as none is left out for its outcome. cut: LM.step_ends.
-    """
-    tree = StepTree(sampled["prompt_ids"], whole_draws)
-    responses = [
-        (k, response) for k, response in enumerate(sampled["responses"]) if response["ids"]
-    ]
-    for k, response in responses:
-        kept = k in sampled["kept"]
-        if kept or whole_draws:
-            tree.put_in(response["ids"], response["ends"], response["reward"], to_label=kept)
-    if whole_draws:
-        for _, response in responses:
-            tree.count_draw(0, response["ids"], cut, response["reward"])
+def tree_from_responses(sampled: dict) -> StepTree:
+    """The tree of a problem's kept responses, all in it before the first completion. They choose the
+    states to label and are not counted."""
+    tree = StepTree(sampled["prompt_ids"])
+    for k in sampled["kept"]:
+        response = sampled["responses"][k]
+        tree.put_in(response["ids"], response["ends"], response["reward"])
     return tree
 
 
@@ -254,6 +248,27 @@ def label(lm: LM, sampler, problems: list[dict], trees: list[StepTree], s: Setti
             tree.count_draw(row.node, ids, partial(checked_step_ends, lm), grade["reward"])
 
 
+# ------------------------------------------------------------ beyond the paper (off by default)
+
+
+def tree_from_all_draws(sampled: dict, split_steps) -> StepTree:
+    """--whole_draws: the tree of all responses, kept or not. They count, which is unbiased as long as
+    none is left out for its outcome; only the kept ones' states are completed. split_steps:
+    LM.step_ends."""
+    tree = StepTree(sampled["prompt_ids"], whole_draws=True)
+    responses = [r for r in sampled["responses"] if r["ids"]]
+    kept = [sampled["responses"][k] for k in sampled["kept"]]
+    for response in responses:
+        is_kept = any(response is other for other in kept)
+        tree.put_in(response["ids"], response["ends"], response["reward"], to_label=is_kept)
+    for response in responses:
+        tree.count_draw(0, response["ids"], split_steps, response["reward"])
+    return tree
+
+
+# ------------------------------------------------------------ the stage
+
+
 def stage(s: Settings):
     require_single_process("label_steps.py")
     if s.m == 0 and not s.whole_draws:
@@ -284,8 +299,11 @@ def stage(s: Settings):
     def process(chunk: list[dict], progress) -> list[dict]:
         for record in chunk:
             require_relative_split(lm, record)
-        cut = partial(checked_step_ends, lm)
-        trees = [plant(record, cut, s.whole_draws) for record in chunk]
+        if s.whole_draws:
+            split_steps = partial(checked_step_ends, lm)
+            trees = [tree_from_all_draws(record, split_steps) for record in chunk]
+        else:
+            trees = [tree_from_responses(record) for record in chunk]
         owners = [problems[record["id"]] for record in chunk]
         if s.m:
             label(lm, sampler, owners, trees, s, progress)

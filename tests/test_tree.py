@@ -280,7 +280,10 @@ def grow(bandit: Bandit, rng, n1=12, n=4, m=5, whole_draws=False):
         for size, end in zip([0, *ends], ends):  # how what is left of it is cut
             cuts[tuple(ids[size:])] = [e - size for e in ends if e >= end]
     sampled = {"prompt_ids": [1, 2], "kept": chosen, "responses": responses}
-    tree = label_steps.plant(sampled, lambda rest: cuts[tuple(rest)], whole_draws)
+    if whole_draws:
+        tree = label_steps.tree_from_all_draws(sampled, lambda rest: cuts[tuple(rest)])
+    else:
+        tree = label_steps.tree_from_responses(sampled)
     log = [((), steps, reward) for steps, reward in drawn] if whole_draws else []
     for level in tree.levels():
         for v in level:
@@ -584,7 +587,7 @@ def planted(responses: list[tuple[list[int], int]]) -> StepTree:
     """The tree of whole draws of some responses, (ids, reward) each, where token 1 is a blank line."""
     cut = lambda rest: LM.step_ends(BLANK, rest)
     rows = [{"ids": ids, "ends": cut(ids), "reward": reward} for ids, reward in responses]
-    return label_steps.plant({"prompt_ids": [9], "kept": [], "responses": rows}, cut, True)
+    return label_steps.tree_from_all_draws({"prompt_ids": [9], "kept": [], "responses": rows}, cut)
 
 
 def test_whole_draws_where_blank_lines_are_tokens_make_no_more_nodes_than_steps():
