@@ -1,47 +1,78 @@
-r"""Evaluate an actor: accuracy, paired comparison; the report of a run.
+r"""Evaluate an actor: greedy accuracy, and how far it is above another on the same problems.
 
     python evaluate.py --actor runs/demo/iter1/actor --problems runs/demo/test.jsonl \
         --out runs/demo/iter1/eval.jsonl --against runs/demo/iter0/eval.jsonl --samples 8
+    python evaluate.py --compare runs/demo runs/beta/iter1/eval.jsonl     # a row each
     python evaluate.py --report runs/demo        # table, pictures and a page of a whole run
 
 Reads:  problems (several sets: comma separated), an actor, and another actor's eval.jsonl.
-Writes: eval.jsonl, a line a problem (the greedy response), and summary.json beside it
-    {"id": "demo/test/17", "text": "..", "prediction": "18", "correct": true,
+Writes: eval.jsonl, a line per problem (the greedy response), and summary.json beside it
+    {"id": "demo/test/17", "text": "..", "prediction": "18", "correct": true, "reward": 1,
      "verdict": "right", "finished": true,
-     "sampled": [{"text": "..", "prediction": "18", "correct": true}]}
---report loads no model. It writes into the run's folder report.png (the course of training),
+     "sampled": [{"text": "..", "prediction": "18", "correct": true, "reward": 1}]}
+
+"correct" is full reward, and accuracy the share of correct responses: zero-shot, greedy, with the
+model's own chat template. Where a reward is neither 0 nor 1, the mean reward stands beside it.
+--samples adds responses at temperature 1: their accuracy, pass@k (unbiased), maj@k.
+
+A problem with a "number" (the embedded --task parity) can be answered right by luck. Its responses
+have "reasoned" too: is the last number that the response names the true one?
+
+Two actors are compared on the same problems: exact McNemar test, paired bootstrap interval.
+--compare takes eval.jsonl files, or run folders for their last iteration, and pairs each with the
+first. --report loads no model. It writes into the run's folder report.png (the course of training),
 solution.png (one response, its steps coloured by advantage), tree.png (one small step tree) and
 report.html (all of these and 20 problems to browse, in one file that needs no network).
-
-Accuracy is zero-shot and greedy; mean@k, pass@k (unbiased) and maj@k come from --samples at
-temperature 1. Two actors are compared on the same problems: exact McNemar test, paired bootstrap
-interval.
 """
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from pathlib import Path
+from statistics import mean
 
 from model import LM, checked_step_ends, load_lm
 from sample import respond
 from support.cli import Progress, UserError, flag, main
 from support.distributed import all_gather, join, rank, world
 from support.records import misfit, read_jsonl, replace
-from support.report import percents, report
+from support.report import (
+    TABLE_KEY,
+    aligned,
+    evaluation_words,
+    iterations,
+    report,
+    table,
+    table_row,
+)
 from support.sampler import Sampler, require_single_process
 from support.server import Server
-from support.stage import Output, actor_facts, stated_by, tokenizer_facts
+from support.stage import Output, actor_facts, read_manifest, stated_by, tokenizer_facts
 from support.stats import majority, paired, pass_at, wilson
 from train_critic import load_critic, tree_values
 
+# ------------------------------------------------------------ accuracy, and a paired comparison
+
+
+def reasoned(problem: dict, text: str) -> bool:
+    """Is the last whole number in a response the problem's "number"?
+
+    number "14", "Ben: 7 * 2 = 14\nThe answer is even." -> True
+    """
+    numbers = re.findall(r"-?\d+", text)
+    return bool(numbers) and numbers[-1] == str(problem["number"])
+
 
 def summarise(lines: list[dict], other: dict[str, dict]) -> dict:
-    """The figures of one test set from its lines of eval.jsonl.
+    """The figures of one test set from its lines of eval.jsonl; other: another actor's, by id.
 
-    cut_off, unparsed    shares of the greedy responses without an end, and without an answer
-    sampled, k           share of right ones among the k responses a problem at temperature 1
-    against              the difference to `other`, another actor's lines by id (`paired`)
+    accuracy, interval      share of right greedy responses, and its Wilson 95 % interval
+    cut_off, unparsed       shares of the greedy responses without an end, and without an answer
+    sampled, k              share of right ones of the k responses per problem at temperature 1
+    reward, reward_sampled  mean rewards, where some reward is neither 0 nor 1
+    reasoning, reasoning_sampled    shares of responses that reasoned right, where that is known
+    against                 the difference to the other actor: `paired`, greedy and sampled
     """
     n, k = len(lines), len(lines[0]["sampled"])
     right = sum(line["correct"] for line in lines)
@@ -59,15 +90,59 @@ def summarise(lines: list[dict], other: dict[str, dict]) -> dict:
             draws *= 2
         if "by_critic" in lines[0]:
             row["best_of_k_by_critic"] = sum(line["by_critic"] for line in lines) / n
+    drawn = [response for line in lines for response in line["sampled"]]
+    partial = any(response["reward"] not in (0, 1) for response in lines + drawn)
+    for name, responses in (("", lines), ("_sampled", drawn)):
+        if partial and responses:
+            row[f"reward{name}"] = mean([response["reward"] for response in responses])
+        if known := [response["reasoned"] for response in responses if "reasoned" in response]:
+            row[f"reasoning{name}"] = mean(known)
     if other:
         old = [other[line["id"]] for line in lines]
         greedy = paired([line["correct"] for line in lines], [line["correct"] for line in old])
         row["against"] = {"greedy": greedy}
-        if k and len(old[0]["sampled"]) == k:
-            before = [sum(r["correct"] for r in line["sampled"]) / k for line in old]
+        if k and old[0]["sampled"]:
+            before = [mean([r["correct"] for r in line["sampled"]]) for line in old]
             rates = paired([w / k for w in wins], before)
             row["against"]["sampled"] = {key: rates[key] for key in ("difference", "interval")}
     return row
+
+
+EVALUATED = {"correct": bool, "reward": int | float, "verdict": str, "finished": bool}
+EVALUATED |= {"sampled": [{"correct": bool, "reward": int | float}]}
+
+
+def read_evaluation(path) -> dict[str, dict]:
+    """The lines of an eval.jsonl by id."""
+    lines = {line["id"]: line for line in read_jsonl(path)}
+    for name, line in lines.items():
+        if field := misfit(line, EVALUATED):
+            raise UserError(f"{path}: {name}: no {field}; pass an eval.jsonl of evaluate.py")
+    return lines
+
+
+def compare(names: list[str]):
+    """--compare: print a row per eval.jsonl, paired against the first one."""
+    paths = []
+    for name in map(Path, names):
+        found = iterations(name, "eval.jsonl") if name.is_dir() else [name]
+        if not found:
+            raise UserError(f"{name}: no iter*/eval.jsonl; pass a run folder, or an eval.jsonl")
+        paths.append(found[-1])
+    first, rows = read_evaluation(paths[0]), []
+    for path in paths:
+        lines = read_evaluation(path)
+        if lines.keys() != first.keys() or problems_of(path) != problems_of(paths[0]):
+            raise UserError(f"{path}: not on the problems of {paths[0]}; evaluate both on the same")
+        row = summarise([lines[i] for i in first], first if rows else {})
+        rows.append((str(path), table_row(row)))
+    print("\n".join([f"{len(first)} problems", *aligned(table(rows)), TABLE_KEY]))
+
+
+def problems_of(path: Path) -> set[str]:
+    """Hashes of the problem files of an eval.jsonl: problems of two seeds may have the same ids."""
+    inputs = read_manifest(path).get("inputs", {})
+    return {inputs[name] for name in inputs if name.startswith("problems")}
 
 
 # ------------------------------------------------------------ the stage
@@ -88,6 +163,9 @@ class Settings:
     server: str = flag("URL of a server that serves the actor, or several, comma separated", "")
     dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the samples", 0)
+    compare: list[str] | None = flag(  # noqa: RUF009
+        "run folders or eval.jsonl files: print a row each, nothing else", None
+    )
     report: str = flag("a run folder: print its table and draw its figures, nothing else", "")
     unsafe: bool = flag("run programs even where they cannot be walled off", False)
     force: bool = flag("throw an existing output away", False)
@@ -96,23 +174,23 @@ class Settings:
 def stage(s: Settings):
     if s.report:
         return report(Path(s.report))
+    if s.compare:
+        return compare(s.compare)
     if s.critic and not s.samples:
         raise UserError("--critic picks the best of --samples; give some")
     if not (s.actor and s.problems and s.out):
-        raise UserError("evaluate.py: give --actor, --problems and --out, or --report; see --help")
+        other = "--compare, or --report"
+        raise UserError(f"evaluate.py: give --actor, --problems and --out, or {other}; see --help")
     needs, paths = ("id", "prompt", "answer or tests"), s.problems.split(",")
     problems = [p for path in paths for p in read_jsonl(path, needs)]
     if len({p["id"] for p in problems}) < len(problems):
         raise UserError(f"{s.problems}: some problem is in two of these files")
-    other = {x["id"]: x for x in read_jsonl(s.against)} if s.against else {}
-    for name, line in other.items():
-        if misfit(line, {"correct": bool, "sampled": [{"correct": bool}]}):
-            raise UserError(f"{s.against}: {name}: no line of evaluate.py; pass an eval.jsonl")
+    other = read_evaluation(s.against) if s.against else {}
     if other and (lacks := [p["id"] for p in problems if p["id"] not in other]):
         raise UserError(f"{s.against}: no problem {lacks[0]}; compare actors on the same problems")
     inputs = {"actor": s.actor} | {f"problems{i or ''}": path for i, path in enumerate(paths)}
     inputs |= {"critic": s.critic} if s.critic else {}
-    # --against is no setting of eval.jsonl: a finished evaluation is compared anew at no cost
+    # --against is no setting of eval.jsonl: a finished evaluation is compared again at no cost
     output = Output("evaluate.py", s.out, dataclasses.replace(s, against=""), inputs)
     if not output.complete:
         if s.server or s.critic:  # processes share out one pack's trees, here each has its own
@@ -138,8 +216,7 @@ def stage(s: Settings):
                 sampler.work_through(todo, process, bar.add, out.append)
     if rank() > 0:
         return
-    lines = {x["id"]: x for x in read_jsonl(s.out)}
-    sets = {}
+    lines, sets = read_evaluation(s.out), {}
     for p in problems:
         sets.setdefault(str(p.get("source")), []).append(lines[p["id"]])
     if len(sets) > 1:
@@ -150,15 +227,7 @@ def stage(s: Settings):
     name = "summary.json" if path.name == "eval.jsonl" else f"{path.stem}.summary.json"
     replace(path.with_name(name), lambda path: path.write_text(text))
     for name, row in figures.items():
-        sampled = f", T=1 {row['sampled']:.1%}" if s.samples else ""
-        print(
-            f"{name}: greedy {row['accuracy']:.1%} {percents(row['interval'])}{sampled}, "
-            f"n {row['n']}, cut off {row['cut_off']:.1%}, unparsed {row['unparsed']:.1%}"
-        )
-        if other:
-            greedy = row["against"]["greedy"]
-            gain = f"{greedy['difference']:+.1%} {percents(greedy['interval'], '+')}"
-            print(f"  greedy {gain}, p {greedy['p']:.2g}, against {s.against}")
+        print("\n".join(evaluation_words(name, row, s.against)))
 
 
 def answer(lm: LM, sampler, critic, problems: list[dict], s: Settings, progress) -> list[dict]:
@@ -173,18 +242,20 @@ def answer(lm: LM, sampler, critic, problems: list[dict], s: Settings, progress)
     greedy = respond(lm, sampler, problems, 1, "evaluate", s, 0.0, ended)
     lines = []
     for problem, (_, (first,)), (_, sampled) in zip(problems, greedy, drawn):
-        line = {"id": problem["id"]}
-        for name in ("text", "prediction", "correct", "verdict", "finished"):
-            line[name] = first[name]
-        line["sampled"] = []
-        for response in sampled:
-            shown = {name: response[name] for name in ("text", "prediction", "correct")}
-            line["sampled"].append(shown)
+        line = {"id": problem["id"]} | shown(problem, first)
+        line |= {"verdict": first["verdict"], "finished": first["finished"]}
+        line["sampled"] = [shown(problem, response) for response in sampled]
         lines.append(line)
     if critic:
         for line, best in zip(lines, choose(lm, critic, problems, drawn)):
             line["by_critic"] = line["sampled"][best]["correct"]
     return lines
+
+
+def shown(problem: dict, response: dict) -> dict:
+    """What eval.jsonl says of a graded response, greedy or sampled."""
+    line = {name: response[name] for name in ("text", "prediction", "correct", "reward")}
+    return line | ({"reasoned": reasoned(problem, response["text"])} if "number" in problem else {})
 
 
 def choose(lm: LM, critic: tuple, problems: list[dict], drawn: list[tuple]) -> list[int]:

@@ -28,6 +28,7 @@ Beyond the paper, off by default (their code stands under a heading of its own):
     (arXiv 2404.19733) adds such a term to DPO.
 """
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ from support.distributed import join, rank, shard, world
 from support.memory import require_memory
 from support.packing import BLOCK, pack_trees, record_tree
 from support.records import digest, dump, each_record, read_trees, replace, sha256
+from support.report import actor_words, pairs_words, problem_words, trained_tree
 from support.scoring import Results, score_trees
 from support.stage import Output, fingerprint, read_manifest, stated_by, tokenizer_facts
 from support.training import fit, whole_batches
@@ -299,11 +301,10 @@ def success_share(node: dict) -> float:
 
 def is_trainable(records: dict[str, dict], lines: list[dict], s: Settings) -> bool:
     """Say how many pairs there are. Without one it is an error, or --may_stay."""
-    states = sum(passes_gap(state["gap"], s.gap) for line in lines for state in line["states"])
-    pairs = sum(len(actions_of(line, s.gap)) for line in lines)
-    more = sum(len(actions_of(line)) for line in lines) - pairs
+    states = [x for line in lines for x in line["states"] if passes_gap(x["gap"], s.gap)]
+    more = sum(len(actions_of(line)) - len(actions_of(line, s.gap)) for line in lines)
     also = f"; {more} pairs more for the likelihood" if s.likelihood else ""
-    print(f"B.1: {states} states with gap >= {s.gap}, {pairs} pairs{also}")
+    print(f"{pairs_words(states, s.gap)}{also}")
     right = False
     if s.likelihood:
         for line in lines:
@@ -373,6 +374,10 @@ def stage(s: Settings):
 
         # B.2
         train(lm, [of_id[line["id"]] for line in lines], lines, s, out.work)
+        if rank() == 0:
+            steps = list(map(json.loads, (out.work / "metrics.jsonl").open()))
+            trees = [trained_tree(of_id[line["id"]], line["states"]) for line in lines]
+            print("\n".join([actor_words(steps, s.likelihood / s.beta), *problem_words(trees)]))
         out.save(lm.save)
 
 

@@ -48,6 +48,7 @@ from support.distributed import join, rank, shard, whole_state, world
 from support.memory import require_memory
 from support.packing import pack_trees, record_tree
 from support.records import read_trees, replace, sha256
+from support.report import critic_words
 from support.scoring import score_trees
 from support.stage import Output, stated_by, tokenizer_facts
 from support.stats import auc, calibration, siblings
@@ -301,7 +302,7 @@ def stage(s: Settings):
         out.write_manifest()
         train(lm, value_head, training, retokenise, s, out.work)
         metrics = measure(lm, value_head, testing, retokenise, s.budget, wins / n)
-        print(json.dumps({k: v and round(v, 4) for k, v in metrics.items() if k != "bins"}))
+        print(critic_words(metrics))
 
         def write(folder):
             lm.save(folder)

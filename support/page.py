@@ -1,4 +1,5 @@
-"""page. It knows nothing of the algorithm."""
+"""report.html: one page that shows a run and needs no network; and text made fit to be shown. It knows
+nothing of the algorithm."""
 
 import base64
 import json
@@ -39,6 +40,21 @@ def short(text: str, most: int) -> str:
 def visible(text: str) -> str:
     """The text with control characters, lone surrogates and the like as U+FFFD."""
     return "".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text)
+
+
+def how_right(node: dict) -> str:
+    """How good the responses from or through a node of trees.jsonl were; "" if none was counted.
+
+    wins 3 of n 4 -> "3 of 4 right"; wins 2.5 of n 4 -> "mean reward 0.62 of 4"
+    """
+    if node["reward"] is not None:
+        word = {0: "wrong", 1: "right"}.get(node["reward"])
+        return word or f"reward {node['reward']:.2f}"
+    if not node["n"]:
+        return ""
+    if node["wins"] % 1 == 0:
+        return f"{node['wins']:g} of {node['n']} right"
+    return f"mean reward {node['wins'] / node['n']:.2f} of {node['n']}"
 
 
 # No script runs and nothing is fetched, whatever a model wrote: all text is escaped, and the policy
@@ -173,7 +189,7 @@ def pre_html(text: str) -> str:
 def step_html(tree, v: int) -> str:
     """One step of a training problem's response: its text, what is known of it, and its colour."""
     node, action = tree.nodes[v], tree.action.get(v)
-    known = [f"{node['wins']:g} of {node['n']} right"] if node["n"] else []
+    known = [how_right(node)] if node["n"] else []
     known += [f"Q {action['q']:.2f}", f"A {action['adv']:+.2f}"] if action else []
     shade = colour(action["adv"] if action else None)
     numbers = f"<span>{' · '.join(known)}</span>"

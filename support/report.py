@@ -1,24 +1,22 @@
-"""report. It knows nothing of the algorithm."""
+"""What a run says of itself: numbers in words, a table, and the report of a run folder. It knows
+nothing of the algorithm: it reads the files that the stages wrote."""
 
 import json
-import math
 import warnings
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
+from statistics import pstdev
 from typing import NamedTuple
 
-import matplotlib
-import numpy as np
-from matplotlib.figure import Figure
-
 from support.cli import UserError
-from support.page import colour, page, short, wrapped
+from support.page import how_right, page, short, wrapped
 from support.records import each_record, read_jsonl, replace
-from support.stage import read_manifest
+
+# ------------------------------------------------------------ what an iteration learned from
 
 
 class TrainedTree(NamedTuple):
-    """What a folder of an iteration says of one problem: its step tree and what was trained on.
+    """One problem of an iteration: its step tree and what was trained on.
 
     action    {node: {"q", "adv", ..}} of the steps that were pairs of training
     mean      {node: mean of eq. 13, with V(s) in it by --value_draws} of the states trained on
@@ -41,16 +39,48 @@ class TrainedTree(NamedTuple):
         return found
 
     def right(self, response: list[int]) -> bool:
-        return self.nodes[response[-1]]["reward"] >= 0.5
+        return self.nodes[response[-1]]["reward"] == 1
 
     def outcomes(self) -> set[bool]:
-        """{True, False} where some of its whole responses are right and some wrong."""
+        """{True, False} where some of its whole responses are right and some are not."""
         return {self.right(response) for response in self.responses()}
 
-    def spread(self, path: list[int]) -> float:
-        """How far apart the advantages along a path are; 0 if fewer than two are known."""
-        known = [self.action[v]["adv"] for v in path if v in self.action]
+    def spread(self, steps: list[int]) -> float:
+        """How far apart the advantages of some steps are; 0 if none is known."""
+        known = [self.action[v]["adv"] for v in steps if v in self.action]
         return max(known) - min(known) if known else 0.0
+
+    def contrast(self, state: int) -> float:
+        """How far the actions of a state differ, by their advantages and by their counts alike: the
+        smaller of the two. Steps that end the response are left out: they need no critic."""
+        on = [v for v in self.action if self.nodes[v]["parent"] == state]
+        on = [v for v in on if self.nodes[v]["reward"] is None]
+        if not on:
+            return 0.0
+        counts = [self.nodes[v]["wins"] / self.nodes[v]["n"] for v in on]
+        return min(self.spread(on), max(counts) - min(counts))
+
+    def mistake(self, response: list[int]) -> float:
+        """How far its worst step stands out: below 0, and below all of its other steps; 0 if there
+        is none, or if it is the last one, whose reward needs no critic to see it."""
+        adv = {v: self.action[v]["adv"] for v in response if v in self.action}
+        worst = min(adv, key=adv.get, default=None)
+        if worst in (None, response[-1]):
+            return 0.0
+        others = [adv[v] for v in adv if v != worst]
+        return max(0.0, min([0.0, *others]) - adv[worst])
+
+    def lines(self) -> int:
+        """How many lines its prompt and its longest response take."""
+        prompt = self.nodes[0]["text"].strip().count("\n") + 1
+        return prompt + max(map(len, self.responses()))
+
+
+def trained_tree(record: dict, states: list[dict]) -> TrainedTree:
+    """record: a line of trees.jsonl; states: those of the same problem in the advantages."""
+    action = {a["node"]: a for state in states for a in state["actions"]}
+    mean = {state["node"]: state["mean"] for state in states}
+    return TrainedTree(record["id"], record["nodes"], action, mean)
 
 
 def advantage_lines(folder: Path) -> list[dict]:
@@ -60,21 +90,32 @@ def advantage_lines(folder: Path) -> list[dict]:
 
 
 def trained_trees(folder: Path, most: int = 1000) -> list[TrainedTree]:
-    """An iteration's first trees of which some state was trained on; none for whole responses."""
-    made = read_manifest(folder / "actor").get("settings", {})
+    """An iteration's first trees of which some state was trained on."""
     states = {line["id"]: line["states"] for line in advantage_lines(folder)}
-    there = (folder / "trees.jsonl").exists()  # of a large run people delete them
-    if made.get("advantage") == "outcome" or not states or not there:
-        return []  # an outcome actor's advantages are of other nodes than the trees'
+    if not states or not (folder / "trees.jsonl").exists():  # of a large run people delete them
+        return []
     found = []
     with (folder / "trees.jsonl").open() as lines:  # they may be gigabytes: no more than is used
         for record in map(json.loads, islice(lines, most)):
-            here = states.get(record["id"], [])
-            action = {a["node"]: a for state in here for a in state["actions"]}
-            mean = {state["node"]: state["mean"] for state in here}
-            if here:
-                found.append(TrainedTree(record["id"], record["nodes"], action, mean))
+            if here := states.get(record["id"]):
+                found.append(trained_tree(record, here))
     return found
+
+
+def clearest_mistake(trees: list[TrainedTree], most: int = 12) -> tuple | None:
+    """(tree, response): the wrong response whose worst step stands out most, in a problem of at most
+    `most` lines that has a right response too; None if no step of such a one stands out."""
+    best, found = 0.0, None
+    for tree in trees:
+        if tree.outcomes() != {True, False} or tree.lines() > most:
+            continue
+        for response in tree.responses():
+            if not tree.right(response) and tree.mistake(response) > best:
+                best, found = tree.mistake(response), (tree, response)
+    return found
+
+
+# ------------------------------------------------------------ in words
 
 
 def percents(interval: list[float], sign: str = "") -> str:
@@ -82,14 +123,173 @@ def percents(interval: list[float], sign: str = "") -> str:
     return "[" + ", ".join(f"{x:{sign}.1%}" for x in interval) + "]"
 
 
+def evaluation_words(name: str, row: dict, against: str) -> list[str]:
+    """The lines that evaluate.py prints of a test set; row: the set's figures in summary.json."""
+
+    def both(key: str, unit: str) -> str:
+        """A figure of the greedy responses, and of the sampled ones if there are any."""
+        greedy, sampled = row[key], row.get(f"{key}_sampled")
+        more = "" if sampled is None else f", {sampled:{unit}} at temperature 1"
+        return f"{greedy:{unit}} greedy{more}"
+
+    sampled = f", {row['sampled']:.1%} at temperature 1" if "sampled" in row else ""
+    interval = f"95 % interval {percents(row['interval'])}"
+    lines = [f"{name}: right {row['accuracy']:.1%} greedy ({interval}){sampled}; n {row['n']}"]
+    if "reward" in row:
+        lines.append(f"  mean reward {both('reward', '.3f')} (right is full reward only)")
+    if "reasoning" in row:
+        lines.append(f"  reasoning right {both('reasoning', '.1%')} (other right answers are luck)")
+    cut_off, unparsed = f"{row['cut_off']:.1%}", f"{row['unparsed']:.1%}"
+    lines.append(f"  cut off by the length limit {cut_off}, without an answer {unparsed}")
+    if "against" in row:
+        greedy = row["against"]["greedy"]
+        gain = f"{greedy['difference']:+.1%} {percents(greedy['interval'], '+')}"
+        lines.append(f"  greedy {gain}, p {greedy['p']:.2g}, against {against}")
+    return lines
+
+
+def critic_words(metrics: dict) -> str:
+    """metrics: critic.metrics.json"""
+    found = [
+        f"critic: AUC {metrics['auc']:.2f} on {metrics['states']} held-out states (0.5 is chance)"
+    ]
+    found.append(f"calibration error {metrics['calibration_error']:.2f} (0 is best)")
+    if metrics["sibling_pairs"]:
+        pairs = f"of {metrics['sibling_pairs']} pairs (0.5 is chance)"
+        found.append(f"siblings in order {metrics['siblings']:.2f} {pairs}")
+    return "; ".join(found)
+
+
+def pairs_words(states: list[dict], gap: float) -> str:
+    """states: those of the advantages that pass the gap"""
+    adv = [action["adv"] for state in states for action in state["actions"]]
+    found = f"advantages: {len(adv)} pairs of a state and a step, of {len(states)} states"
+    if gap:
+        found += f" with gap >= {gap}"
+    if adv:
+        spread = f"from {min(adv):+.2f} to {max(adv):+.2f}, standard deviation {pstdev(adv):.2f}"
+        found += f"; A {spread} (near 0: nothing to learn)"
+    return found
+
+
+def share_of_nothing(steps: list[dict], likelihood: float = 0.0) -> list[float]:
+    """Eq. 12's loss as a share of what it would be if the actor had not moved, of each line of
+    metrics.jsonl. likelihood: weight of the nll in the loss, which is taken out of it."""
+    found = []
+    for step in steps:
+        loss = step["loss"] - likelihood * step["nll"]
+        found.append(loss / step["do_nothing"] if step["do_nothing"] else float("nan"))
+    return found
+
+
+def actor_words(steps: list[dict], likelihood: float = 0.0) -> str:
+    """steps: metrics.jsonl of the actor's training; likelihood: as in share_of_nothing"""
+    late = steps[-max(1, len(steps) // 4) :]
+    nothing = sum(step["do_nothing"] for step in late)
+    loss = sum(step["loss"] - likelihood * step["nll"] for step in late)
+    found = [f"actor, last {len(late)} of {len(steps)} steps"]
+    if nothing:
+        found.append(
+            f"loss {loss / nothing:.2f} of doing nothing's (1: has not moved, 0: is there)"
+        )
+    for kind, name in (("up", "better"), ("down", "worse")):
+        if pairs := sum(step[f"pairs_{kind}"] for step in late):
+            ratio = sum(step[f"ratio_{kind}"] for step in late) / pairs
+            found.append(f"mean log-ratio of {name} steps {ratio:+.2f}")
+    return found[0] + ": " + "; ".join(found[1:] or ["nothing to train eq. 12 on"])
+
+
+def problem_words(trees: list[TrainedTree]) -> list[str]:
+    """One whole problem as text: prompt, a right and a wrong response, every step with its numbers.
+
+    It is the one with the clearest mistake; else the first with a right and a wrong response.
+    """
+    tree, wrong = clearest_mistake(trees) or (None, None)
+    if tree is None:
+        tree = next((tree for tree in trees if tree.outcomes() == {True, False}), None)
+    if tree is None:
+        return []
+    responses = tree.responses()
+    wrong = wrong or next(r for r in responses if not tree.right(r))
+    # The right one that goes with the wrong one for longest shows best where that went astray.
+    right = max(filter(tree.right, responses), key=lambda r: (len({*r} & {*wrong}), -len(r)))
+    lines = [f"one problem, {tree.id}:"]
+    lines += [f"  {line}" for line in wrapped(tree.nodes[0]["text"], 90, 20)]
+    for name, response in (("right", right), ("wrong", wrong)):
+        lines += ["", f"  {f'a {name} response':40}  {'Q':>5} {'A':>6}  drawn from here"]
+        for v in response[:30]:
+            action, node = tree.action.get(v), tree.nodes[v]
+            numbers = (
+                f"{action['q']:5.2f} {action['adv']:+6.2f}" if action else f"{'-':>5} {'-':>6}"
+            )
+            text = short(node["text"].strip(), 40)
+            lines.append(f"  {text:40}  {numbers}  {how_right(node)}".rstrip())
+        if len(response) > 30:
+            lines.append(f"  ... and {len(response) - 30} more steps")
+    note = "Q: value of the state that the step leads to; A: Q - the mean of what was drawn there;"
+    return [*lines, "", f"  {note}", "  -: was no pair of training"]
+
+
+# ------------------------------------------------------------ the table
+
+
+def iterations(run: Path, name: str) -> list[Path]:
+    """The files of that name in a run's folders iter0, iter1, .., in this order."""
+    files = [file for file in run.glob(f"iter*/{name}") if file.parent.name[4:].isdigit()]
+    return sorted(files, key=lambda file: int(file.parent.name[4:]))
+
+
+COLUMNS = ("tokens", "greedy", "T=1", "mean reward", "mean reward, T=1", "reasoning right")
+COLUMNS += ("reasoning right, T=1", "greedy gain", "p", "T=1 gain")
+
+
+def table_row(row: dict) -> dict[str, str]:
+    """{column: cell} of one evaluation; row: its figures in summary.json."""
+    cells = {"greedy": f"{row['accuracy']:.1%} {percents(row['interval'])}"}
+    shares = {"sampled": "T=1", "reasoning": "reasoning right"}
+    shares["reasoning_sampled"] = "reasoning right, T=1"
+    for key, column in shares.items():
+        if key in row:
+            cells[column] = f"{row[key]:.1%}"
+    for key, column in (("reward", "mean reward"), ("reward_sampled", "mean reward, T=1")):
+        if key in row:
+            cells[column] = f"{row[key]:.3f}"
+    for key, found in row.get("against", {}).items():
+        column = {"greedy": "greedy gain", "sampled": "T=1 gain"}[key]
+        cells[column] = f"{found['difference']:+.1%} {percents(found['interval'], '+')}"
+        if "p" in found:
+            cells["p"] = f"{found['p']:.2g}"
+    return cells
+
+
+def table(rows: list[tuple[str, dict]]) -> list[list[str]]:
+    """The head and a row per (name, {column: cell}); a column only where some row has a cell."""
+    columns = [column for column in COLUMNS if any(column in cells for _, cells in rows)]
+    body = [[name, *[cells.get(column, "") for column in columns]] for name, cells in rows]
+    return [["", *columns], *body]
+
+
+TABLE_KEY = """greedy, T=1: share of right responses, decoded greedily and sampled at temperature 1; in [ ] 95 %
+intervals; gain: above the first row, on the same problems; p: McNemar's test of the greedy gain"""
+
+
+def aligned(cells: list[list[str]]) -> list[str]:
+    """The rows of a table as lines: the first column begins in line, the others end in line."""
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = []
+    for first, *others in cells:
+        others = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:])]
+        lines.append("  ".join([f"{first:{widths[0]}}", *others]).rstrip())
+    return lines
+
+
+# ------------------------------------------------------------ the report of a run folder
+
 PICTURES = {  # their names, and what the page says above them
     "report.png": "The course of training",
     "tree.png": "A step tree of iteration 1",
-    "solution.png": "The response of iteration 1 whose advantages are the widest apart",
+    "solution.png": "A wrong response of iteration 1, and what training made of each step",
 }
-
-
-HEAD = ("", "tokens", "greedy", "95 % interval", "T=1", "p vs base", "T=1 gain", "95 % interval")
 
 
 def sampled_tokens(iteration: Path) -> int:
@@ -103,201 +303,40 @@ def sampled_tokens(iteration: Path) -> int:
     return total
 
 
-def table_row(name: str, row: dict, tokens: int) -> list[str]:
-    """The cells of one iteration under HEAD; row: `summarise`'s figures of it; tokens: so far."""
-    against = row.get("against", {})
-    gain = against.get("sampled")
-    return [
-        name,
-        f"{tokens:,}" if tokens else "",
-        f"{row['accuracy']:.1%}",
-        percents(row["interval"]),
-        f"{row['sampled']:.1%}" if "sampled" in row else "",
-        f"{against['greedy']['p']:.2g}" if "greedy" in against else "",
-        f"{gain['difference']:+.1%}" if gain else "",
-        percents(gain["interval"], "+") if gain else "",
-    ]
-
-
 def report(run: Path):
     """Print the table over iterations, then draw the pictures and write the page."""
-    files = [f for f in run.glob("iter*/summary.json") if f.parent.name[4:].isdigit()]
-    files.sort(key=lambda path: int(path.parent.name[4:]))
+    import matplotlib  # it takes half a second, and no stage but this needs it
+
+    from support.pictures import plot_report, plot_solution, plot_tree
+
+    files = iterations(run, "summary.json")
     if not files:
-        raise UserError(f"{run}: no iter*/summary.json; run the stages first (bash run.sh)")
+        raise UserError(f"{run}: no iter*/summary.json; run the stages first (python run.py)")
     rows = {f.parent.name: [*json.loads(f.read_text())["sets"].values()][-1] for f in files}
-    table, tokens = [], 0
+    lines, tokens = [], 0
     for name, row in rows.items():
         tokens += sampled_tokens(run / name)
-        table.append(table_row(name, row, tokens))
-    for cells in [HEAD, *table]:
-        print("{:8}{:>14}{:>8}{:>17}{:>9}{:>11}{:>10}{:>20}".format(*cells))
+        drawn = {"tokens": f"{tokens:,}"} if tokens else {}
+        lines.append((name, drawn | table_row(row)))
+    cells = table(lines)
+    print("\n".join([*aligned(cells), TABLE_KEY]))
     trees = trained_trees(run / "iter1")
-    pictures = []
+    pictures, missing = {}, []
     warnings.filterwarnings("ignore", "Glyph")  # a letter that the font lacks is drawn as a box
     with matplotlib.rc_context({"font.size": 14}):  # legible at half its size
-        figures = (plot_report(run, rows), plot_tree(trees), plot_solution(trees))
+        figures = plot_report(run, rows), plot_tree(trees), plot_solution(clearest_mistake(trees))
         for name, figure in zip(PICTURES, figures):
-            if figure is not None:
-                figure.savefig(run / name, dpi=110, bbox_inches="tight", facecolor="white")
-                pictures.append(run / name)
-                print(run / name)
-    titles = {path: PICTURES[path.name] for path in pictures}
-    text = page(run, [HEAD, *table], titles, [*rows], trees)
+            if figure is None:
+                missing.append(name)
+                (run / name).unlink(missing_ok=True)  # of an earlier report
+                continue
+            figure.savefig(run / name, dpi=110, bbox_inches="tight", facecolor="white")
+            pictures[run / name] = PICTURES[name]
+            print(run / name)
+    if missing:
+        why = "no small problem has both a right response and a wrong one to show"
+        why = why if trees else "iter1 has no trees and advantages"
+        print(f"not drawn: {', '.join(missing)} ({why})")
+    text = page(run, cells, pictures, [*rows], trees)
     replace(run / "report.html", lambda path: path.write_text(text, "utf-8"))
     print(run / "report.html")
-
-
-def plot_report(run: Path, rows: dict[str, dict]) -> Figure:
-    """Accuracy of all iterations; of the first, middle and last: critic, advantages, log-ratios."""
-    figure = Figure(figsize=(12, 10), layout="constrained")
-    (accuracy, critic), (pairs, ratios) = figure.subplots(2, 2)
-    names = [name.removeprefix("iter") for name in rows]  # strings: categories, not numbers
-    greedy = [row["accuracy"] for row in rows.values()]
-    ends = np.transpose([row["interval"] for row in rows.values()])  # (2, iterations)
-    accuracy.plot(names, greedy, marker="o", label="greedy, 95 % interval")
-    accuracy.errorbar(names, greedy, np.abs(ends - greedy), fmt="none", ecolor="C0", capsize=5)
-    if any("sampled" in row for row in rows.values()):
-        sampled = [row.get("sampled", math.nan) for row in rows.values()]
-        accuracy.plot(names, sampled, marker="s", label="temperature 1")
-    accuracy.set(title="accuracy on the test problems", xlabel="iteration", ylim=(0, 1.03))
-    critic.plot([0, 1], [0, 1], "k:", lw=1)
-    critic.set(title="critic on held-out states", xlabel="V(s)", ylabel="MC(s), the success rate")
-    pairs.set(title="advantages of the pairs", xlabel="A(s, a)", ylabel="pairs", yscale="log")
-    ratios.set(title="mean log-ratio in training", xlabel="step", ylabel="log π / π_ref")
-    trained = [name for name in rows if name != "iter0"]
-    shown = sorted({0, len(trained) // 2, len(trained) - 1}) if trained else []
-    for k, i in enumerate(shown):
-        folder, style = run / trained[i], {"color": f"C{k}", "label": f"iteration {trained[i][4:]}"}
-        if (file := folder / "critic.metrics.json").exists():
-            bins = [b for b in json.loads(file.read_text())["bins"] if b["states"]]
-            critic.plot([b["value"] for b in bins], [b["mc"] for b in bins], marker="o", **style)
-        states = [state for line in advantage_lines(folder) for state in line["states"]]
-        if states:
-            adv = [action["adv"] for state in states for action in state["actions"]]
-            pairs.hist(adv, bins=41, range=(-1, 1), histtype="step", lw=1.5, **style)
-        if (file := folder / "actor.work" / "metrics.jsonl").exists():
-            steps = [json.loads(text) for text in file.open()]
-            for kind, dash, sign in (("up", "-", ">"), ("down", "--", "≤")):
-                ratio = [m[f"ratio_{kind}"] / max(1, m[f"pairs_{kind}"]) for m in steps]
-                ratios.plot(ratio, dash, color=f"C{k}", label=f"{style['label']}, A {sign} 0")
-    for axis in (accuracy, critic, pairs, ratios):
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:  # below the axis, where no line is
-            where = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
-            axis.legend(ncols=2, frameon=False, fontsize=13, **where)
-    return figure
-
-
-def plot_solution(trees: list[TrainedTree]) -> Figure | None:
-    """Of all whole responses the one whose advantages are the widest apart, a colour for each."""
-    best, path = None, []
-    for tree in trees:
-        for response in tree.responses():
-            known = [v for v in response if v in tree.action]
-            if len(known) > 2 and (best is None or tree.spread(response) > best.spread(path)):
-                best, path = tree, response
-    if best is None:
-        return None
-    lines = [(text, None) for text in [*wrapped(best.nodes[0]["text"], 72, 20), ""]]
-    for v in path:
-        adv = best.action[v]["adv"] if v in best.action else None
-        step = best.nodes[v]["text"].rstrip().lstrip("\n")  # an indent stays
-        lines.append((short(step, 72), adv))
-    width = max(len(text) for text, _ in lines)
-    figure = Figure(figsize=(0.125 * width + 2, 0.36 * len(lines)))
-    axis = figure.add_axes((0, 0, 1, 1))
-    axis.axis("off")
-    axis.set(xlim=(0, 1), ylim=(len(lines) - 0.5, -0.5))
-    for y, (text, adv) in enumerate(lines):
-        words = {"family": "monospace", "va": "center", "parse_math": False}
-        if adv is None:  # the prompt's, or a step that was no pair of training
-            axis.text(0, y, text, color="0.35", **words)
-        else:
-            box = {"facecolor": colour(adv), "edgecolor": "none", "pad": 3}
-            axis.text(0, y, text, bbox=box, **words)
-            axis.text(1, y, f"A = {adv:+.2f}", ha="right", **words)
-    return figure
-
-
-TREE_KEY = """at a state: how many of the draws from it are right
-on a step: how often it was drawn (kept: in a sample only),
-Q = value of the state that it leads to,
-A = Q - the state's mean""".splitlines()
-
-
-def plot_tree(trees: list[TrainedTree], most: int = 10) -> Figure | None:
-    """The small tree that says most: states with counts and mean, steps with text and advantage.
-
-    Of trees of at most `most` nodes with a right and a wrong end, those with the most states that
-    were trained on; of these the one where even the least of the states' best steps stands out.
-    """
-    small = []
-    for tree in trees:
-        if len(tree.nodes) <= most and tree.outcomes() == {True, False}:
-            best = dict.fromkeys(tree.mean, -1.0)
-            for v, action in tree.action.items():
-                state = tree.nodes[v]["parent"]
-                best[state] = max(best[state], action["adv"])
-            small.append((len(best), min(best.values()), tree.id, tree))
-    if not small:
-        return None
-    *_, tree = max(small)
-    place = layout(tree)
-    rows = 1 + max(row for _, row in place.values())
-    columns = 1 + max(depth for depth, _ in place.values())
-    prompt = wrapped(tree.nodes[0]["text"], 60, 8)
-    above = max(len(prompt), len(TREE_KEY))  # lines of text
-    top = -0.55 - 0.27 * above  # a row of the tree is 1, a line of text 0.27
-    label = {v: short(tree.nodes[v]["text"].strip(), 22) for v in place if v}
-    inches = 1.2 + 0.16 * max(15, *map(len, label.values()))  # from one state to the next
-    figure = Figure(figsize=(inches * (columns - 0.55), 1.15 * (rows - 0.5 - top)))
-    axis = figure.add_axes((0, 0, 1, 1))
-    axis.axis("off")
-    axis.set(xlim=(-0.2, columns - 0.75), ylim=(rows - 0.5, top))
-    for i, text in enumerate(prompt):
-        words = {"family": "monospace", "va": "top", "parse_math": False}
-        axis.text(-0.2, top + 0.27 * i, text, color="0.35", **words)
-    for i, text in enumerate(TREE_KEY):
-        words = {"ha": "right", "va": "top", "color": "0.35"}
-        axis.text(columns - 0.8, top + 0.27 * i, text, **words)
-    for v, (x, y) in place.items():
-        node, action = tree.nodes[v], tree.action.get(v)
-        if node["reward"] is not None:
-            text, edge = ("right", colour(1)) if node["reward"] >= 0.5 else ("wrong", colour(-1))
-        else:
-            text, edge = f"{node['wins']:g} of {node['n']} right", "0.3"
-            text += f"\nmean {tree.mean[v]:.2f}" if v in tree.mean else ""
-        box = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": edge, "lw": 2}
-        axis.text(x, y, text, bbox=box, ha="center", va="center", linespacing=1.4)
-        if v == 0:
-            continue
-        before, row = place[node["parent"]]
-        turn = before + 0.23  # where the line from the state turns up or down
-        axis.plot([before, turn, turn, x], [row, row, y, y], color="0.6", zorder=0)
-        box = {
-            "facecolor": colour(action["adv"] if action else None),
-            "edgecolor": "none",
-            "pad": 2.5,
-        }
-        words = {"family": "monospace", "bbox": box, "parse_math": False}
-        axis.text(turn + 0.03, y - 0.1, label[v], va="bottom", **words)
-        numbers = f"{node['draws']}x" if node["draws"] else "kept"
-        if action:
-            numbers += f"  Q {action['q']:.2f}  A {action['adv']:+.2f}"
-        axis.text(turn + 0.02, y + 0.1, numbers, va="top")
-    return figure
-
-
-def layout(tree: TrainedTree) -> dict[int, tuple[int, float]]:
-    """{node: (steps from the prompt, row)}: a leaf has its own row, a state its steps' middle one."""
-    place, free = {}, count()
-
-    def put(v: int, depth: int) -> float:
-        below = [u for u, node in enumerate(tree.nodes) if node["parent"] == v]
-        rows = [put(u, depth + 1) for u in below]
-        place[v] = depth, (rows[0] + rows[-1]) / 2 if rows else next(free)
-        return place[v][1]
-
-    put(0, 0)
-    return place

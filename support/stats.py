@@ -1,4 +1,5 @@
-"""stats. It knows nothing of the algorithm."""
+"""Statistics of critics and of evaluations: AUC, calibration, intervals, paired tests. It knows nothing
+of the algorithm."""
 
 import math
 from collections import Counter
@@ -78,8 +79,9 @@ def mcnemar(gained: int, lost: int) -> float:
 
 def bootstrap(difference: np.ndarray) -> tuple[float, float]:
     """95 % interval of the mean of paired differences (n,), 10,000 resamples of problems."""
-    draw = np.random.default_rng(0).choice
-    means = [draw(difference, len(difference)).mean() for _ in range(10_000)]
+    rng, n, means = np.random.default_rng(0), len(difference), []
+    for _ in range(100):  # 100 resamples at once: all of them may not fit into memory
+        means += difference[rng.integers(n, size=(100, n))].mean(1).tolist()
     return tuple(np.quantile(means, [0.025, 0.975]).tolist())
 
 

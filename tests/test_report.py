@@ -12,9 +12,18 @@ import pytest
 import support.cli
 import support.embedded
 import support.report
-from evaluate import summarise
-from support.page import colour, short, visible, wrapped
-from support.report import TrainedTree, layout
+from evaluate import Settings, reasoned, stage, summarise
+from support.page import colour, how_right, short, visible, wrapped
+from support.pictures import layout, plot_report, plot_solution, telling_tree
+from support.report import (
+    TrainedTree,
+    actor_words,
+    clearest_mistake,
+    critic_words,
+    evaluation_words,
+    pairs_words,
+    problem_words,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 HOSTILE = (
@@ -49,9 +58,14 @@ def make_run(run: Path, text: str = "", iterations: int = 2, problems: int = 30)
         lines = []
         for i, name in enumerate(ids["test"]):
             right = i % 3 == 0 if k == 0 else i % 5 > 0
-            draw = {"text": f"{text}drawn", "prediction": "7", "correct": right}
+            draw = {
+                "text": f"{text}drawn",
+                "prediction": "7",
+                "correct": right,
+                "reward": int(right),
+            }
             lines.append({"id": name, "text": f"{text}response {k}", "prediction": f"{text}7", "correct": right,
-                          "verdict": "right" if right else f"{text}wrong", "finished": right, "sampled": [draw] * 2})  # fmt: skip
+                          "reward": int(right), "verdict": "right" if right else f"{text}wrong", "finished": right, "sampled": [draw] * 2})  # fmt: skip
         write(run / f"iter{k}" / "eval.jsonl", lines)
         figures = {"sets": {"all": summarise(lines, before)}}
         (run / f"iter{k}" / "summary.json").write_text(json.dumps(figures))
@@ -77,7 +91,8 @@ def make_run(run: Path, text: str = "", iterations: int = 2, problems: int = 30)
     responses = [{"ids": [5, 6, 0]}, {"ids": [5, 0]}]
     write(it / "samples.jsonl", [{"id": i, "responses": responses} for i in ids["train"]])
     write(it / "actor.advantages.jsonl", [{"id": i, "states": states} for i in ids["train"]])
-    step = {"ratio_up": 1.0, "pairs_up": 2, "ratio_down": -3.0, "pairs_down": 0}
+    step = {"loss": 1.0, "do_nothing": 4.0, "nll": 0.5, "ratio_up": 1.0, "pairs_up": 2,
+            "ratio_down": -3.0, "pairs_down": 0}  # fmt: skip
     write(it / "actor.work" / "metrics.jsonl", [step] * 3)
     bins = {"bins": [{"states": 3, "value": 0.2, "mc": 0.3}, {"states": 0}]}
     (it / "critic.metrics.json").write_text(json.dumps(bins))
@@ -114,10 +129,13 @@ def report(run: Path) -> Page:
 def test_the_report_has_table_pictures_and_twenty_problems(tmp_path, capsys):
     page = report(make_run(tmp_path / "run"))
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in printed[:3]] == [
-        ["tokens", "greedy"], ["iter0", "33.3%"], ["iter1", "2,550"]]  # fmt: skip
+    assert printed[:3] == [
+        "       tokens                greedy    T=1              greedy gain       p                 T=1 gain",
+        "iter0          33.3% [19.2%, 51.2%]  33.3%",
+        "iter1   2,550  80.0% [62.7%, 90.5%]  80.0%  +46.7% [+23.3%, +66.7%]  0.0013  +46.7% [+23.3%, +66.7%]",
+    ]
     files = ["report.png", "tree.png", "solution.png", "report.html"]
-    assert printed[3:] == [str(tmp_path / "run" / name) for name in files]
+    assert printed[5:] == [str(tmp_path / "run" / name) for name in files]
     assert page.count("details") == 20 and page.count("img") == 3 and page.count("tr") == 3
     words = "\n".join(page.words)
     for there in ("80.0%", "prompt of train/0", "prompt of test/0", "response 0", "response 1"):
@@ -194,21 +212,164 @@ def test_reports_of_less(tmp_path, capsys):
     assert page.count("details") == 10 and not (base / "tree.png").exists()
     run = make_run(tmp_path / "run")
     assert report(run).count("details") == 20
-    settings = {"advantage": "outcome"}
-    manifest = {"stage": "train_actor", "settings": settings, "inputs": {}, "facts": {}}
-    manifest |= {"code": {}, "grader": ""}
-    (run / "iter1" / "actor.manifest.json").write_text(json.dumps(manifest))
-    assert report(run).count("details") == 10  # its pairs are whole responses, not the trees' steps
     rows = {"iter1": json.loads((run / "iter1" / "summary.json").read_text())["sets"]["all"]}
-    assert (
-        len(support.report.plot_report(run, rows).axes[1].lines) == 2
-    )  # its critic beside the diagonal
+    axes = plot_report(run, rows).axes
+    assert len(axes[1].lines) == 2  # its critic beside the diagonal
+    assert axes[3].lines[1].get_ydata().tolist() == [0.25] * 3  # its loss, of doing nothing's
     for name in ("train.jsonl", "test.jsonl", "iter0/eval.jsonl"):
         (run / name).unlink()
-    assert report(run).count("details") == 0
+    assert report(run).count("details") == 10  # the trees have their prompts
     capsys.readouterr()
     with pytest.raises(support.cli.UserError, match="no iter"):
         support.report.report(tmp_path)
+
+
+def test_compare_pairs_each_row_with_the_first(tmp_path, capsys):
+    run, base = make_run(tmp_path / "run"), make_run(tmp_path / "base", iterations=1)
+    first = base / "iter0" / "eval.jsonl"
+    stage(Settings(compare=[str(first), str(run), str(base)]))  # a folder is its last iteration
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "30 problems"
+    shares, same = "80.0% [62.7%, 90.5%] 80.0%", "+0.0% [+0.0%, +0.0%]"
+    gain, start = "+46.7% [+23.3%, +66.7%]", "33.3% [19.2%, 51.2%] 33.3%"
+    assert [" ".join(line.split()) for line in printed[2:5]] == [
+        f"{first} {start}",
+        f"{run}/iter1/eval.jsonl {shares} {gain} 0.0013 {gain}",
+        f"{first} {start} {same} 1 {same}",
+    ]
+    # Other ids, or equal ids of other problem files, are no pairs.
+    fewer = make_run(tmp_path / "fewer", problems=29)
+    manifest = {"stage": "evaluate", "settings": {}, "facts": {}, "code": {}, "grader": ""}
+    for path, problems in ((first, "seed 0"), (run / "iter1" / "eval.jsonl", "seed 1")):
+        text = json.dumps(manifest | {"inputs": {"actor": str(path), "problems": problems}})
+        path.with_name("eval.jsonl.manifest.json").write_text(text)
+    for other in (fewer, run):
+        with pytest.raises(
+            support.cli.UserError, match=f"{other}.*: not on the problems of {first}"
+        ):
+            stage(Settings(compare=[str(first), str(other)]))
+    with pytest.raises(support.cli.UserError, match="no iter.*pass a run folder"):
+        stage(Settings(compare=[str(first), str(tmp_path)]))
+    with pytest.raises(support.cli.UserError, match="no reward"):
+        write(tmp_path / "eval.jsonl", [{"id": 1, "correct": True}])
+        stage(Settings(compare=[str(tmp_path / "eval.jsonl")]))
+
+
+def evaluated(i, rewards, **more):
+    """A line of eval.jsonl: the greedy response's reward, then those of the sampled ones."""
+    greedy, *drawn = [{"prediction": "7", "reward": r, "correct": r == 1} | more for r in rewards]
+    return greedy | {"id": i, "verdict": "right", "finished": True, "sampled": drawn}
+
+
+def test_mean_reward_and_reasoning_stand_beside_accuracy():
+    row = summarise([evaluated(0, [0.5, 1, 0.25]), evaluated(1, [1, 0, 0])], {})
+    assert (row["accuracy"], row["sampled"]) == (0.5, 0.25)  # right is full reward
+    assert (row["reward"], row["reward_sampled"]) == (0.75, 0.3125)
+    assert "  mean reward 0.750 greedy, 0.312 at temperature 1 (right is full reward only)" in evaluation_words("x", row, "")  # fmt: skip
+    lines = [evaluated(0, [1, 1], reasoned=True), evaluated(1, [1, 0], reasoned=False)]
+    row = summarise([*lines, evaluated(2, [0, 0])], {})  # of the last it is not known
+    assert (row["reasoning"], row["reasoning_sampled"]) == (0.5, 0.5) and "reward" not in row
+    assert evaluation_words("x", row, "")[1].startswith("  reasoning right 50.0% greedy, 50.0% at")
+    plain = summarise([evaluated(0, [1])], {})
+    assert not {"reward", "reasoning", "reasoning_sampled"} & {*plain}
+    assert len(evaluation_words("x", plain, "")) == 2
+
+
+@pytest.mark.parametrize(
+    "number, text, right",
+    [
+        ("14", "Ben: 7 * 2 = 14\nThe answer is even.", True),
+        ("14", "Ben: 7 + 2 = 9\nThe answer is even.", False),
+        ("4", "Ben: 7 * 2 = 14\n", False),  # a whole number, not its end
+        ("14", "14 coins, and then 15", False),  # the last one
+        ("4", "5 - 9 = -4", False),
+        ("14", "The answer is even.", False),
+    ],
+)
+def test_reasoned(number, text, right):
+    assert reasoned({"number": number}, text) is right
+
+
+def test_stages_say_in_words_what_they_found():
+    found = {"auc": 0.912, "states": 784, "calibration_error": 0.031, "siblings": 0.868, "sibling_pairs": 90}  # fmt: skip
+    assert critic_words(found) == (
+        "critic: AUC 0.91 on 784 held-out states (0.5 is chance); calibration error 0.03 (0 is best); "
+        "siblings in order 0.87 of 90 pairs (0.5 is chance)"
+    )
+    assert critic_words(found | {"siblings": None, "sibling_pairs": 0}).endswith("(0 is best)")
+    states = [{"actions": [pair(1, 0.9, 0.3), pair(2, 0.3, -0.3)]}] * 2
+    assert pairs_words(states, 0.1) == (
+        "advantages: 4 pairs of a state and a step, of 2 states with gap >= 0.1; A from -0.30 to +0.30, "
+        "standard deviation 0.30 (near 0: nothing to learn)"
+    )
+    assert pairs_words([], 0.0) == "advantages: 0 pairs of a state and a step, of 0 states"
+    early = {"loss": 9.0, "do_nothing": 9.0, "nll": 1.0, "ratio_up": 9.0, "pairs_up": 1.0, "ratio_down": 0.0, "pairs_down": 0.0}  # fmt: skip
+    late = {"loss": 3.0, "do_nothing": 4.0, "nll": 1.0, "ratio_up": 3.0, "pairs_up": 2.0, "ratio_down": -8.0, "pairs_down": 4.0}  # fmt: skip
+    said = actor_words([early] * 6 + [late] * 2, likelihood=1.0)
+    assert said == (
+        "actor, last 2 of 8 steps: loss 0.50 of doing nothing's (1: has not moved, 0: is there); "
+        "mean log-ratio of better steps +1.50; mean log-ratio of worse steps -2.00"
+    )
+
+
+def chain_tree(advantages, rewards=(0, 1), step="x = 1\n"):
+    """A wrong response with these advantages (None: no pair), and a right one of one step."""
+    nodes = [node(-1, "prompt", n=4, wins=2)]
+    for v in range(len(advantages)):
+        end = rewards[0] if v == len(advantages) - 1 else None
+        nodes.append(node(v, step, draws=1, n=1, reward=end))
+    nodes.append(node(0, "right", draws=1, n=1, wins=1, reward=rewards[1]))
+    action = {v: pair(v, 0.5, a) for v, a in enumerate(advantages, 1) if a is not None}
+    return TrainedTree(str(advantages), nodes, action | {len(nodes) - 1: pair(len(nodes) - 1, 1.0, 0.5)}, {})  # fmt: skip
+
+
+def test_the_clearest_mistake_is_one_step_that_stands_out():
+    clear, blurred = chain_tree([0.1, -0.6, None]), chain_tree([-0.5, -0.7, 0.0])
+    at_the_end = chain_tree([0.1, 0.2, -0.9])  # its reward says that, no critic is needed
+    never_right, long = (
+        chain_tree([0.1, -0.8, 0.0], rewards=(0, 0)),
+        chain_tree([-0.9] + [0.1] * 11),
+    )
+    trees = [blurred, clear, at_the_end, never_right, long]
+    assert clearest_mistake(trees) == (clear, [1, 2, 3])
+    assert clearest_mistake([at_the_end, never_right, long]) is None and plot_solution(None) is None
+    drawn = [text.get_text() for text in plot_solution((clear, [1, 2, 3])).axes[0].texts]
+    assert "-0.60" in drawn and "drawn there, too" in drawn
+    words = problem_words(trees)
+    assert words[0] == "one problem, [0.1, -0.6, None]:"
+    assert sum("-0.60  0 of 1 right" in line for line in words) == 1
+    assert problem_words([never_right]) == []
+
+
+def test_the_tree_drawn_branches_twice_where_counts_and_advantages_agree():
+    def tree(wins):  # two states with two actions each
+        nodes = [node(-1, "p", n=4, wins=2), node(0, "a", 2, 4, 4), node(0, "b", 2, 4, 0)]
+        nodes += [node(1, "c", 2, 4, wins), node(1, "d", 2, 4, 0)]
+        nodes += [node(3, "end", 4, 4, 4, reward=1), node(4, "end", 4, 4, 0, reward=0)]
+        action = {v: pair(v, 0.5, a) for v, a in ((1, 0.4), (2, -0.4), (3, 0.4), (4, -0.4))}
+        return TrainedTree(f"{wins}", nodes, action, {0: 0.5, 1: 0.5})
+
+    assert telling_tree([tree(0), tree(4), tree(2)], most=7).id == "4"
+    assert telling_tree([tree(4)], most=6) is None
+
+
+def test_rewards_between_0_and_1_are_no_counts():
+    assert how_right(node(0, "", n=4, wins=3)) == "3 of 4 right" and how_right(node(0, "")) == ""
+    assert how_right(node(0, "", n=4, wins=2.16667)) == "mean reward 0.54 of 4"
+    ends = [how_right(node(0, "", reward=reward)) for reward in (0, 1, 0.5)]
+    assert ends == ["wrong", "right", "reward 0.50"]
+    half = TrainedTree("x", [node(-1, ""), node(0, "", reward=0.9)], {}, {})
+    assert half.outcomes() == {False}
+
+
+def test_a_picture_that_is_not_drawn_is_named(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    support.report.report(run)
+    (run / "iter1" / "trees.jsonl").unlink()
+    capsys.readouterr()
+    support.report.report(run)
+    said = "not drawn: tree.png, solution.png (iter1 has no trees and advantages)\n"
+    assert said in capsys.readouterr().out and not (run / "solution.png").exists()
 
 
 def test_layout_keeps_rows_apart(rng):
@@ -240,6 +401,7 @@ def test_no_library_draws_bars_while_models_are_saved_and_loaded(folder, tmp_pat
 from pathlib import Path
 from transformers import AutoTokenizer
 import prepare
+import support.embedded
 words = AutoTokenizer.from_pretrained({str(folder)!r})
 new, copy = Path({str(tmp_path)!r}, "new"), Path({str(tmp_path)!r}, "copy")
 support.embedded.new_model(words, seed=0, layers=1, width=16).save_pretrained(new)
