@@ -117,7 +117,8 @@ def read_evaluation(path) -> dict[str, dict]:
     lines = {line["id"]: line for line in read_jsonl(path)}
     for name, line in lines.items():
         if field := misfit(line, EVALUATED):
-            raise UserError(f"{path}: {name}: no {field}; pass an eval.jsonl of evaluate.py")
+            wrong = f"{name}: no line of evaluate.py, wanted {field}"
+            raise UserError(f"{path}: {wrong}; pass an eval.jsonl")
     return lines
 
 
