@@ -320,16 +320,15 @@ def stage(s: Settings):
         with Progress("label_steps", sampled - len(out.done)) as bar:
             sampler.work_through(todo, process, bar.add, out.append)
     total, here = out.totals, bar.counts  # of the whole file; of what this start has drawn
-    print(f"{total['states']} states of {total['problems']} problems, {total['tokens']} tokens")
-    if here["completions"]:
-        again = " since it was resumed" if out.done else ""
-        print(f"{here['completions']} completions of {here['states']} states{again}")
-    if here["completions"] and not s.whole_draws:
+    is_whole = here["completions"] and not out.done
+    drawn = f", {here['completions']:,} completions" if is_whole else ""
+    print(
+        f"A.2: {total['states']:,} states of {total['problems']:,} problems{drawn}, "
+        f"{total['tokens']:,} tokens"
+    )
+    if is_whole and not s.whole_draws:
         saved = 1 - here["completions"] / (s.m * here["unshared"])
-        print(f"{here['unshared']} states before sharing, {saved:.0%} of the completions saved")
-    if sampler.prefilled:
-        fewer = here["prefixes"] / sampler.prefilled
-        print(f"{sampler.prefilled} tokens prefilled ({fewer:.0f} times fewer than one by one)")
+        print(f"{saved:.0%} of the completions were saved: responses share states and completions")
 
 
 def counted(record: dict) -> dict:

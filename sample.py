@@ -1,11 +1,11 @@
-"""Stage A.1: n1 responses a problem from the current actor, graded; n kept, balanced. And drawing.
+"""Stage A.1: n1 responses per problem from the current actor, graded; n of them kept, balanced.
 
     python sample.py --actor runs/demo/base --problems runs/demo/train.jsonl \\
         --out runs/demo/iter1/samples.jsonl
 
 Reads:  problems, and the actor (pi_gen = pi_ref: algorithm 1 generates with the policy that it
 improves).
-Writes: samples.jsonl, a line a problem; `ends` are token offsets one past each step's last token
+Writes: samples.jsonl, a line per problem; `ends` are token offsets one past each step's last token
     {"id": "demo/train/17", "prompt_ids": [1, 9], "kept": [0, 4], "responses":
      [{"ids": [5, 9, 7, 0], "ends": [2, 4], "text": "..", "reward": 1, "finished": true}]}
 
@@ -15,7 +15,7 @@ Departures from the paper:
     other kind if one runs short. A problem whose responses are all alike is kept too, since its
     steps may still differ in value; --mixed keeps none of its responses, and so spends no label on
     problems that the actor always or never solves.
- 3. --step paragraph, response or a number of tokens makes another unit than a line a step. It travels
+ 3. --step paragraph, response or a number of tokens makes another unit of a step than the line. It travels
     with the records. With --step response the only step is the whole response: then label_steps.py
     --whole_draws --m 0 and train_actor.py --kappa 0 are outcome advantages, without steps or critic.
 
@@ -42,8 +42,8 @@ class Settings:
     actor: str = flag("Hugging Face folder or hub id of the current policy")
     problems: str = flag("problems.jsonl from prepare.py")
     out: str = flag("samples.jsonl to write")
-    n1: int = flag("responses drawn a problem", 32)
-    n: int = flag("responses kept a problem", 6)
+    n1: int = flag("responses drawn per problem", 32)
+    n: int = flag("responses kept per problem", 6)
     step: str = flag("what a step is: line, paragraph, response, or a number of tokens", "line")
     mixed: bool = flag("keep no response of a problem whose draws all have one reward", False)
     first: int = flag("skip this many problems", 0)
@@ -61,6 +61,8 @@ def keep_balanced(rewards: list[float], n: int) -> list[int]:
     """Indices of the n responses to keep: half right, half wrong as far as there are, as drawn.
 
     rewards [1, 0, 0, 0, 1, 0], n = 4 -> right [0, 4], wrong [1, 2] -> [0, 1, 2, 4]
+
+    With a reward that is a share, such as of the tests passed, this choice takes half or more for right.
     """
     right = [i for i, reward in enumerate(rewards) if reward >= 0.5]
     wrong = [i for i, reward in enumerate(rewards) if reward < 0.5]
@@ -120,10 +122,16 @@ def stage(s: Settings):
         todo = [p for p in problems if p["id"] not in out.done]
         with Progress("sample", len(todo)) as bar:
             sampler.work_through(todo, process, bar.add, out.append)
-    total = out.totals
-    right = total["rewards"] / max(1, total["responses"])
-    print(
-        f"{total['problems']} problems, {total['tokens']} tokens, {right:.3f} of the responses right"
+    print(summary(out.totals))
+
+
+def summary(total: dict) -> str:
+    """How sampling went, in words. total: sums of `counted` over the whole file."""
+    n, right = total["problems"], total["rewards"] / max(1, total["responses"])
+    return (
+        f"A.1: {total['responses']:,} responses to {n:,} problems, mean reward {right:.3f}; "
+        f"{total['mixed']:,} problems ({total['mixed'] / max(1, n):.0%}) have better and worse ones "
+        f"(near 0 %: too hard or too easy); {total['tokens']:,} tokens"
     )
 
 
