@@ -29,11 +29,6 @@ TARGETS = [  # (file to break, script, flags)
     ("problems.jsonl", "label_steps.py", toy.LABEL.replace("run/trees", "new/trees")),
     ("run/trees.jsonl", "train_critic.py", toy.CRITIC.replace("--out run", "--out new")),
     ("run/trees.jsonl", "train_actor.py", COUNTS),
-    (
-        "run/samples.jsonl",
-        "train_actor.py",
-        COUNTS.replace("run/trees", "run/samples") + " --advantage outcome",
-    ),
     ("test.jsonl", "evaluate.py", toy.EVALUATE.replace("run/eval", "new/eval")),
     (
         "run/eval.jsonl",
