@@ -209,7 +209,7 @@ LISTS = [
 
 NUMBERS = [
     # Fractions and roots get their braces, and what is written as in a program its backslash.
-    (r"(?<![\\a-zA-Z])(?:np\.)?(?=(?:sqrt|pi|" + FUNCTIONS + r")(?![a-zA-Z]))", r"\\", "2*pi", r"2*\pi"),
+    (rf"(?<![\\a-zA-Z.])(?:np\.)?(?=(?:sqrt|pi|{FUNCTIONS})(?![a-zA-Z]))", r"\\", "2*pi", r"2*\pi"),
     (r"\\sqrt\s*\(((?:[^()]|\([^()]*\))*)\)", r"\\sqrt{\1}", r"\sqrt(3)", r"\sqrt{3}"),
     (r"\\frac\s*(\\[a-zA-Z]+|[^\s{\\])", r"\\frac{\1}", r"\frac12", r"\frac{1}2"),
     (r"(\\frac\{[^{}]*\})\s*(\\[a-zA-Z]+|[^\s{\\])", r"\1{\2}", r"\frac{1}2", r"\frac{1}{2}"),
@@ -363,7 +363,7 @@ NO_UNIT = (
 )
 DEGREE = r"^{\circ}"
 UNIT = re.compile(
-    r"(.*?(?:[\d})|]|\\pi))( ?)((?:\^\{\\circ\}|[^\W\d_])(?:[^\W\d_]|[⊙' /().-]|\\cdot ?|\^\{?-?\d+\}?)*)"
+    r"(.*?(?:[\d})|]|\\pi))( ?)((?:\^\{\\circ\}|[^\W\d_])(?:[^\W\d_]|[⊙' /().-]|\\cdot|\^\{?-?\d+\}?)*)"
 )
 
 
@@ -386,6 +386,8 @@ def split_unit(answer: str, other: str = "") -> tuple[str, dict[str, int]]:
     -> ('9', {}). other: the other answer; if it has a unit, letters are one here, too."""
     match = UNIT.fullmatch(answer)
     if not match or re.search(r"(?<![\\a-zA-Z])[a-zA-Z]", match[1]):
+        return answer, {}
+    if match[3].count("(") != match[3].count(")"):
         return answer, {}
     number, space, phrase = match[1], match[2], match[3].replace(DEGREE, "°")
     if phrase[0] == "°" and re.search(TRIGONOMETRIC, number) or re.fullmatch(NO_UNIT, phrase.lower()):

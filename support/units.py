@@ -95,7 +95,7 @@ decibel : dB
 magnitude : mag
 bit : -bit
 byte : -B
-molar : -M
+molar : M mM μM nM
 percent percentage : %
 dollar usd : $
 cent penny pennie : ¢
@@ -111,7 +111,7 @@ prime
 doubleprime
 am
 pm
-ordinal : th st nd rd
+ordinal th st nd rd
 unit
 """
 PREFIXES = """femto f -15, pico p -12, nano n -9, micro μ -6, milli m -3, centi c -2, deci d -1, hecto h 2,
@@ -119,7 +119,7 @@ kilo k 3, mega M 6, giga G 9, tera T 12, peta P 15"""
 
 # Symbols that are units even where a product of variables might be meant. All others need \text or
 # \mathrm around them, or a unit on the other side: kT, mg and eV are formulas, too.
-PLAIN = set(re.findall("\\w+", "mm cm dm km kg lb lbs oz ft yd mi hr hrs min sec mph kph kmh ml mL"))
+PLAIN = set(re.findall("\\w+", "mm cm dm km kg lb lbs oz ft yd mi hr hrs min sec mph kph kmh ml mL am pm th st nd rd"))
 
 NAMES, SYMBOLS = {}, {}  # any name, any symbol: the unit's name
 DEFINITIONS = {}  # name: (power of ten, in other units)
@@ -150,7 +150,7 @@ def spell(word: str) -> str | None:
     """'km', 'kms', 'Kilometers' -> 'kilometer'; None for what is no unit."""
     singular = word[:-1] if len(word) > 2 and word.endswith("s") else word
     for form in (word, singular, re.sub("^K", "k", singular)):
-        if name := SYMBOLS.get(form) or NAMES.get(form.lower()):
+        if name := NAMES.get(form.lower()) or SYMBOLS.get(form):
             return name
     return SYMBOLS.get(singular.lower()) if len(singular) > 1 else None
 
