@@ -35,7 +35,11 @@ DIGITS = 300  # that a difference must vanish to, besides those that large numbe
 OPAQUE = (AppliedUndef, sympy.Integral, sympy.Derivative, sympy.Limit)  # equal if written alike
 OF_INTEGERS = (sympy.factorial, sympy.binomial, sympy.Sum, sympy.Product)
 # The parser is slow on what it has not seen the like of.
-WARM_UP = [r"a_{n}=\sum_{k=0}^{n-1}a_{k}x^{2}", r"\frac{2\pi c^{2}(x+1)}{e^{hx/(\lambda T)}-\sqrt{3}}", "(1,2]"]
+WARM_UP = [
+    r"a_{n}=\sum_{k=0}^{n-1}a_{k}x^{2}",
+    r"\frac{2\pi c^{2}(x+1)}{e^{hx/(\lambda T)}-\sqrt{3}}",
+    "(1,2]",
+]
 CONFIG = ConversionConfig(lowercase_symbols=False)
 
 
@@ -49,7 +53,9 @@ def parse(latex: str):
     # i is an index beside "_", else the imaginary unit, which the parser knows as I.
     if "_" not in latex:
         latex = re.sub(r"(?<![a-zA-Z\\])i(?![a-zA-Z])", " I ", latex)
-    return latex2sympy(latex, convert_degrees=True, normalization_config=None, conversion_config=CONFIG)
+    return latex2sympy(
+        latex, convert_degrees=True, normalization_config=None, conversion_config=CONFIG
+    )
 
 
 def as_fraction(decimal: re.Match) -> str:
@@ -149,7 +155,9 @@ def same_relations(gold, answer) -> bool:
 
 def same_relation(gold, answer) -> bool:
     for sides in (gold, answer):
-        if not isinstance(sides, Relational) or not all(isinstance(s, sympy.Expr) for s in sides.args):
+        if not isinstance(sides, Relational) or not all(
+            isinstance(s, sympy.Expr) for s in sides.args
+        ):
             return False
     if solved_for(gold) - solved_for(answer):
         return False
@@ -164,7 +172,11 @@ def same_relation(gold, answer) -> bool:
         if is_number(here) and is_number(there) and not same_number(here, sympy.S.Zero):
             ratio = there / here
             positive = kind in (sympy.Eq, sympy.Ne) or ratio.is_positive
-            return bool(positive) and not same_number(there, sympy.S.Zero) and same(gold * ratio, answer)
+            return (
+                bool(positive)
+                and not same_number(there, sympy.S.Zero)
+                and same(gold * ratio, answer)
+            )
     return False
 
 

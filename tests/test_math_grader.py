@@ -1,5 +1,6 @@
 """The math grader. Cases are (gold, answer); rows from data sets name them."""
 
+import json
 import os
 import random
 import re
@@ -12,13 +13,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
 import reward
-import support.math_answers
 from support.cli import UserError
 from support.math_answers import (
+    TABLES,
     MathVerifier,
     compare,
     exact_number,
@@ -38,7 +40,20 @@ def verifier():
 EXTRACTED = [
     (r"so $\boxed{5}$.", "5"),
     (r"\boxed{1}, no, \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-    (r"\boxed{1} and \boxed{2}", "2"),  # several boxes are no set
+    (r"\boxed{1} and \boxed{2}", "1, 2"),
+    (
+        r"$x$ must be $\boxed{3}$ or $\boxed{\frac{2}{5}}$.",
+        r"3 or \frac{2}{5}",
+    ),  # MATH test row 2703
+    (r"$a = \boxed{-1}$ and $a = \boxed{2}.$", "-1, 2"),  # MATH test row 4559
+    (r"\[\boxed{(1,2)} \text{ and } \boxed{(3,4)}.\] Either is right.", "(1,2), (3,4)"),
+    (r"\(\boxed{1}\), \(\boxed{2}\), and \(\boxed{3}\)", "1, 2, 3"),
+    (r"$x = \boxed{2}$ and $y = \boxed{3}$", "x=2, y=3"),
+    (r"$\boxed{5}$ or, again, $\boxed{5}$", "5"),
+    (r"\boxed{5}, \boxed{5}", "5"),
+    (r"so \boxed{1}. The other way, \boxed{2}", "2"),  # far apart
+    (r"\boxed{\frac{25}{13}} = \boxed{1\frac{12}{13}}", r"1\frac{12}{13}"),
+    (r"\boxed{4} and \boxed{5", None),
     (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
     (r"\boxed{\boxed{3}}", "3"),
     (r"\fbox{7}", "7"),
@@ -368,56 +383,39 @@ def watch(pid):
     return lambda *_: bool(select.select([fd], [], [], 30)[0])
 
 
-BEFORE_AND_AFTER = [  # a row each of REWRITES, in its order: what that row alone makes of a text
-    (r"\left( x \right)", "( x )"),
-    ("$18", r"\$18"),
-    ("$2$,$100$", "$2, 100$"),
-    ("$18$", "18"),
-    (r"10{,}000", "10000"),
-    (r"a\; b", "a  b"),
-    ("1 and 2", "1, 2"),
-    ("9 (apples)", r"9\text{apples}"),
-    (r"5\text{cm}", "5 centimeter "),
-    (r"\$5", "5 dollar"),
-    (r"50\%", "50 percent "),
-    (r"90^\circ", "90 degree "),
-    ("3 p.m.", "3 pm"),
-    (r"9.6\AA", "9.6 angstrom"),
-    (r"50 \mu meter", "50  micrometer"),
-    ("5 cm²", "5 cm^2"),
-    ("5 cm³", "5 cm^3"),
-    ("50 mph", "50 miles per hour"),
-    ("50 kmph", "50 kilometers per hour"),
-    (r"\dfrac12", r"\frac12"),
-    (r"\frac12", r"\frac{1}2"),
-    (r"\frac{1}2", r"\frac{1}{2}"),
-    (r"\sqrt2", r"\sqrt{2}"),
-    (r"2 \times 3", r"2 \cdot  3"),
-    ("4.5e33", r"4.5\cdot 10^{33}"),
-    ("np.arcsin(x)", r"\arcsin(x)"),
-    ("25_{16}", "25_16"),
-    ("1,234", "1234"),
-    ("a  b", "a b"),
-    ("x + 1.", "x+1"),
-    ("(C)", "C"),
-    ("Tuesday", "tuesday"),
-]
+RULES = [rule for table in TABLES for rule in table]
 
 
-@pytest.mark.parametrize("row", range(len(support.math_answers.REWRITES)))
-def test_each_rewrite_does_what_it_is_for(row):
-    before, after = BEFORE_AND_AFTER[row]
-    pattern, replacement = support.math_answers.REWRITES[row]
+@pytest.mark.parametrize("rule", RULES, ids=[before for _, _, before, _ in RULES])
+def test_each_rule_does_what_its_example_says_and_no_other_does_it(rule):
+    pattern, replacement, before, after = rule
     assert re.sub(pattern, replacement, before, flags=re.DOTALL) == after
-    others = [r for i, r in enumerate(support.math_answers.REWRITES) if i != row]
     text = before
-    for pattern, replacement in others:  # and no other row does it
-        text = re.sub(pattern, replacement, text.strip(), flags=re.DOTALL)
+    for other in (other for other in RULES if other is not rule):
+        text = re.sub(other[0], other[1], text.strip(), flags=re.DOTALL)
     assert text != normalise(before)
 
 
-def test_each_rewrite_has_a_before_and_an_after():
-    assert len(BEFORE_AND_AFTER) == len(support.math_answers.REWRITES)
+@pytest.mark.parametrize(
+    "answer, latex",
+    [
+        ("2½", r"2\frac{1}{2}"), ("√10", r"\sqrt{10}"), ("√x", r"\sqrt{x}"), ("x²⁰", "x^{20}"), ("−3", "-3"),
+        ("90º", r"90^{\circ}"), ("3π", r"3\pi"), ("a₁₂", "a_{12}"), ("x ≤ 3", r"x\in(-\infty,3]"), ("5 kΩ", "5 kiloohm"),
+    ],
+)  # fmt: skip
+def test_signs_beyond_ascii_become_latex(answer, latex):
+    assert normalise(answer) == latex
+
+
+def test_answers_after_public_complaints_about_graders(verifier):
+    """Pairs of a gold answer and a response, after what users of other graders complained about."""
+    lines = (Path(__file__).parent / "answers.jsonl").read_text().splitlines()
+    misjudged = []
+    for row in map(json.loads, lines):
+        verdict, prediction = grade_math(row["gold"], row["response"], verifier)
+        if (verdict == "right") != row["right"]:
+            misjudged.append((row["gold"], prediction, verdict))
+    assert len(lines) == 348 and misjudged == []
 
 
 def test_one_function_is_the_reward_of_every_stage(monkeypatch):
