@@ -151,7 +151,7 @@ STYLE = [
     (r"\\(?:bf|rm|it|sf|tt|em|bfseries)(?![a-zA-Z])", "", r"{\bf 5}", "{ 5}"),
     (rf"\\(?:underline|ensuremath)\s*{BRACED}", r"\1", r"\underline{5}", "5"),
     (HAT, r" \1 ", r"3\hat{\imath}", "3 i "),
-    (r"^\{([^{},]*)\}$", r"\1", "{5}", "5"),
+    (r"^\{+([^{},]*)\}+$", r"\1", "{5}", "5"),
     # Several commands of one meaning.
     (r"\\[dtc]frac(?![a-z])", r"\\frac", r"\dfrac12", r"\frac12"),
     (r"\\[dt]binom(?![a-z])", r"\\binom", r"\dbinom{7}{3}", r"\binom{7}{3}"),
@@ -220,6 +220,8 @@ NUMBERS = [
     (r"\\frac\s*(\\[a-zA-Z]+|[^\s{\\])", r"\\frac{\1}", r"\frac12", r"\frac{1}2"),
     (r"(\\frac\{[^{}]*\})\s*(\\[a-zA-Z]+|[^\s{\\])", r"\1{\2}", r"\frac{1}2", r"\frac{1}{2}"),
     (r"\\sqrt\s*([^\s{\[\\(])", r"\\sqrt{\1}", r"\sqrt2", r"\sqrt{2}"),
+    (rf"({TRIGONOMETRIC})\s*\^(\d)", r"\1^{\2}", r"\cos^2 30", r"\cos^{2} 30"),
+    (r"\^\(([^()]*)\)", r"^{\1}", "2^(1/3)", "2^{1/3}"),
     (r"\\log_\{?e\}?(?![a-z])", r"\\ln ", r"\log_e 2", r"\ln  2"),
     # Products and powers of ten. Not Euler's number: 2e-1 is a power of ten only if it is all.
     (r"\\times(?![a-z])|\*", r"\\cdot ", r"2\times 3", r"2\cdot  3"),
@@ -231,7 +233,8 @@ NUMBERS = [
      r"1.2\overline{34}", r"\frac{1222}{990}"),
     (r"(\d*)\.(\d*?)(\d{1,6}?)\3{2,}\s*\\dots", repeating, r"0.1666\dots", r"\frac{15}{90}"),
     # The base of a number, remainders, ratios.
-    (rf"\b{DIGITS} *(?:_\s*\{{?|\(|in )\s*base\s+(\w+)\s*[)}}]?", based, "25_{base 16}", "25_16"),
+    (rf"\b{DIGITS} *(?:_\s*\{{?|\(|in )?\s*base\s+({'|'.join(BASES)}|\d+)\b\s*[)}}]?", based,
+     "25_{base 16}", "25_16"),
     (rf"\(?\b{DIGITS}\)? ?_\s*\{{\s*(\w+)\s*\}}", based, "25_{16}", "25_16"),
     (rf"\({DIGITS}\)_(\w)", based, "(25)_8", "25_8"),
     (r"\\[pb]?mod\s*\{?(\w+)\}?|\(mod\s*(\w+)\)", r"\\pmod{\1\2}", "3 (mod 7)", r"3 \pmod{7}"),
@@ -460,8 +463,11 @@ NAME = (
 )
 EQUALS = r"=|\\(?:approx|in|equiv)(?![a-z])"
 INEQUALITY = r"[<>]|\\[lgn]e(?![a-z])"
-# Of rule 6; a hyphen within a word is no minus.
-LITERAL = r"-?[\dA-F.]*\d[\dA-F.]*_\w+|(?:[A-Za-z' .]|(?<=[a-z]{2})-(?=[a-z]{2}))+|.*(?:\d:\d|(?<!_)\d \d|\\pmod).*"
+# Of rule 6: a base; words, where a hyphen is no minus; anything with a time, a remainder or a word in it.
+LITERAL = (
+    r"-?[\dA-F.]*\d[\dA-F.]*_\w+|(?:[A-Za-z' .]|(?<=[a-z]{2})-(?=[a-z]{2}))+|"
+    r".*(?:\d:\d|(?<!_)\d \d|\\pmod|(?<![\\A-Za-z{])[A-Za-z]{4}).*"
+)
 CHOICE = r"\(?([A-J])[).:](?!.*(?<![A-Za-z])[A-J](?![A-Za-z])).*"
 
 
@@ -583,7 +589,9 @@ def grade_math(gold: str, text: str, verifier: "MathVerifier") -> tuple[str, str
 
 
 ALGEBRA = Path(__file__).with_name("algebra.py")
-A_DAY = 86_400  # seconds; the worker's CPU time is limited, which no other load of the machine changes
+A_DAY = (
+    86_400  # seconds; the worker's CPU time is limited, which no other load of the machine changes
+)
 
 
 class MathVerifier:
