@@ -12,7 +12,7 @@ rounds decimals, and takes numbers for equal that are closer than an absolute di
 - Two inequalities are equal if one is a positive multiple of the other, two sets if they consist of
   the same intervals and points, two matrices if all their entries are equal.
 
-math_answers runs this file's text in a process of its own, which imports sympy but no torch. As that
+math_answers starts this file as a process of its own, which imports sympy but no torch. As that
 process, it reads [gold, answer, seconds of CPU time] and writes [verdict, seconds left], line by line.
 """
 

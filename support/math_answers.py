@@ -23,6 +23,7 @@ list. Rules, in order:
 8. What is left algebra.py decides, part by part, exactly: expressions, equations, sets, matrices.
 """
 
+import os
 import queue
 import re
 import signal
@@ -500,13 +501,12 @@ def compare(gold: str, answer: str, verifier: "MathVerifier") -> str:
         return "right" if x == y else "wrong"
     if gold == answer:
         return "right"
-    if re.fullmatch(LITERAL, gold) or re.fullmatch(LITERAL, answer):
-        return "wrong"
     (kind, ours), (other_kind, theirs) = split_parts(gold), split_parts(answer)
     if (kind, len(ours)) != (other_kind, len(theirs)):
         return "wrong"
     if (ours, theirs) == ([gold], [answer]):
-        return verifier.check(gold, answer)
+        literal = re.fullmatch(LITERAL, gold) or re.fullmatch(LITERAL, answer)
+        return "wrong" if literal else verifier.check(gold, answer)
     return compare_parts(ours, theirs, bool(kind), verifier)
 
 
@@ -609,7 +609,7 @@ class MathVerifier:
         if self.left_s <= 0:
             return "timed out"
         if not self.worker or self.worker.poll() is not None:
-            worker = Worker("-c", [], ALGEBRA.read_text())
+            worker = Worker(str(ALGEBRA), env=os.environ | {"PYTHONSAFEPATH": "1"})
             worker.stdout.readline()  # "ready"; starting is not the answer's time
             self.worker = worker
         verdict, left = self.worker.ask([gold, answer, self.left_s], A_DAY)
