@@ -111,7 +111,7 @@ def shard(lm, value_head: torch.nn.Module | None = None, offload: bool = False, 
 
     lm: a model.LM; value_head: the critic's, too. offload: weights, gradients and moments lie in the
     host's memory. processes: over how many, by default all. Over those of one machine, each machine
-    has whole weights, and only gradients travel between them, once a step (hybrid sharding).
+    has whole weights, and only gradients travel between them, once per step (hybrid sharding).
 
     What uses weights outside the layers (embedding, last norm, the vocabulary products) runs inside
     `LM.with_weights`, for which they are gathered; so tied embeddings stay one parameter.
@@ -136,7 +136,9 @@ def shard(lm, value_head: torch.nn.Module | None = None, offload: bool = False, 
     place = CPUOffloadPolicy(torch.cuda.is_available()) if offload else OffloadPolicy()
     flags = {"mesh": mesh, "offload_policy": place}
     precise = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32)
-    flags["reshard_after_forward"] = not offload  # offloaded weights go up once a step, not a pack
+    flags[
+        "reshard_after_forward"
+    ] = not offload  # offloaded weights go up once per step, not per pack
     for layer in decoder_layers(lm.model):
         fully_shard(layer, mp_policy=precise, **flags)
     fully_shard(lm.model, mp_policy=precise, **flags)

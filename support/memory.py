@@ -1,6 +1,6 @@
-"""What a model needs of memory, and a run of time, from a config and counts alone: before it starts.
+"""What a model will need of memory, and an iteration of time, from a config and a few counts.
 
-It knows nothing of the algorithm: how many tokens each stage draws or trains on is told.
+It knows nothing of the algorithm: how many tokens are drawn and trained on, it is told.
 
     python -m support.memory MODEL [--cards N] [--memory GB] [--help]
 """
@@ -19,7 +19,10 @@ from support.distributed import PINNED_EXACTLY, decoder_layers, local_world, pin
 from support.scoring import ROUND
 
 USABLE = 0.92  # of a card's memory; the rest is for kernels and fragments
-TREE_BYTES, PACK_BYTES = 28, 46  # of the host's memory a token, of records and of packs
+TREE_BYTES, PACK_BYTES = (
+    28,
+    46,
+)  # of the host's memory per token, of records and of packs (measured)
 
 
 def memory(
@@ -54,10 +57,10 @@ def memory(
         "logits and their sums": rows * vocabulary * 20,
     }
     # On one card autocast rounds float32 weights, and the residual stream is float32.
-    alone = cards == 1 and not offload
-    stream = 4 if alone else 2  # bytes of a number of it
+    unsharded = cards == 1 and not offload
+    stream = 4 if unsharded else 2  # bytes of a number of it
     state = 0 if offload else 16 * count // cards  # float32 weights, gradients and two moments
-    if alone:
+    if unsharded:
         whole_weights = 2 * layer  # of the layer that is computed, rounded
     elif offload:
         whole_weights = 6 * count  # until a step's last pack, gradients in float32 too
@@ -77,7 +80,7 @@ def memory(
         "one layer, or blocks of the vocabulary": max(one_layer, blocks),
     }
     # Each process reads the whole model, which is then sharded.
-    loading = {} if alone else {"the whole weights, in float32": 4 * count}
+    loading = {} if unsharded else {"the whole weights, in float32": 4 * count}
     host = {"weights of every process, as they are loaded": 4 * count * (at_once or on_host)}
     if offload:
         shard = sum(pinned_bytes(p.shape, cards) for p in model.parameters())
@@ -114,15 +117,15 @@ def host_memory(groups=Path("/proc/self/cgroup"), root=Path("/sys/fs/cgroup")) -
     least = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for line in groups.read_text().splitlines() if groups.exists() else []:
         _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
-            top = root / controllers
-            own = top / path.lstrip("/")
-            for folder in (own, *own.parents):
-                for name in ("memory.max", "memory.limit_in_bytes"):
-                    file = folder / name
-                    if folder.is_relative_to(top) and file.exists():
-                        text = file.read_text().strip()
-                        least = min(least, int(text)) if text != "max" else least
+        if controllers not in ("", "memory"):  # of version 2, or of version 1's for memory
+            continue
+        folder = root / controllers / path.lstrip("/")
+        while folder.is_relative_to(root):
+            for name in ("memory.max", "memory.limit_in_bytes"):
+                limit = (folder / name).read_text().strip() if (folder / name).exists() else "max"
+                if limit != "max":
+                    least = min(least, int(limit))
+            folder = folder.parent
     return least
 
 
@@ -193,8 +196,8 @@ def shortage(found: dict, card: float, offload: bool) -> str | None:
 
 @dataclass(frozen=True)
 class Work:
-    """What one iteration's hours are computed from. Tokens are a problem's; rates are one card's
-    (H100) on a model of 7.6 billion parameters, and inverse to a model's parameters."""
+    """What one iteration's hours are computed from. Tokens are counted per problem; rates are one
+    H100's with a model of 7.6 billion parameters, and inverse to a model's parameters."""
 
     problems: int = flag("problems of the iteration: MATH's", 7500)
     sampled: int = flag("tokens drawn in sampling: 32 responses of 400", 12_800)
@@ -206,7 +209,7 @@ class Work:
     passing: float = flag("tokens/s of a forward pass (a training pass is four)", 32_800.0)
     critic_step: int = flag("tokens of an optimiser step of the critic: 512 states", 12_600)
     actor_step: int = flag("tokens of an optimiser step of the actor: 2048 pairs", 82_000)
-    offload: float = flag("seconds --offload adds to a step, per billion (measured, 1.5B)", 0.92)
+    offload: float = flag("seconds that --offload adds per step and billion (measured, 1.5B)", 0.92)
     critic_share: float = flag("of eight cards' time in a critic's step that is used", 0.83)
     actor_share: float = flag("of eight cards' time in an actor's step that is used", 0.93)
 
@@ -223,15 +226,14 @@ def hours(parameters: int, cards: int, offload: bool, work: Work) -> dict[str, f
     training = cards * work.training / size
     critic_tokens = 0.9 * work.problems * work.kept
     critic_share, actor_share = (work.critic_share, work.actor_share) if cards > 1 else (1, 1)
-    waiting = work.offload * parameters / 1e9 if offload else 0  # seconds a step
+    waiting = work.offload * parameters / 1e9 if offload else 0  # seconds per step
     seconds = {
         "sampling": work.problems * work.sampled / drawing,
         "labelling": work.problems * work.labelled / drawing,
-        "critic": critic_tokens / (training * critic_share)
-        + waiting * critic_tokens / work.critic_step,
+        "critic": critic_tokens * (1 / training / critic_share + waiting / work.critic_step),
         "critic's test": 0.1 * tokens / passing,
         "values and reference log-probs": 2 * tokens / passing,
-        "actor": tokens / (training * actor_share) + waiting * tokens / work.actor_step,
+        "actor": tokens * (1 / training / actor_share + waiting / work.actor_step),
     }
     return {stage: s / 3600 for stage, s in seconds.items()}
 
@@ -270,7 +272,7 @@ def print_table(arguments: list[str]):
     print(
         f"hours of an iteration of {work.problems} problems (--help: what they are computed from)"
     )
-    for offload in (False, True):
+    for offload in (False, True)[: 2 if s.cards == 1 else 1]:  # --offload: measured on one
         found = hours(count, s.cards, offload, work)
         listed = ", ".join(f"{stage} {number:.1f}" for stage, number in found.items())
         print(f"  {'--offload: ' if offload else ''}{sum(found.values()):.1f} ({listed})")

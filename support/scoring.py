@@ -13,7 +13,7 @@ from support.distributed import all_gather, local_shard, rank, wait_for_all, wor
 from support.packing import Tree, pack_trees
 from support.records import dump, replace
 
-ROUND = 1 << 22  # tokens of trees that a process packs at once: 0.2 GB of packs, minutes of a card
+ROUND = 1 << 22  # tokens that a process packs at once: 0.2 GB of packs, minutes of a card's work
 
 
 class Results:

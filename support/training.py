@@ -1,4 +1,8 @@
-"""training. It knows nothing of the algorithm."""
+"""The training loop: optimiser steps on packs, checkpoints, and going on exactly after a kill.
+
+It knows nothing of the algorithm: the caller says what a batch is, how it is packed and what the
+loss is.
+"""
 
 import errno
 import functools
@@ -140,20 +144,21 @@ class Checkpoints:
 
 
 def fit(modules, batches, make_packs, loss, work: Path, lr: float, save_minutes: float, name=str):
-    """One optimiser step (AdamW, gradient norm clipped to 1) a batch; resumes exactly from `work`.
+    """One optimiser step (AdamW, gradient norm clipped to 1) per batch; resumes exactly from `work`.
 
     modules   {name: torch.nn.Module} to train
     batches   what step i trains on, a list that the stage's seed fixes
-    make_packs  batch -> a list of argument tuples, one a pack; runs in a thread, a step ahead, and
-              so makes tensors of the CPU alone: another thread's GPU may be another
+    make_packs  batch -> a list of argument tuples, one per pack; runs in a thread, one step ahead,
+              and so makes tensors of the CPU only: another thread's GPU may be another
     loss      (*arguments) -> (the pack's share of the batch's mean loss, {metric: its sum}); shares
               add up, so gradients do not depend on how a batch is cut into packs (8 x 1 = 1 x 8)
     name      batch -> what to call it in the report on a loss that is not finite
 
     The rate is the lower of two lines: one rises to lr over the first 5 % of the steps, one falls from
     lr to a tenth of it over all of them. `work` holds the two newest checkpoints, one every
-    `save_minutes`, and metrics.jsonl, a line a step; seconds go to timing.jsonl apart. Of several
-    processes each runs its share of a batch's packs.
+    `save_minutes` but none after the last step, when the stage writes the model itself, and
+    metrics.jsonl, one line per step; seconds go to timing.jsonl apart. Of several processes each runs
+    its share of a batch's packs.
     """
     work.mkdir(parents=True, exist_ok=True)
     give_back_whole_weights(modules)
@@ -207,8 +212,7 @@ def fit(modules, batches, make_packs, loss, work: Path, lr: float, save_minutes:
             timing.write({"step": i, "seconds": perf_counter() - begin})
             bar.update()
             due = summed({"due": float(perf_counter() - saved_at > 60 * save_minutes)})["due"]
-            is_last = i + 1 == len(batches)  # then the stage writes the model itself
-            if due and not is_last:
+            if due and i + 1 < len(batches):
                 metrics.flush()
                 checkpoints.save(i + 1)
                 saved_at = perf_counter()
@@ -256,8 +260,8 @@ def give_back_whole_weights(modules: dict):
 def synchronise(modules: dict, last: bool):
     """With --offload weights and gradients stay on the card until a step's last pack. Otherwise the
     gradients of each pack are summed over the processes at once: kept whole until the last pack
-    they would take 4 bytes a parameter of every card. Between machines that each hold whole weights
-    shards of them travel after the last pack."""
+    they would take 4 bytes per parameter of every card. Between machines that each hold whole
+    weights they are summed after the last pack."""
     for module in modules.values():
         if is_sharded(module):
             module.set_requires_all_reduce(last)
