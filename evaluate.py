@@ -162,6 +162,8 @@ class Settings:
     max_new: int = flag("length limit of a response in tokens", 2048)
     batch: int = flag("rows decoded at once, at least 16", 256)
     server: str = flag("URL of a server that serves the actor, or several, comma separated", "")
+    workers: int = flag("processes that ask the server, decode and grade", 1)
+    engines: int = flag("data-parallel engines of a server; 0: as many as it says", 0)
     dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the samples", 0)
     compare: list[str] | None = flag(  # noqa: RUF009
@@ -200,7 +202,8 @@ def stage(s: Settings):
         join()
         lm = load_lm(s.actor, dtype=s.dtype, weights=not s.server)
         lm.step, lm.codec.date = stated_by(s.critic, "step", "line"), output.date
-        sampler = Server(s.server, lm) if s.server else Sampler(lm, s.batch)
+        by_server = s.server and Server(s.server, lm, s.workers, s.engines)
+        sampler = by_server or Sampler(lm, s.batch)
         critic = load_critic(s.critic, dtype=s.dtype) if s.critic else None
         if critic and tokenizer_facts(critic[0])["tokenizer"] != tokenizer_facts(lm)["tokenizer"]:
             raise UserError(f"{s.critic}: its tokenizer is not the actor's; pass one that has it")

@@ -56,6 +56,8 @@ class Settings:
     max_new: int = flag("length limit of a whole response in tokens", 2048)
     batch: int = flag("rows decoded at once, at least 16", 256)
     server: str = flag("URL of a server that serves the actor, or several, comma separated", "")
+    workers: int = flag("processes that ask the server, decode and grade", 1)
+    engines: int = flag("data-parallel engines of a server; 0: as many as it says", 0)
     dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the draws", 0)
     unsafe: bool = flag("run programs even where they cannot be walled off", False)
@@ -143,12 +145,19 @@ class StepTree:
         self.nodes[v]["n"] += 1
         self.nodes[v]["wins"] += reward
 
-    def levels(self) -> list[list[int]]:
-        """The states by steps from the prompt: shallow ones are labelled first."""
+    def levels(self, all_wait: bool = True) -> list[list[int]]:
+        """The states by steps from the prompt: shallow ones are labelled first.
+
+        not all_wait: a state that a single response passes is of its parent's level. Few completions
+        will pass it, so there is little to wait for.
+        """
+        responses = [int(node["reward"] is not None) for node in self.nodes]  # that pass a node
+        for v in range(len(self.nodes) - 1, 0, -1):
+            responses[self.nodes[v]["parent"]] += responses[v]
         levels, level = [], [0] * len(self.nodes)
         for v, node in enumerate(self.nodes):
             if v:
-                level[v] = level[node["parent"]] + 1
+                level[v] = level[node["parent"]] + (all_wait or responses[v] > 1)
             if self.to_label[v]:
                 while len(levels) <= level[v]:
                     levels.append([])
@@ -215,7 +224,7 @@ def label(lm: LM, sampler, problems: list[dict], trees: list[StepTree], s: Setti
         half = len(trees) // 2
         label(lm, sampler, problems[:half], trees[:half], s, progress)
         return label(lm, sampler, problems[half:], trees[half:], s, progress)
-    levels = [tree.levels() for tree in trees]
+    levels = [tree.levels(sampler.all_wait) for tree in trees]
     for depth in range(max(map(len, levels))):
         rows, share = [], 0.0  # of the work, in problems
         for t, tree in enumerate(trees):
@@ -294,7 +303,8 @@ def stage(s: Settings):
         return
     lm = load_lm(s.actor, dtype=s.dtype, weights=s.m > 0 and not s.server)
     lm.step, lm.codec.date = stated_by(s.samples, "step", "line"), output.date
-    sampler = Server(s.server, lm) if s.server and s.m else Sampler(lm, s.batch)
+    by_server = s.server and s.m and Server(s.server, lm, s.workers, s.engines)
+    sampler = by_server or Sampler(lm, s.batch)
 
     def process(chunk: list[dict], progress) -> list[dict]:
         for record in chunk:

@@ -31,6 +31,7 @@ The share of tests that pass, of a program with `inputs` and `outputs`, in one r
         return sum(v == w for v, w in zip(values or [], wanted)) / len(wanted)
 """
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
@@ -90,6 +91,7 @@ def prediction_of(problem: dict, text: str) -> str | None:
 # ------------------------------------------------------------ how the stages call it
 
 graders = ThreadPoolExecutor(CPUS)
+os.register_at_fork(after_in_child=lambda: globals().update(graders=ThreadPoolExecutor(1)))
 judgements = {}  # (problem's id, text): what `grade` found, until `judged` takes it
 
 

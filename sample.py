@@ -51,6 +51,8 @@ class Settings:
     max_new: int = flag("length limit of a response in tokens", 2048)
     batch: int = flag("rows decoded at once, at least 16", 256)
     server: str = flag("URL of a server that serves the actor, or several, comma separated", "")
+    workers: int = flag("processes that ask the server, decode and grade", 1)
+    engines: int = flag("data-parallel engines of a server; 0: as many as it says", 0)
     dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the draws", 0)
     unsafe: bool = flag("run programs even where they cannot be walled off", False)
@@ -105,7 +107,8 @@ def stage(s: Settings):
         return
     lm = load_lm(s.actor, dtype=s.dtype, weights=not s.server)
     lm.step, lm.codec.date = s.step, output.date
-    sampler = Server(s.server, lm) if s.server else Sampler(lm, s.batch)
+    by_server = s.server and Server(s.server, lm, s.workers, s.engines)
+    sampler = by_server or Sampler(lm, s.batch)
 
     def process(chunk: list[dict], progress) -> list[dict]:
         def ended(responses: int, tokens: int):

@@ -627,6 +627,17 @@ for _ in range(CPUS):
     _verifiers.put(MathVerifier(known=_known))  # a process starts with its first answer
 
 
+def _after_fork():
+    """A fork must not speak to its parent's processes. It is one of several that grade, so one is
+    enough for it."""
+    global _verifiers
+    _verifiers = queue.SimpleQueue()
+    _verifiers.put(MathVerifier(known={}))
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def grade_answer(gold: str, text: str) -> tuple[str, str | None]:
     """`grade_math` by a verifier that no other thread is using."""
     verifier = _verifiers.get()

@@ -321,6 +321,7 @@ class Sampler:
     """
 
     chunk = 64  # problems whose rows decode together
+    all_wait = True  # for draws that may save others: other problems' rows decode meanwhile
 
     def __init__(self, lm, batch: int = 256):
         self.lm, self.batch = lm, batch

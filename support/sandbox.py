@@ -173,6 +173,17 @@ def _sandbox(unsafe: bool) -> Sandbox:
 _starting = threading.Lock()
 
 
+def _after_fork():
+    """A fork has none of its parent's threads, and its parent's judges are not its own. It is one of
+    several that grade, so it grades one response at a time."""
+    global CPUS, _starting
+    CPUS, _starting = 1, threading.Lock()
+    _sandbox.cache_clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def sandbox(unsafe: bool) -> Sandbox:
     """This process's sandbox, started for the first program, by one thread."""
     with _starting:

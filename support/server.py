@@ -10,8 +10,15 @@ server.
 import http.client
 import json
 import math
+import multiprocessing
+import multiprocessing.connection
+import os
 import queue
+import re
+import signal
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
@@ -30,6 +37,10 @@ class Fault(Exception):
 
 class NoTokenIds(Fault):
     """What a server says that cannot return token ids."""
+
+
+class Late(Fault):
+    """No answer came in time: the server, or one of its engines, may hang."""
 
 
 # ------------------------------------------------------------ one server
@@ -53,18 +64,28 @@ class Endpoint:
         https = parts.scheme == "https"
         self.connect = http.client.HTTPSConnection if https else http.client.HTTPConnection
         self.model, self.context = "", math.inf  # what it calls the model; its tokens at most
+        self.engines, self.hung = 1, set()  # data-parallel ones behind it; those that were Late
         self.faults, self.rest = 0, 0.0  # in a row; until when it is not asked (time.monotonic())
 
-    def send(self, path: str, question: dict | None = None, timeout: float = 900.0) -> bytes:
-        """What it answers to a GET, or to a POST of the question. Raises Fault where that may be
-        better another time, UserError where the question itself is refused."""
+    def send(
+        self, path: str, question: dict | None = None, timeout=10.0, engine: int | None = None
+    ) -> bytes:
+        """What it answers to a GET, or to a POST of the question; engine: the one to answer.
+
+        Raises Fault where the answer may be better another time, UserError where the question
+        itself is refused.
+        """
         connection = self.connect(*self.address, timeout=timeout)
+        headers = {"Content-Type": "application/json"}
+        headers |= {} if engine is None else {"X-data-parallel-rank": str(engine)}
         body = None if question is None else json.dumps(question)
         kind = "GET" if question is None else "POST"
         try:
-            connection.request(kind, self.root + path, body, {"Content-Type": "application/json"})
+            connection.request(kind, self.root + path, body, headers)
             answer = connection.getresponse()
             said = answer.read()
+        except TimeoutError as e:
+            raise Late(f"no answer within {timeout:g} s") from e
         except (OSError, http.client.HTTPException) as e:
             raise Fault(str(e) or type(e).__name__) from e
         finally:
@@ -76,9 +97,9 @@ class Endpoint:
             raise UserError(f"{self.url}: {wrong}")
         raise Fault(wrong)
 
-    def ask(self, path: str, question: dict | None = None, timeout: float = 900.0) -> dict:
-        """The JSON object that it answers."""
-        said = self.send(path, question, timeout)
+    def ask(self, *question, **how) -> dict:
+        """The JSON object that it answers; as `send`."""
+        said = self.send(*question, **how)
         try:
             answer = json.loads(said)
         except ValueError as e:
@@ -86,6 +107,48 @@ class Endpoint:
         if not isinstance(answer, dict):
             raise Fault("it answered no JSON object")
         return answer
+
+    def find_model(self, lm):
+        """Learn under which name it serves `lm`, known by its path or its weights' fingerprint, and
+        what it can. UserError if it will not do."""
+        own = {lm.path, str(Path(lm.path).resolve()), fingerprint(lm.path)[:16]}
+        served = set()
+        for model in list_of_objects(self.ask("/v1/models"), "data"):
+            names = {str(name) for name in (model.get("id"), model.get("root")) if name}
+            if names & own:
+                if model.get("owned_by") == "vllm":
+                    self.require_version()
+                self.model = model.get("id")
+                self.context = min(model.get("max_model_len") or math.inf, lm.max_length)
+                return
+            served |= names
+        others = ", ".join(sorted(served))
+        raise UserError(f"{self.url}: serves {others}, not {lm.path}; start it with that folder")
+
+    def require_version(self):
+        """Refuse a vLLM that cannot read what transformers 5 saves, which would serve the base model
+        and fail at the first trained actor, or compute it with another rope_theta."""
+        try:
+            version = str(self.ask("/version").get("version"))
+        except (Fault, UserError):  # it does not say
+            return
+        found = tuple(map(int, re.findall(r"\d+", version)[:3]))
+        if found and found < OLDEST_VLLM:
+            oldest = ".".join(map(str, OLDEST_VLLM))
+            wrong = f"vLLM {version} cannot read models saved by transformers 5"
+            raise UserError(f"{self.url}: {wrong}; install vLLM {oldest} or later there")
+
+    def count_engines(self):
+        """How many data-parallel engines it has: vLLM's metrics name them."""
+        try:
+            metrics = self.send("/metrics").decode(errors="replace")
+        except (Fault, UserError):  # it does not say
+            return
+        names = re.findall(r'^vllm:num_requests_running\{.*?engine="(\d+)"', metrics, re.MULTILINE)
+        self.engines = max(1, len(set(names)))
+
+
+OLDEST_VLLM = 0, 19, 1  # that takes transformers 5
 
 
 def list_of_objects(answer: dict, field: str) -> list[dict]:
@@ -132,55 +195,55 @@ class Server:
     """Draws by one or several servers of the same model.
 
     urls: comma separated. lm: a model.LM, the tokenizer and config of the model that they must
-    serve (its weights are not needed).
+    serve (its weights are not needed). workers: processes that ask, decode and grade, each for some
+    of the problems; one asks for about a thousand completions per second. engines: of each server,
+    if it runs several side by side (data parallel) and does not say so; 0: as many as it says.
     """
 
     prefilled = 0  # tokens of prefixes that were computed in this process
+    all_wait = False  # where hardly a draw is saved, all requests of a problem are sent at once
 
-    requests = 64  # that each server is asked at once
+    requests = 64  # that each engine is asked at once
     most = 64  # continuations that a request asks for
     tries = 8  # of one request, on whichever server is free
+    late_tries = 2  # of one request that no answer came to
     timeout = 900.0  # seconds for one answer
     pause = 1.0  # seconds that a server rests after a fault, doubled with each further one
 
-    def __init__(self, urls: str, lm):
-        self.lm, self.provenance = lm, {"draws": "server"}  # what a manifest says of draws
+    def __init__(self, urls: str, lm, workers: int = 1, engines: int = 0):
+        self.lm, self.workers = lm, workers
+        self.provenance = {"draws": "server"}  # what a manifest says of draws
         self.endpoints = [Endpoint(url.strip().rstrip("/")) for url in urls.split(",")]
-        self.seats = queue.PriorityQueue()  # (when it may be used, number, endpoint): free requests
         for endpoint in self.endpoints:
-            self._check(endpoint)
-            for _ in range(self.requests):
-                self.seats.put((0.0, self.seats.qsize(), endpoint))
+            self._check(endpoint, engines)
+        self._open(share=1)
 
-    def _check(self, endpoint: Endpoint):
+    def _check(self, endpoint: Endpoint, engines: int):
         """Refuse a server that serves another model, or gives no token ids."""
         try:
-            self._find_model(endpoint)
+            endpoint.find_model(self.lm)
             self._complete(endpoint, [self.lm.eos[0]], 1, 1, 0.0)
+            endpoint.count_engines()
         except NoTokenIds as e:
             raise UserError(
                 f"{endpoint.url}: {e}; a server that returns token ids is needed"
             ) from e
         except Fault as e:
             raise ConnectionError(f"{endpoint.url}: {e}; is the server up?") from e
+        endpoint.engines = engines or endpoint.engines
 
-    def _find_model(self, endpoint: Endpoint):
-        """Under which name it serves the model, known by its path or its weights' fingerprint."""
-        own = {self.lm.path, str(Path(self.lm.path).resolve()), fingerprint(self.lm.path)[:16]}
-        served = set()
-        for model in list_of_objects(endpoint.ask("/v1/models", timeout=self.timeout), "data"):
-            names = {str(name) for name in (model.get("id"), model.get("root")) if name}
-            if names & own:
-                endpoint.model = model["id"]
-                length = model.get("max_model_len") or math.inf
-                endpoint.context = min(length, self.lm.max_length)
-                return
-            served |= names
-        others = ", ".join(sorted(served))
-        wrong = f"serves {others}, not {self.lm.path}"
-        raise UserError(f"{endpoint.url}: {wrong}; start it with that folder")
+    def _open(self, share: int):
+        """Free seats, a request each: this process may have one in `share` of all."""
+        self.seats = queue.PriorityQueue()  # (when it may be used, number, endpoint)
+        for endpoint in self.endpoints:
+            for _ in range(-(-self.requests * endpoint.engines // share)):
+                self.seats.put((0.0, self.seats.qsize(), endpoint))
+        self.threads = self.seats.qsize()
+        self.pool = ThreadPoolExecutor(self.threads)  # a thread per request
 
-    def _complete(self, endpoint, prompt: list[int], count: int, max_new: int, temperature) -> list:
+    def _complete(
+        self, endpoint, prompt: list[int], count: int, max_new: int, temperature, engine=None
+    ) -> list[list[int]]:
         """Up to `count` continuations of a prompt by one request."""
         # A server cuts off what does not fit. Asked again until nothing is cut off, it would draw
         # short responses alone.
@@ -194,36 +257,46 @@ class Server:
             "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
             "ignore_eos": False, "stop_token_ids": self.lm.eos, "return_token_ids": True,
         }  # fmt: skip
-        answer = endpoint.ask("/v1/completions", question, self.timeout)
+        answer = endpoint.ask("/v1/completions", question, self.timeout, engine)
         return judge(answer, prompt, count, max_new, self.lm)
 
-    def _continuations(self, prompt: list[int], count: int, max_new: int, temperature) -> list:
-        """`count` continuations, by whichever server is free, asked for again where one fails."""
-        drawn, failed = [], 0
+    def _continuations(
+        self, prompt: list[int], count: int, max_new: int, temperature, home: int = 0
+    ) -> list[list[int]]:
+        """`count` continuations, by whichever server is free, asked for again where one fails.
+
+        home: a number of the problem. The same engine of a server gets all of its requests, since
+        their prefixes are in that engine's cache.
+        """
+        drawn, failed, late = [], 0, 0
         while len(drawn) < count:
             usable, number, endpoint = self.seats.get()
             if usable < endpoint.rest:  # a fault at another of its seats: the whole server rests
                 self.seats.put((endpoint.rest, number, endpoint))
                 continue
             time.sleep(max(0.0, usable - time.monotonic()))
-            began = time.monotonic()
+            began, engine = time.monotonic(), None
+            if endpoint.engines > 1 and home % endpoint.engines not in endpoint.hung:
+                engine = home % endpoint.engines
             try:
-                if endpoint.faults:  # it may have been started again, with another model
-                    self._find_model(endpoint)
+                if endpoint.faults:  # does it answer at all, and is it still this model?
+                    endpoint.find_model(self.lm)
                 # At temperature 0 a request for several is refused.
                 asked = min(self.most if temperature else 1, count - len(drawn))
-                more = self._complete(endpoint, prompt, asked, max_new, temperature)
+                more = self._complete(endpoint, prompt, asked, max_new, temperature, engine)
                 if not more:
                     raise Fault("it draws tokens that the tokenizer does not have")
                 drawn += more
                 endpoint.faults, endpoint.rest = 0, 0.0
             except Fault as e:
-                failed += 1
+                failed, late = failed + 1, late + isinstance(e, Late)
+                if isinstance(e, Late) and engine is not None:
+                    endpoint.hung.add(engine)
                 if began >= endpoint.rest:  # requests in flight together fail together, once
                     endpoint.faults += 1
                     rest = self.pause * 2 ** min(endpoint.faults - 1, 6)
                     endpoint.rest = time.monotonic() + rest
-                if failed >= self.tries:
+                if failed >= self.tries or late >= self.late_tries:
                     raise ConnectionError(f"{endpoint.url}: {e}, {failed} times") from e
             finally:
                 self.seats.put((endpoint.rest, number, endpoint))
@@ -245,30 +318,33 @@ class Server:
 
         def ask(state):
             tree, node, max_new = state
-            prompt = []
+            home, prompt = hash(tuple(trees[tree].ids[0])), []
             while node >= 0:
                 prompt = trees[tree].ids[node] + prompt
                 node = trees[tree].parent[node]
-            return self._continuations(prompt, len(asked[state]), max_new, temperature)
+            return self._continuations(prompt, len(asked[state]), max_new, temperature, home)
 
         results = [None] * len(rows)
-        with ThreadPoolExecutor(self.requests) as pool:
-            for state, drawn in zip(asked, pool.map(ask, asked)):
-                for r, ids in zip(asked[state], drawn):
-                    results[r] = ids
-                if progress:
-                    progress(len(drawn), sum(map(len, drawn)))
+        for state, drawn in zip(asked, self.pool.map(ask, asked)):
+            for r, ids in zip(asked[state], drawn):
+                results[r] = ids
+            if progress:
+                progress(len(drawn), sum(map(len, drawn)))
         return results
 
+    # -------------------------------------------------------- many problems at once
+
     def work_through(self, todo: Iterable, process: Callable, progress, write: Callable):
-        """As Sampler.work_through, a thread per item: requests are in flight over the borders of
-        problems, and records are written as problems finish."""
-        items, threads = iter(todo), self.requests * len(self.endpoints)
-        with ThreadPoolExecutor(threads) as pool:
+        """As Sampler.work_through, an item at a time: requests are in flight over the borders of
+        problems, and records are written, by this process alone, as problems finish."""
+        if self.workers > 1:
+            return self._by_processes(todo, process, progress, write)
+        items = iter(todo)
+        with ThreadPoolExecutor(self.threads) as pool:  # a thread per problem
             running = set()
             try:
                 while True:
-                    for item in islice(items, 2 * threads - len(running)):
+                    for item in islice(items, 2 * self.threads - len(running)):
                         running.add(pool.submit(process, [item], progress))
                     if not running:
                         return
@@ -278,3 +354,75 @@ class Server:
             finally:
                 for future in running:
                     future.cancel()
+
+    def _by_processes(self, todo: Iterable, process: Callable, progress, write: Callable):
+        """Share the items out to forks of this process, each of which has some in flight."""
+        # The tokenizer's threads would not be in a fork; what asks in parallel here are processes.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        fork, items, waiting = multiprocessing.get_context("fork"), iter(todo), {}
+        in_flight = 2 * -(-self.threads // self.workers)
+        children = []
+        try:
+            for _ in range(self.workers):
+                ours, theirs = fork.Pipe()
+                child = fork.Process(target=self._work, args=(theirs, process), daemon=True)
+                child.start()
+                theirs.close()
+                children.append((child, ours))
+                waiting[ours] = 0  # items that it has not answered
+            for _, pipe in children * in_flight:
+                self._send_next(items, pipe, waiting)
+            while any(waiting.values()):
+                for pipe in multiprocessing.connection.wait([p for p in waiting if waiting[p]]):
+                    try:
+                        kind, what = pipe.recv()
+                    except EOFError:
+                        wrong = "a process that asks has been killed, perhaps for want of memory"
+                        raise ConnectionError(f"--workers {self.workers}: {wrong}") from None
+                    if kind == "error":
+                        raise what
+                    if kind == "progress":
+                        done, counts = what
+                        progress(done, **counts)
+                    else:
+                        write(what)
+                        waiting[pipe] -= 1
+                        self._send_next(items, pipe, waiting)
+        finally:
+            for child, _ in children:
+                child.terminate()
+            for child, _ in children:
+                child.join()
+
+    @staticmethod
+    def _send_next(items, pipe, waiting: dict):
+        for item in islice(items, 1):
+            pipe.send(item)
+            waiting[pipe] += 1
+
+    def _work(self, pipe, process: Callable):
+        """What a fork does: answer each item by its records, and say how far it is meanwhile."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C the first process hears, too
+        self._open(share=self.workers)
+        one_at_a_time = threading.Lock()
+
+        def say(kind: str, what):
+            with one_at_a_time:
+                pipe.send((kind, what))
+
+        def progress(done: float = 0, **counts):
+            say("progress", (done, counts))
+
+        def answer(item):
+            try:
+                say("records", process([item], progress))
+            except Exception as e:  # noqa: BLE001  the first process raises it
+                e.add_note(traceback.format_exc())  # it gets lost on the way
+                say("error", e)
+
+        with ThreadPoolExecutor(self.threads) as pool:
+            while True:
+                try:
+                    pool.submit(answer, pipe.recv())
+                except EOFError:  # the first process is gone
+                    os._exit(1)

@@ -128,7 +128,7 @@ class Output:
         flags = {
             k: v
             for k, v in asdict(settings).items()
-            if k not in ("out", "force", "server", *inputs)
+            if k not in ("out", "force", "server", "workers", "engines", *inputs)
         }
         # How the output is made and not what it is: a half-done one may go on with another.
         how = {"budget", "save_minutes", "unsafe"} | ({"batch"} if "max_new" in flags else set())

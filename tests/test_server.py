@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -39,6 +41,7 @@ class Stub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.lm, self.name, self.faults, self.always = lm, name, list(faults), always
         self.lock, self.asked, self.released = threading.Lock(), [], threading.Event()
+        self.pages, self.ranks = {}, []  # what it says of itself; engines that it was asked for
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, *_):
@@ -56,6 +59,8 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self):
+        if self.path in self.server.pages:
+            return self.answer(self.server.pages[self.path].encode())
         model = {"id": "it", "root": self.server.name, "max_model_len": self.server.context}
         self.answer(json.dumps({"data": [model]}).encode())
 
@@ -64,6 +69,7 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with stub.lock:
             stub.asked.append(asked)
+            stub.ranks.append((asked["prompt"], self.headers.get("X-data-parallel-rank")))
             check = len(stub.asked) == 1  # the stage's own question, whether this server will do
             fault = stub.always or (stub.faults.pop(0) if stub.faults and not check else None)
             n = len(stub.asked)
@@ -329,9 +335,15 @@ def test_torchrun_is_no_way_to_draw(work, capsys, monkeypatch):
         assert code == 2 and "runs as one process" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:9", "file:///etc/hosts", "ftp://host", "http://", "http://host:port", ""]
+)
+def test_an_address_that_is_none_is_refused(url):
+    with pytest.raises(UserError, match="wanted a URL such as"):
+        support.server.Endpoint(url)
+
+
 def test_a_server_that_is_not_there(work, capsys):
-    code, err = run(sample, f"{toy.SAMPLE} --server 127.0.0.1:9", capsys)
-    assert code == 2 and "wanted a URL" in err and err.count("\n") == 1
     code, err = run(sample, f"{toy.SAMPLE} --server http://127.0.0.1:9", capsys)
     assert code == 1 and "is the server up" in err and err.count("\n") == 1
 
@@ -396,3 +408,208 @@ def test_the_tokenizer_s_own_end_ends_draws_here_as_it_does_at_a_server(work):
             for end in last:
                 last[end] += response["finished"] and response["ids"][-1] == end
     assert min(last.values()) > 3, last
+
+
+# ---------------------------------------------------------------- what an answer is worth
+
+
+class Words:
+    """As much of an LM as `judge` asks for."""
+
+    eos, own_eos, tokenizer = [0, 7], 0, range(10)
+
+
+GOOD = {"token_ids": [5, 4, 0], "finish_reason": "stop"}
+
+
+@pytest.mark.parametrize(
+    "choices, found",
+    [
+        ([GOOD], [[5, 4, 0]]),
+        (
+            [GOOD, GOOD | {"token_ids": [1, 2, 3, 4], "finish_reason": "length"}],
+            [[5, 4, 0], [1, 2, 3, 4]],
+        ),
+        ([GOOD | {"token_ids": [5], "stop_reason": 7}], [[5, 7]]),  # the end is left out
+        ([GOOD | {"token_ids": [5], "stop_reason": None}], [[5, 0]]),
+        ([GOOD | {"token_ids": []}], [[0]]),
+        ([GOOD | {"token_ids": [5, 12, 0]}], []),  # not in the tokenizer: drawn again
+        ([GOOD] * 3, "3 continuations came where 2"),
+        ([], "0 continuations"),
+        ("no", "no list of choices"),
+        (["no"], "no list of choices"),
+        ([GOOD | {"token_ids": None}], "no token ids"),
+        ([GOOD | {"token_ids": [5, "4", 0]}], "no whole number"),
+        ([GOOD | {"token_ids": [5, True, 0]}], "no whole number"),
+        ([GOOD | {"prompt_token_ids": [1]}], "another prompt"),
+        ([GOOD | {"token_ids": [5, 4], "finish_reason": "length"}], "2 tokens came where 4"),
+        ([GOOD | {"token_ids": [5, 7, 4, 0]}], "4 tokens came"),  # it went on behind an end
+        ([GOOD | {"token_ids": [1, 2, 3, 4, 0]}], "5 tokens came"),
+    ],
+)
+def test_judge(choices, found):
+    answer = {"choices": choices, "prompt_token_ids": [3, 3]}
+    if isinstance(found, list):
+        assert support.server.judge(answer, [3, 3], 2, 4, Words) == found
+    else:
+        with pytest.raises(support.server.Fault, match=found):
+            support.server.judge(answer, [3, 3], 2, 4, Words)
+
+
+@pytest.mark.parametrize("error", [TypeError("ours"), AttributeError("ours")])
+def test_an_error_of_our_own_is_no_fault_of_a_server_s(error, work, monkeypatch):
+    calls = []
+
+    def broken(*_):
+        calls.append(1)
+        raise error
+
+    with serving(Stub(load_lm("tiny"), "tiny")) as url:
+        server = support.server.Server(url, load_lm("tiny", weights=False))
+        monkeypatch.setattr(support.server, "judge", broken)
+        with pytest.raises(type(error), match="ours"):
+            server._continuations([1], 1, 2, 1.0)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "version, refused",
+    [("0.19.0", True), ("0.8.5.post1", True), ("0.19.1", False), ("0.20.0rc1", False), ("1.0", False),
+     ("0.9", True), ("", False)],
+)  # fmt: skip
+def test_an_engine_that_cannot_read_our_models_is_refused(version, refused, work):
+    stub, lm = Stub(load_lm("tiny"), "tiny"), load_lm("tiny", weights=False)
+    model = {"id": "it", "root": "tiny", "owned_by": "vllm"}
+    stub.pages["/v1/models"] = json.dumps({"data": [model]})
+    stub.pages["/version"] = json.dumps({"version": version})
+    with serving(stub) as url:
+        if refused:
+            with pytest.raises(UserError, match=f"vLLM {version} cannot .*0.19.1 or later"):
+                support.server.Server(url, lm)
+        else:
+            support.server.Server(url, lm)
+
+
+METRICS = """# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="it"} 0.0
+vllm:num_requests_running{engine="1",model_name="it"} 0.0
+vllm:num_requests_running{engine="2",model_name="it"} 0.0
+vllm:num_requests_waiting{engine="3",model_name="it"} 0.0
+"""
+
+
+def test_one_engine_has_all_requests_of_a_problem(work, monkeypatch):
+    """And it is left alone once it did not answer in time."""
+    stub, lm = Stub(load_lm("tiny"), "tiny"), load_lm("tiny", weights=False)
+    stub.pages["/metrics"] = METRICS
+    trees = [Tree([[1, 4 + t], [2]], [-1, 0], [True, True]) for t in range(9)]
+    rows = [support.sampler.Row(t, v, 0, 2) for t in range(9) for v in range(2)]
+    with serving(stub) as url:
+        server = support.server.Server(url, lm)
+        assert server.seats.qsize() == 3 * server.requests == 12
+        server.draw(trees, rows)
+        home = {}  # (first two tokens, which are the problem's prompt): engines
+        for prompt, rank in stub.ranks[1:]:
+            home.setdefault(tuple(prompt[:2]), set()).add(rank)
+        assert len(home) == 9 and all(len(ranks) == 1 for ranks in home.values())
+        assert set.union(*home.values()) == {"0", "1", "2"}
+        assert support.server.Server(url, lm, engines=2).seats.qsize() == 8
+        hung, send = next(iter(home[1, 4])), support.server.Endpoint.send
+
+        def late(endpoint, path, question=None, timeout=10.0, engine=None):
+            if str(engine) == hung:
+                raise support.server.Late("no answer within 900 s")
+            return send(endpoint, path, question, timeout, engine)
+
+        monkeypatch.setattr(support.server.Endpoint, "send", late)
+        stub.ranks.clear()
+        server.draw(trees[:1], rows[:2])
+        assert server.endpoints[0].hung == {int(hung)}
+        assert [rank for _, rank in stub.ranks] == [None, None]
+
+
+def test_a_hung_server_costs_one_long_wait(work, monkeypatch):
+    with serving(Stub(load_lm("tiny"), "tiny")) as url:
+        server = support.server.Server(url, load_lm("tiny", weights=False))
+    waited = []
+
+    def send(endpoint, path, question=None, timeout=10.0, engine=None):
+        waited.append(timeout)
+        raise support.server.Late(f"no answer within {timeout:g} s")
+
+    monkeypatch.setattr(support.server.Endpoint, "send", send)
+    monkeypatch.setattr(server, "timeout", 900.0)
+    with pytest.raises(ConnectionError, match="no answer within 10 s, 2 times"):
+        server._continuations([1], 1, 2, 1.0)
+    assert waited == [900.0, 10.0]  # a request, and whether it answers at all
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def test_several_processes_ask_and_one_writes(work, capsys):
+    """All lines are whole, figures are of all of them, and a later start goes on."""
+    stub = Stub(load_lm("tiny"), "tiny")
+    with serving(stub) as url:
+        flags = f"--server {url} --workers 3"
+        code, err = run(sample, f"{toy.SAMPLE} {flags}", capsys)
+        assert code == 0, err
+        whole, manifest = Path("run/samples.jsonl"), Path("run/samples.jsonl.manifest.json")
+        stated = json.loads(manifest.read_text())
+        assert "workers" not in stated["settings"]
+        assert stated["totals"]["problems"] == 70 and stated["totals"]["responses"] == 350
+        # half of it, as a kill leaves it
+        records = whole.read_bytes().splitlines(keepends=True)
+        assert len(records) == 70
+        whole.write_bytes(b"".join(records[:40]) + records[40][:20])
+        del stated["output"], stated["totals"]
+        manifest.write_text(json.dumps(stated))
+        asked = len(stub.asked)
+        code, err = run(sample, f"{toy.SAMPLE} {flags}", capsys)
+        assert code == 0, err
+        assert len(stub.asked) == asked + 1 + 30  # the stage's own question, and what was missing
+        assert run(label_steps, f"{toy.LABEL} {flags}", capsys)[0] == 0
+    records = lines("run/samples.jsonl")
+    assert {x["id"] for x in records} == {x["id"] for x in lines("problems.jsonl")}
+    total = json.loads(manifest.read_text())["totals"]
+    assert total["problems"] == 70 and total["responses"] == 350
+    assert total["tokens"] == sum(len(r["ids"]) for x in records for r in x["responses"])
+    for record in lines("run/trees.jsonl"):
+        for v, node in enumerate(record["nodes"]):
+            below = [n for n in record["nodes"] if n["parent"] == v]
+            if node["labelled"]:
+                assert node["n"] >= 3 and sum(n["draws"] for n in below) == node["n"]
+
+
+@pytest.mark.parametrize("kill", [True, False])
+def test_a_process_that_asks_and_fails_ends_all(kill, work, monkeypatch):
+    with serving(Stub(load_lm("tiny"), "tiny")) as url:
+        server = support.server.Server(url, load_lm("tiny", weights=False), workers=2)
+        children = []
+
+        def process(items, progress):
+            progress(1, tokens=5)
+            if items == [7]:
+                if kill:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise UserError("the seventh")
+            return [{"id": items[0], "pid": os.getpid()}]
+
+        error, wrong = (ConnectionError, "killed") if kill else (UserError, "the seventh")
+        with pytest.raises(error, match=wrong):
+            server.work_through(range(40), process, lambda done, **counts: None, children.extend)
+        for record in children:
+            assert record["pid"] != os.getpid()
+            with pytest.raises(ProcessLookupError):
+                os.kill(record["pid"], 0)
+
+
+def test_levels_wait_where_responses_share_states():
+    tree = label_steps.StepTree([1])
+    for ids, ends in (([5, 6, 7], [1, 2, 3]), ([5, 8, 7], [1, 2, 3]), ([9, 6, 7], [1, 2, 3])):
+        tree.put_in(ids, ends, 1)
+    state = {tuple(tree.response(v)): v for v in range(len(tree.nodes))}
+    by_path = lambda levels: [sorted(tree.response(v) for v in level) for level in levels]
+    assert by_path(tree.levels()) == [[[]], [[5], [9]], [[5, 6], [5, 8], [9, 6]]]
+    assert by_path(tree.levels(all_wait=False)) == [[[], [9], [9, 6]], [[5], [5, 6], [5, 8]]]
+    assert len(state) == len(tree.nodes)
