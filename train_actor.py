@@ -304,7 +304,7 @@ def is_trainable(records: dict[str, dict], lines: list[dict], s: Settings) -> bo
     states = [x for line in lines for x in line["states"] if passes_gap(x["gap"], s.gap)]
     more = sum(len(actions_of(line)) - len(actions_of(line, s.gap)) for line in lines)
     also = f"; {more} pairs more for the likelihood" if s.likelihood else ""
-    print(f"{pairs_words(states, s.gap)}{also}")
+    print(f"B.1: {pairs_words(states, s.gap)}{also}")
     right = False
     if s.likelihood:
         for line in lines:
@@ -376,8 +376,12 @@ def stage(s: Settings):
         train(lm, [of_id[line["id"]] for line in lines], lines, s, out.work)
         if rank() == 0:
             steps = list(map(json.loads, (out.work / "metrics.jsonl").open()))
-            trees = [trained_tree(of_id[line["id"]], line["states"]) for line in lines]
-            print("\n".join([actor_words(steps, s.likelihood / s.beta), *problem_words(trees)]))
+            print(f"B.2: {actor_words(steps, s.likelihood / s.beta)}")
+            known, trees = dict(zip(of_id, values)), []
+            for line in lines:
+                value = known[line["id"]] if s.kappa == math.inf else ()  # then Q is V
+                trees.append(trained_tree(of_id[line["id"]], line["states"], value))
+            print("\n".join(problem_words(trees)))
         out.save(lm.save)
 
 

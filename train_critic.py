@@ -302,7 +302,7 @@ def stage(s: Settings):
         out.write_manifest()
         train(lm, value_head, training, retokenise, s, out.work)
         metrics = measure(lm, value_head, testing, retokenise, s.budget, wins / n)
-        print(critic_words(metrics))
+        print(f"A.3: {critic_words(metrics)}")
 
         def write(folder):
             lm.save(folder)

@@ -92,7 +92,9 @@ A = Q - the mean Q of what was drawn at the state before (eq. 13; with --value_d
 too)."""
 
 
-def page(run: Path, table, pictures: dict[Path, str], iterations: list[str], trees) -> str:
+def page(
+    run: Path, table, note: str, pictures: dict[Path, str], iterations: list[str], trees
+) -> str:
     """report.html: the table, the pictures inside it, ten test and ten training problems."""
     problems = {}
     for name in ("train.jsonl", "test.jsonl"):
@@ -102,7 +104,7 @@ def page(run: Path, table, pictures: dict[Path, str], iterations: list[str], tre
     parts = [PAGE, f"<title>{title}</title><h1>{title}</h1><div class='wide'><table>"]
     for cells in table:
         parts.append("<tr>" + "".join(f"<td>{safe(cell)}" for cell in cells))
-    parts.append("</table></div>")
+    parts.append(f"</table></div><p class='note'>{safe(note)}")
     for picture, title_of in pictures.items():
         data = base64.b64encode(picture.read_bytes()).decode()
         image = f"<img alt='{picture.name}' src='data:image/png;base64,{data}'>"
@@ -155,6 +157,10 @@ def test_part(run: Path, iterations: list[str], problems: dict[str, dict]) -> li
         for name, lines in evaluated.items():
             line, sampled = lines[problem], lines[problem]["sampled"]
             facts = [line["verdict"]] + ([] if line["finished"] else ["cut off"])
+            if line["reward"] not in (0, 1):
+                facts.append(f"reward {line['reward']:.2f}")
+            if line.get("reasoned") is False:
+                facts.append("wrong reasoning")
             if sampled:
                 right = sum(response["correct"] for response in sampled)
                 facts.append(f"{right} of {len(sampled)} right at temperature 1")

@@ -45,7 +45,7 @@ def plot_report(run: Path, rows: dict[str, dict]) -> Figure:
             made = read_manifest(folder / "actor").get("settings", {})
             likelihood = made.get("likelihood", 0.0) / made.get("beta", 1.0)
             x = np.linspace(0, 1, len(steps))
-            loss.plot(x, share_of_nothing(steps, likelihood), **style)
+            loss.plot(x, [share_of_nothing([step], likelihood) for step in steps], **style)
             for kind, dash in (("up", "-"), ("down", "--")):
                 ratio = [m[f"ratio_{kind}"] / max(1, m[f"pairs_{kind}"]) for m in steps]
                 ratios.plot(x, ratio, dash, **style)
@@ -85,8 +85,8 @@ def plot_solution(chosen: tuple | None) -> Figure | None:
     if chosen is None:
         return None
     tree, response = chosen
-    worst = min((v for v in response if v in tree.action), key=lambda v: tree.action[v]["adv"])
-    siblings = [v for v in tree.action if tree.nodes[v]["parent"] == tree.nodes[worst]["parent"]]
+    state = tree.nodes[tree.worst(response)]["parent"]
+    siblings = [v for v in tree.action if tree.nodes[v]["parent"] == state]
     best = max(siblings, key=lambda v: tree.action[v]["adv"])
     lines = [(text, None) for text in wrapped(tree.nodes[0]["text"], 72, 20)]
     lines += [("", None), ("a wrong response", None), *[("", v) for v in response]]

@@ -2,6 +2,7 @@
 nothing of the algorithm: it reads the files that the stages wrote."""
 
 import json
+import math
 import warnings
 from itertools import islice
 from pathlib import Path
@@ -20,12 +21,20 @@ class TrainedTree(NamedTuple):
 
     action    {node: {"q", "adv", ..}} of the steps that were pairs of training
     mean      {node: mean of eq. 13, with V(s) in it by --value_draws} of the states trained on
+    value     V of every node, where somebody still has it
     """
 
     id: str
     nodes: list[dict]
     action: dict[int, dict]
     mean: dict[int, float]
+    value: list = ()
+
+    def q(self, v: int) -> float | None:
+        """Q of the step that leads to node v, which is V of that state; None if it is not known."""
+        if v in self.action:
+            return self.action[v]["q"]
+        return self.value[v] if self.value else None
 
     def responses(self) -> list[list[int]]:
         """The whole responses: a list of nodes each, from the first step to the one that ended."""
@@ -60,15 +69,30 @@ class TrainedTree(NamedTuple):
         counts = [self.nodes[v]["wins"] / self.nodes[v]["n"] for v in on]
         return min(self.spread(on), max(counts) - min(counts))
 
+    def worst(self, response: list[int]) -> int | None:
+        """The step with the lowest advantage; None if none is known."""
+        known = [v for v in response if v in self.action]
+        return min(known, key=lambda v: self.action[v]["adv"], default=None)
+
     def mistake(self, response: list[int]) -> float:
-        """How far its worst step stands out: below 0, and below all of its other steps; 0 if there
-        is none, or if it is the last one, whose reward needs no critic to see it."""
-        adv = {v: self.action[v]["adv"] for v in response if v in self.action}
-        worst = min(adv, key=adv.get, default=None)
+        """How far its worst step stands out: below 0, and below all of its other steps; 0 if it does
+        not, or if it is the last one, whose reward needs no critic to see it."""
+        worst = self.worst(response)
         if worst in (None, response[-1]):
             return 0.0
-        others = [adv[v] for v in adv if v != worst]
-        return max(0.0, min([0.0, *others]) - adv[worst])
+        others = [self.action[v]["adv"] for v in response if v in self.action and v != worst]
+        return max(0.0, min([0.0, *others]) - self.action[worst]["adv"])
+
+    def right_beside(self, wrong: list[int]) -> tuple[list[int], int]:
+        """Of its right responses the one that goes with a wrong one for longest, and parts from it
+        with the best step; and that step."""
+        partings = []
+        for right in filter(self.right, self.responses()):
+            step = next(v for v in right if v not in wrong)
+            adv = self.action[step]["adv"] if step in self.action else -1.0
+            partings.append((right.index(step), adv, right, step))
+        *_, right, step = max(partings)
+        return right, step
 
     def lines(self) -> int:
         """How many lines its prompt and its longest response take."""
@@ -76,11 +100,11 @@ class TrainedTree(NamedTuple):
         return prompt + max(map(len, self.responses()))
 
 
-def trained_tree(record: dict, states: list[dict]) -> TrainedTree:
+def trained_tree(record: dict, states: list[dict], value: list = ()) -> TrainedTree:
     """record: a line of trees.jsonl; states: those of the same problem in the advantages."""
     action = {a["node"]: a for state in states for a in state["actions"]}
     mean = {state["node"]: state["mean"] for state in states}
-    return TrainedTree(record["id"], record["nodes"], action, mean)
+    return TrainedTree(record["id"], record["nodes"], action, mean, value)
 
 
 def advantage_lines(folder: Path) -> list[dict]:
@@ -104,14 +128,23 @@ def trained_trees(folder: Path, most: int = 1000) -> list[TrainedTree]:
 
 def clearest_mistake(trees: list[TrainedTree], most: int = 12) -> tuple | None:
     """(tree, response): the wrong response whose worst step stands out most, in a problem of at most
-    `most` lines that has a right response too; None if no step of such a one stands out."""
-    best, found = 0.0, None
+    `most` lines that has a right response too; None if there is none.
+
+    One from which a right response parts just there, with a good step, comes before all others.
+    """
+    best, found = (False, 0.0), None
     for tree in trees:
         if tree.outcomes() != {True, False} or tree.lines() > most:
             continue
-        for response in tree.responses():
-            if not tree.right(response) and tree.mistake(response) > best:
-                best, found = tree.mistake(response), (tree, response)
+        for wrong in tree.responses():
+            if tree.right(wrong) or not tree.mistake(wrong):
+                continue
+            _, step = tree.right_beside(wrong)
+            good = step in tree.action and tree.action[step]["adv"] > 0
+            there = tree.nodes[step]["parent"] == tree.nodes[tree.worst(wrong)]["parent"]
+            score = good and there, tree.mistake(wrong)
+            if score > best:
+                best, found = score, (tree, wrong)
     return found
 
 
@@ -149,58 +182,58 @@ def evaluation_words(name: str, row: dict, against: str) -> list[str]:
 
 
 def critic_words(metrics: dict) -> str:
-    """metrics: critic.metrics.json"""
-    found = [
-        f"critic: AUC {metrics['auc']:.2f} on {metrics['states']} held-out states (0.5 is chance)"
-    ]
-    found.append(f"calibration error {metrics['calibration_error']:.2f} (0 is best)")
-    if metrics["sibling_pairs"]:
-        pairs = f"of {metrics['sibling_pairs']} pairs (0.5 is chance)"
-        found.append(f"siblings in order {metrics['siblings']:.2f} {pairs}")
-    return "; ".join(found)
+    """How good a critic is, and what chance would be; metrics: critic.metrics.json."""
+    states, pairs = metrics["states"], metrics["sibling_pairs"]
+    found = f"critic's AUC {metrics['auc']:.2f} on {states:,} held-out states (0.5 is chance)"
+    found += f"; calibration error {metrics['calibration_error']:.2f} (0 is best)"
+    if pairs:
+        found += (
+            f"; of {pairs:,} pairs of siblings {metrics['siblings']:.2f} in order (0.5 is chance)"
+        )
+    return found
 
 
 def pairs_words(states: list[dict], gap: float) -> str:
-    """states: those of the advantages that pass the gap"""
+    """How many pairs there are, and how far their advantages are apart; states: those of the
+    advantages that pass the gap."""
     adv = [action["adv"] for state in states for action in state["actions"]]
-    found = f"advantages: {len(adv)} pairs of a state and a step, of {len(states)} states"
+    found = f"{len(adv):,} pairs of a state and a step, of {len(states):,} states"
     if gap:
         found += f" with gap >= {gap}"
     if adv:
         spread = f"from {min(adv):+.2f} to {max(adv):+.2f}, standard deviation {pstdev(adv):.2f}"
-        found += f"; A {spread} (near 0: nothing to learn)"
+        found += f"; advantages {spread} (near 0: nothing to learn)"
     return found
 
 
-def share_of_nothing(steps: list[dict], likelihood: float = 0.0) -> list[float]:
-    """Eq. 12's loss as a share of what it would be if the actor had not moved, of each line of
-    metrics.jsonl. likelihood: weight of the nll in the loss, which is taken out of it."""
-    found = []
-    for step in steps:
-        loss = step["loss"] - likelihood * step["nll"]
-        found.append(loss / step["do_nothing"] if step["do_nothing"] else float("nan"))
-    return found
+def share_of_nothing(steps: list[dict], likelihood: float = 0.0) -> float:
+    """Eq. 12's loss as a share of what it would be if the actor had not moved, NaN if that is 0.
+
+    steps: lines of metrics.jsonl; likelihood: weight of the nll in their loss, which is taken out
+    """
+    loss = sum(step["loss"] - likelihood * step["nll"] for step in steps)
+    nothing = sum(step["do_nothing"] for step in steps)
+    return loss / nothing if nothing else math.nan
 
 
 def actor_words(steps: list[dict], likelihood: float = 0.0) -> str:
-    """steps: metrics.jsonl of the actor's training; likelihood: as in share_of_nothing"""
-    late = steps[-max(1, len(steps) // 4) :]
-    nothing = sum(step["do_nothing"] for step in late)
-    loss = sum(step["loss"] - likelihood * step["nll"] for step in late)
-    found = [f"actor, last {len(late)} of {len(steps)} steps"]
-    if nothing:
-        found.append(
-            f"loss {loss / nothing:.2f} of doing nothing's (1: has not moved, 0: is there)"
-        )
+    """How far the actor has come in the last quarter of its training; arguments: as above."""
+    if not steps:
+        return "nothing to train on"
+    late, found = steps[-max(1, len(steps) // 4) :], []
+    share = share_of_nothing(late, likelihood)
+    if not math.isnan(share):
+        found.append(f"loss {share:.2f} of doing nothing's (1: nothing learned, 0: all of it)")
     for kind, name in (("up", "better"), ("down", "worse")):
         if pairs := sum(step[f"pairs_{kind}"] for step in late):
             ratio = sum(step[f"ratio_{kind}"] for step in late) / pairs
             found.append(f"mean log-ratio of {name} steps {ratio:+.2f}")
-    return found[0] + ": " + "; ".join(found[1:] or ["nothing to train eq. 12 on"])
+    return f"{'; '.join(found)} (last {len(late)} of {len(steps)} training steps)"
 
 
-def problem_words(trees: list[TrainedTree]) -> list[str]:
-    """One whole problem as text: prompt, a right and a wrong response, every step with its numbers.
+def problem_words(trees: list[TrainedTree], most: int = 30) -> list[str]:
+    """One whole problem as text: prompt, a right and a wrong response, up to `most` steps of each
+    with their numbers.
 
     It is the one with the clearest mistake; else the first with a right and a wrong response.
     """
@@ -208,26 +241,30 @@ def problem_words(trees: list[TrainedTree]) -> list[str]:
     if tree is None:
         tree = next((tree for tree in trees if tree.outcomes() == {True, False}), None)
     if tree is None:
-        return []
-    responses = tree.responses()
-    wrong = wrong or next(r for r in responses if not tree.right(r))
-    # The right one that goes with the wrong one for longest shows best where that went astray.
-    right = max(filter(tree.right, responses), key=lambda r: (len({*r} & {*wrong}), -len(r)))
-    lines = [f"one problem, {tree.id}:"]
-    lines += [f"  {line}" for line in wrapped(tree.nodes[0]["text"], 90, 20)]
+        return ["no problem has both a right and a wrong response to show"]
+    wrong = wrong or next(r for r in tree.responses() if not tree.right(r))
+    lines = [f"One of the problems, {tree.id}:"]
+    lines += [f"    {line}" for line in wrapped(tree.nodes[0]["text"], 90, 20)]
+    right, _ = tree.right_beside(wrong)
     for name, response in (("right", right), ("wrong", wrong)):
-        lines += ["", f"  {f'a {name} response':40}  {'Q':>5} {'A':>6}  drawn from here"]
-        for v in response[:30]:
-            action, node = tree.action.get(v), tree.nodes[v]
-            numbers = (
-                f"{action['q']:5.2f} {action['adv']:+6.2f}" if action else f"{'-':>5} {'-':>6}"
+        head = f"a {name} response"
+        lines += ["", f"  {head:42}{'Q':>6}{'A':>8}   drawn from there"]
+        for v in response[:most]:
+            text, q, action = (
+                short(tree.nodes[v]["text"].strip(), 39),
+                tree.q(v),
+                tree.action.get(v),
             )
-            text = short(node["text"].strip(), 40)
-            lines.append(f"  {text:40}  {numbers}  {how_right(node)}".rstrip())
-        if len(response) > 30:
-            lines.append(f"  ... and {len(response) - 30} more steps")
-    note = "Q: value of the state that the step leads to; A: Q - the mean of what was drawn there;"
-    return [*lines, "", f"  {note}", "  -: was no pair of training"]
+            value = "" if q is None else f"{q:.2f}"
+            adv = f"{action['adv']:+.2f}" if action else ""
+            lines.append(f"    {text:40}{value:>6}{adv:>8}   {how_right(tree.nodes[v])}".rstrip())
+        if len(response) > most:
+            lines.append(f"    ... and {len(response) - most} more steps")
+    lines += [
+        "",
+        "  (Q: value of the state after the step. A: advantage, Q - the mean Q of the steps",
+    ]
+    return [*lines, "  drawn there; none where these are too alike to train on.)"]
 
 
 # ------------------------------------------------------------ the table
@@ -337,6 +374,6 @@ def report(run: Path):
         why = "no small problem has both a right response and a wrong one to show"
         why = why if trees else "iter1 has no trees and advantages"
         print(f"not drawn: {', '.join(missing)} ({why})")
-    text = page(run, cells, pictures, [*rows], trees)
+    text = page(run, cells, TABLE_KEY, pictures, [*rows], trees)
     replace(run / "report.html", lambda path: path.write_text(text, "utf-8"))
     print(run / "report.html")

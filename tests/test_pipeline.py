@@ -163,7 +163,7 @@ def test_samples_as_trees_and_the_likelihood_of_right_steps(tmp_path, monkeypatc
                         regressed += 1
                         loss += 0.5 * (action["adv"] / 0.5) ** 2  # log-ratio: 0
         assert nll > 0 and 0 < regressed <= pairs and (regressed < pairs) == (gap > 0)
-        assert f"advantages: {regressed} pairs of" in said
+        assert f"B.1: {regressed} pairs of" in said
         assert f"; {pairs - regressed} pairs more for the likelihood" in said
         first = json.loads(Path("run/actor.work/metrics.jsonl").read_text().splitlines()[0])
         assert first["nll"] == pytest.approx(nll / weights, rel=1e-5)

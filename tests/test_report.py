@@ -293,22 +293,22 @@ def test_reasoned(number, text, right):
 def test_stages_say_in_words_what_they_found():
     found = {"auc": 0.912, "states": 784, "calibration_error": 0.031, "siblings": 0.868, "sibling_pairs": 90}  # fmt: skip
     assert critic_words(found) == (
-        "critic: AUC 0.91 on 784 held-out states (0.5 is chance); calibration error 0.03 (0 is best); "
-        "siblings in order 0.87 of 90 pairs (0.5 is chance)"
+        "critic's AUC 0.91 on 784 held-out states (0.5 is chance); calibration error 0.03 (0 is best); "
+        "of 90 pairs of siblings 0.87 in order (0.5 is chance)"
     )
     assert critic_words(found | {"siblings": None, "sibling_pairs": 0}).endswith("(0 is best)")
     states = [{"actions": [pair(1, 0.9, 0.3), pair(2, 0.3, -0.3)]}] * 2
     assert pairs_words(states, 0.1) == (
-        "advantages: 4 pairs of a state and a step, of 2 states with gap >= 0.1; A from -0.30 to +0.30, "
+        "4 pairs of a state and a step, of 2 states with gap >= 0.1; advantages from -0.30 to +0.30, "
         "standard deviation 0.30 (near 0: nothing to learn)"
     )
-    assert pairs_words([], 0.0) == "advantages: 0 pairs of a state and a step, of 0 states"
+    assert pairs_words([], 0.0) == "0 pairs of a state and a step, of 0 states"
     early = {"loss": 9.0, "do_nothing": 9.0, "nll": 1.0, "ratio_up": 9.0, "pairs_up": 1.0, "ratio_down": 0.0, "pairs_down": 0.0}  # fmt: skip
     late = {"loss": 3.0, "do_nothing": 4.0, "nll": 1.0, "ratio_up": 3.0, "pairs_up": 2.0, "ratio_down": -8.0, "pairs_down": 4.0}  # fmt: skip
     said = actor_words([early] * 6 + [late] * 2, likelihood=1.0)
     assert said == (
-        "actor, last 2 of 8 steps: loss 0.50 of doing nothing's (1: has not moved, 0: is there); "
-        "mean log-ratio of better steps +1.50; mean log-ratio of worse steps -2.00"
+        "loss 0.50 of doing nothing's (1: nothing learned, 0: all of it); mean log-ratio of better steps "
+        "+1.50; mean log-ratio of worse steps -2.00 (last 2 of 8 training steps)"
     )
 
 
@@ -332,13 +332,24 @@ def test_the_clearest_mistake_is_one_step_that_stands_out():
     )
     trees = [blurred, clear, at_the_end, never_right, long]
     assert clearest_mistake(trees) == (clear, [1, 2, 3])
+    parting = chain_tree([-0.3, 0.1, None])  # less clear, but a right response parts just there
+    assert clearest_mistake([*trees, parting]) == (parting, [1, 2, 3])
     assert clearest_mistake([at_the_end, never_right, long]) is None and plot_solution(None) is None
     drawn = [text.get_text() for text in plot_solution((clear, [1, 2, 3])).axes[0].texts]
     assert "-0.60" in drawn and "drawn there, too" in drawn
     words = problem_words(trees)
-    assert words[0] == "one problem, [0.1, -0.6, None]:"
-    assert sum("-0.60  0 of 1 right" in line for line in words) == 1
-    assert problem_words([never_right]) == []
+    assert words[0] == "One of the problems, [0.1, -0.6, None]:"
+    numbers = [line.split("x = 1")[1].split() for line in words if "x = 1" in line]
+    assert numbers == [
+        ["0.50", "+0.10", "0", "of", "1", "right"],
+        ["0.50", "-0.60", "0", "of", "1", "right"],
+        ["wrong"],
+    ]
+    known = clear._replace(value=[0.5, 0.5, 0.5, 0.25, 1.0])
+    assert any(line.endswith("0.25           wrong") for line in problem_words([known]))
+    assert problem_words([never_right]) == [
+        "no problem has both a right and a wrong response to show"
+    ]
 
 
 def test_the_tree_drawn_branches_twice_where_counts_and_advantages_agree():
