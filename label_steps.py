@@ -42,7 +42,7 @@ from support.packing import record_tree
 from support.records import each_sample, read_jsonl, sha256
 from support.sampler import Row, Sampler, draw_key, require_single_process
 from support.server import Server
-from support.stage import Output, actor_facts, stated_by
+from support.stage import Output, actor_facts, read_manifest, stated_by
 
 
 @dataclass(frozen=True)
@@ -235,8 +235,7 @@ def label(lm: LM, sampler, problems: list[dict], trees: list[StepTree], s: Setti
                     key = draw_key(s.seed, "label", problems[t]["id"], v, k)
                     rows.append(Row(t, v, key, max_new))
                 share += 1 / sum(tree.to_label)
-                prefix = len(tree.prompt_ids) + tree.depth[v]
-                progress(0, states=1, completions=missing, prefixes=missing * prefix)
+                progress(0, states=1, completions=missing)
         if not rows:
             progress(share)
             continue
@@ -291,16 +290,20 @@ def stage(s: Settings):
             s.whole_draws and any(r["ids"] for r in record["responses"])
         )
 
-    # The file is looked at whole before anything is drawn, but never held whole.
-    sampled, foreign = 0, None
-    for record in each_sample(s.samples):
-        sampled += usable(record)
-        if record["id"] not in problems:
-            foreign = record["id"]
     inputs = {"actor": s.actor, "problems": s.problems, "samples": s.samples}
     output = Output("label_steps.py", s.out, s, inputs)
     if output.complete:
         return
+    made = read_manifest(s.samples)
+    if made.get("stage") == "sample" and "totals" in made:
+        sampled = made["totals"]["problems" if s.whole_draws else "kept"]
+    else:  # looked at whole before anything is drawn, but never held whole
+        sampled = 0
+        for record in each_sample(s.samples):
+            sampled += usable(record)
+            if record["id"] not in problems:
+                wrong = f"{record['id']} is not in {s.problems}"
+                raise UserError(f"{s.samples}: {wrong}; pass the problems it was drawn from")
     lm = load_lm(s.actor, dtype=s.dtype, weights=s.m > 0 and not s.server)
     lm.step, lm.codec.date = stated_by(s.samples, "step", "line"), output.date
     by_server = s.server and s.m and Server(s.server, lm, s.workers, s.engines)
@@ -323,9 +326,6 @@ def stage(s: Settings):
 
     facts = {**actor_facts(lm, s.max_new), "problems": sha256(s.problems)}
     with output.open(facts | sampler.provenance, expects=facts, count=counted) as out:
-        if foreign:
-            wrong = f"{foreign} is not in {s.problems}"
-            raise UserError(f"{s.samples}: {wrong}; pass the problems it was drawn from")
         todo = (r for r in each_sample(s.samples) if usable(r) and r["id"] not in out.done)
         with Progress("label_steps", sampled - len(out.done)) as bar:
             sampler.work_through(todo, process, bar.add, out.append)

@@ -327,7 +327,6 @@ class Sampler:
         self.lm, self.batch = lm, batch
         self.provenance = {}  # what a manifest says of draws: nothing, since they are the seed's
         self.trees, self.prefixes = None, None  # of the last call: a stage draws level by level
-        self.prefilled = 0  # tokens of prefixes computed so far
 
     def fits(self, trees: list[Tree]) -> bool:
         """Do the trees' prefixes take at most half of the memory? The rest is for the rows."""
@@ -384,7 +383,6 @@ class Sampler:
         if trees is not self.trees:
             self.trees = self.prefixes = None  # their memory is free before the next take theirs
             self.trees, self.prefixes = trees, Prefixes(self.lm, trees)
-            self.prefilled += self.prefixes.tokens
         return self.prefixes
 
     def work_through(self, todo: Iterable, process: Callable, progress, write: Callable):

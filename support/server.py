@@ -200,7 +200,6 @@ class Server:
     if it runs several side by side (data parallel) and does not say so; 0: as many as it says.
     """
 
-    prefilled = 0  # tokens of prefixes that were computed in this process
     all_wait = False  # where hardly a draw is saved, all requests of a problem are sent at once
 
     requests = 64  # that each engine is asked at once
