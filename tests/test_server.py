@@ -613,3 +613,24 @@ def test_levels_wait_where_responses_share_states():
     assert by_path(tree.levels()) == [[[]], [[5], [9]], [[5, 6], [5, 8], [9, 6]]]
     assert by_path(tree.levels(all_wait=False)) == [[[], [9], [9, 6]], [[5], [5, 6], [5, 8]]]
     assert len(state) == len(tree.nodes)
+
+
+def test_time_left_is_told_response_by_response(work, capsys, monkeypatch):
+    """In parts of problems, which sum up to all of them: not in chunks of 64."""
+    told, add = [], support.cli.Progress.add
+
+    def listen(bar, done=0, **counts):
+        told.append(done)
+        add(bar, done, **counts)
+
+    monkeypatch.setattr(support.cli.Progress, "add", listen)
+    evaluated = toy.EVALUATE.replace("run/actor", "tiny")
+    for module, flags, problems, responses in (
+        (sample, toy.SAMPLE, 70, 350),
+        (label_steps, toy.LABEL, 70, 1000),
+        (evaluate, evaluated, 66, 198),
+    ):
+        told.clear()
+        assert run(module, flags, capsys)[0] == 0
+        assert sum(told) == pytest.approx(problems)
+        assert sum(0 < done < 0.5 for done in told) >= responses
