@@ -98,7 +98,7 @@ def grpo_run(task: str, seed: int, runs: Path, budgets: list[int]):
                 "--out",
                 out / "eval.jsonl",
             ]
-            words = [*map(str, words), *"--samples 4 --max_new 64 --batch 512".split()]
+            words = [*map(str, words), *["--samples", "4", "--max_new", "64", "--batch", "512"]]
             evaluate.stage(cli.parse(evaluate.Settings, evaluate.__doc__, words, "evaluate.py"))
             yield reached, tokens, out / "eval.jsonl"
 
