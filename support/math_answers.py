@@ -380,7 +380,12 @@ UNIT = re.compile(
 def exact_number(answer: str) -> Fraction | None:
     r"""Value of an integer, a decimal, a/b, a mixed number or 4.5 \times 10^{33}, in any spelling
     that `normalise` knows; else None."""
-    answer = re.sub(r"^([+-]?)(?=10\^)", r"\g<1>1\\cdot ", normalise(answer))
+    return plain_number(normalise(answer))
+
+
+def plain_number(answer: str) -> Fraction | None:
+    """`exact_number` of what is normalised."""
+    answer = re.sub(r"^([+-]?)(?=10\^)", r"\g<1>1\\cdot ", answer)
     answer = re.sub(r"\\cdot 10\^(?:\{([+-]?\d{1,4})\}|(\d))$", r"e\1\2", answer)
     answer = re.sub(r"\\frac\{([^{}]+)\}\{([^{}]+)\}$", r" \1/\2", answer)
     decimal = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,4})?"
@@ -464,10 +469,11 @@ NAME = (
 )
 EQUALS = r"=|\\(?:approx|in|equiv)(?![a-z])"
 INEQUALITY = r"[<>]|\\[lgn]e(?![a-z])"
-# Of rule 6: a base; words, where a hyphen is no minus; anything with a time, a remainder or a word in it.
+# Of rule 6: a base; words, where a hyphen is no minus; anything with a time, a remainder, a
+# closed infinity or a word in it.
 LITERAL = (
     r"-?[\dA-F.]*\d[\dA-F.]*_\w+|(?:[A-Za-z' .]|(?<=[a-z]{2})-(?=[a-z]{2}))+|"
-    r".*(?:\d:\d|(?<!_)\d \d|\\pmod|(?<![\\A-Za-z{])[A-Za-z]{4}).*"
+    r".*(?:\d:\d|(?<!_)\d \d|\\pmod|\[-\\infty|\\infty\]|(?<![\\A-Za-z{])[A-Za-z]{4}).*"
 )
 CHOICE = r"\(?([A-J])[).:](?!.*(?<![A-Za-z])[A-J](?![A-Za-z])).*"
 
@@ -493,7 +499,7 @@ def compare(gold: str, answer: str, verifier: "MathVerifier") -> str:
     (gold, unit), (answer, other) = split_unit(gold, answer), split_unit(answer, gold)
     if not units.agree(unit, other):
         return "wrong"
-    x, y = exact_number(gold), exact_number(answer)
+    x, y = plain_number(gold), plain_number(answer)
     if x is not None and y is not None:
         if ("percent" in unit) != ("percent" in other):
             plain, percent = (y, x) if "percent" in unit else (x, y)
@@ -524,7 +530,7 @@ def compare_equations(gold: str, answer: str, verifier: "MathVerifier") -> str:
         spread = ",".join(f"{name}={value}" for name, value in zip(names, values))
         return compare(*((spread, other) if chain is ours else (other, spread)), verifier)
     # Names and, in an answer, sums of names have no value: m + n = 3.
-    valueless = NAME if chain is ours else rf"{NAME}|(?:\\?[a-z]+|[+| -])+"
+    valueless = NAME if chain is ours else rf"{NAME}|(?:\\?[a-z]|[+| -])+"
     members = [side for side in chain if not re.fullmatch(valueless, side)]
     for member in members:
         pair = (member, answer) if chain is ours else (gold, member)

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import reward
+from support import units
 from support.cli import UserError
 from support.math_answers import (
     TABLES,
@@ -164,6 +165,50 @@ SAME = [
     ("3+4i", "3+4 i"), ("2i", r"2\mathrm{i}"), (r"\sum_{i=1}^{3} i", "6"),
     (r"\log_{10} 2", r"\log_{10}{2}"), (r"\log_{10} 100", "2"),
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{bmatrix}1\\2\end{bmatrix}"),
+    # more of each kind that graders of others refuse
+    (r"\tan 15^\circ", r"2-\sqrt3"), (r"\sin 30^\circ", r"\frac12"),
+    (r"\cos^2 30^\circ", r"\frac34"), (r"\sin(45°)", r"\frac{\sqrt2}{2}"), ("y=-2x+1", "2x+y-1=0"),
+    ("y^2=8x", r"x=\frac{y^2}{8}"), ("(m,n)=(2,3)", "m=2, n=3"), ("m=2, n=3", "(m,n)=(2,3)"),
+    ("m=2, n=3", "n=3, m=2"), (r"\frac{2}{3}", r"0.\overline{6}"), (r"\frac{2}{3}", r"0.\dot6"),
+    (r"\frac{611}{495}", r"1.2\overline{34}"), (r"\frac{1}{7}", r"0.\dot{1}4285\dot{7}"),
+    ("1/6", "0.1666..."), ("(1,2)", r"\Bigl(1,2\Bigr)"), ("5", r"\boldsymbol{5}"),
+    ("5", r"\textcolor{red}{5}"), ("5", r"\hbox{5}"), ("5", r"\underline{5}"),
+    ("x", r"\operatorname{x}"), ("5", r"5\phantom{0}"), ("5", r"{\color{blue}{5}}"),
+    (r"\frac12", "½"), (r"\frac52", "2½"), ("-3", "−3"), (r"90^\circ", "90º"), (r"2\sqrt3", "2√3"),
+    ("x^2", "x²"), (r"\pi/6", "pi/6"), (r"\ln 2", r"\log_e 2"), (r"\emptyset", r"\varnothing"),
+    (r"(1,\infty)", r"\{x \mid x > 1\}"), (r"(1,\infty)", r"\{x : x > 1\}"),
+    (r"(-\infty,-1)\cup(3,\infty)", r"x < -1 \text{ or } x > 3"),
+    (r"(-\infty,-1)\cup(3,\infty)", "x>3 or x<-1"),
+    (r"x<-1 \text{ or } x>3", r"(-\infty,-1)\cup(3,\infty)"), (r"1,2,\dots,n", r"1,2,\ldots,n"),
+    (r"\frac{2e-1}{e}", r"2-\frac1e"), (r"\frac{2e-1}{e}", "2-e^{-1}"), ("5", r"5 \text{ N/m}"),
+    ("5", r"5\,\Omega"), ("5", r"5\ \mathrm{J/K}"), ("5", r"5\text{ dB}"),
+    (r"9.8 \mathrm{~m/s^2}", r"9.8\,\mathrm{m\,s^{-2}}"), (r"9.8\text{ m/s}^2", "9.8 m/s^2"),
+    (r"9.8\text{ m}\cdot\text{s}^{-2}", r"9.8 \mathrm{~m} / \mathrm{s}^{2}"),
+    (r"5\text{ N}", r"5 \text{ kg m/s}^2"), (r"5\text{ mL}", r"5\text{ cm}^3"),
+    ("5", r"5 \text{ EUR}"), ("D", "(D) 12"), ("D", "D. 12"), ("D", "D: 12"),
+    (r"\text{(D)}", "D) foo"), (r"\textbf{(D)}", r"\textbf{(D)}~12"), ("(D) 12", "D"),
+    ("1011_2", r"1011_{\text{two}}"), ("1011_2", "1011 in base 2"), ("1011_2", "(1011)_{2}"),
+    ("1011_2", "1011 base two"), ("25_8", "25_{eight}"), (r"\frac{\pi}{6}", "pi/6"),
+    (r"6\sqrt3", "6*sqrt(3)"), ("2500000", "2.5 million"), ("120", "5! = 120"),
+    (r"\frac13", r"P(A)=\frac13"), ("1:2", "1 to 2"), ("10:30", "10{:}30"),
+    ("12", "approximately 12"), ("12", "about 12"), ("12", r"\approx 12"), ("12", "12 (approx.)"),
+    ("2,3", "2 and 3"), (r"15\frac{39}{40} or \frac{639}{40}", r"\frac{639}{40}"),
+    ("x+11 or 11+x", "x+11"), ("all real numbers", "all real numbers"),
+    (r"25^\circ\text{C}", "25 °C"), (r"25^\circ\text{F}", "25 degrees Fahrenheit"),
+    ("45", r"45^{\circ}"), (r"3\sqrt2 \text{ cm}", r"3\sqrt{2}"), (r"\frac{2}{3}", r"\frac23"),
+    ("2x+3y", "3y+2x"), ("x = 3", "3"), ("x=1,2", "1,2"), ("(x,y)=(1,2)", "(1,2)"),
+    ("(x,y,z)=(1,2,3)", "x=1, y=2, z=3"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\left(\begin{array}{c}1\\2\end{array}\right)"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\left[\begin{smallmatrix}1\\2\end{smallmatrix}\right]"),
+    ("10", "10.0"), ("1,000", "1000"), ("6.022e23", r"6.022\times10^{23}"),
+    ("3.2e-5", r"3.2\times10^{-5}"), ("2x-y+3=0", "y=2x+3"), ("2x-y+3=0", "4x-2y+6=0"),
+    ("x^2+y^2=4", "x^2+y^2-4=0"), (r"\{x|x\ne 2\}", r"x\neq 2"), ("[0,1]", r"0\le x\le 1"),
+    ("[0,1]", r"1\ge x\ge 0"), (r"(-\infty, 3]", r"x \le 3"), (r"\$5", "5 dollars"),
+    ("5 cents", "5¢"), (r"\sqrt[3]{2}", "2^{1/3}"), ("2^{1/3}", "2^(1/3)"),
+    (r"\frac{n(n+1)}{2}", r"\binom{n+1}{2}"), (r"e^{\pi i}", "-1"), ("0.5", r"50\%"),
+    (r"\cot 45^\circ", "1"), ("f^{-1}(x)=x+1", "x+1"), (r"3\times 4", "12"),
+    (r"\sin^{-1}(1)", r"\frac{\pi}{2}"), (r"5 \text{ eV}", "5"), ("5", r"5 \text{ kHz}"),
+    (r"2\text{ hours }30\text{ minutes}", "2 hours 30 minutes"),
 ]  # fmt: skip
 
 DIFFERENT = [
@@ -212,6 +257,57 @@ DIFFERENT = [
     ("x=5", "y=5"), ("a-b", "b-a"), ("x^2", "x^3"), (r"\sqrt{x^2}", "x"), (r"\log 2", r"\ln 2"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"),
     (r"\frac{1}{2}", r"\foo\bar \frac{1}{2}"), (r"\frac{1}{2}", r"\text{answer } \frac{1}{2} + 7"),
+    # and their neighbours: what such rules must not let in
+    (r"5\text{ eV}", r"5\text{ MeV}"), (r"5\text{ Hz}", r"5\text{ kHz}"),
+    (r"5\text{ pc}", r"5\text{ kpc}"), (r"5\text{ Gyr}", r"5\text{ Myr}"),
+    (r"5\text{ mol}", r"5\text{ g}"), (r"25^\circ\text{C}", r"25^\circ\text{F}"),
+    ("25 degrees C", "25 degrees F"), (r"5\text{ MW}", r"5\text{ mW}"),
+    (r"5\text{ T}", r"5\text{ mT}"), ("5 eV", "5 MeV"), ("5 Hz", "5 kHz"), ("5 erg", "5 J"),
+    ("5 days", "5 weeks"), ("5 euros", "5 dollars"), ("£5", "€5"), ("3", "3kT"), ("3", "3mg"),
+    ("3mg", "3"), (r"\frac32 kT", r"\frac32"), ("2eV", "2"), ("3 F/A", "3"), ("2", "2A"),
+    ("2A", "2"), ("2", "2T"), ("2 m", "2"), ("2", r"2\pi"), ("5", "5x"), ("3", "3ab"), ("2", "2xy"),
+    (r"2\mathrm{i}", "2"), ("5", "5 n"), (r"\frac{1}{2}mv^2", r"\frac12"), ("2Gm", "2"),
+    (r"\frac{1}{2008!}", r"\frac{2}{2008!}"), ("(2/3)^{200}", "(2/3)^{201}"),
+    ("e^{-100}", "e^{-200}"), (r"\frac{2^{2008}+1}{2^{2009}}", r"\frac{2^{2008}-1}{2^{2009}}"),
+    ("1-e^{-500}", "1"), (r"\frac{1}{3^{5000}}\sqrt2", r"\frac{1}{3^{5001}}\sqrt2"),
+    (r"1+2^{-5000}\sqrt2", "1"), ("10^{-40}x", r"2\cdot 10^{-40}x"), ("x+10^{-400}", "x"),
+    (r"0.\overline{9}", "0.99"), (r"\tan 15^\circ", r"2+\sqrt3"), (r"\sin 30^\circ", r"\sin 30"),
+    (r"\sin 30", r"\frac12"), (r"\cos 58^\circ", r"\sin 58^\circ"), (r"\sin 30^\circ", "30"),
+    ("y=-2x+1", "2x+y+1=0"), ("y^2=8x", "y=8x^2"), ("y=2x", "0=0"), ("y=2x", "y=y"),
+    ("y=2x", "x=2y"), ("0", "x+y+z=1"), ("x=3", "2x+1=7"), ("x=3", "x=x"), ("x=3", "3=3"),
+    ("3", "x=x"), ("3", "x"), ("x=3", "x"), ("x=3", "y=3"), (r"V=\frac{nRT}{p}", "pV=nRT"),
+    ("x=2,y=3", "x=3,y=2"), ("x=2,y=3", "3,2"), ("(m,n)=(2,3)", "m=3,n=2"), ("1", "x=1=2"),
+    ("4", "x^2+y^2=4"), ("x^2+y^2=4", "4"), ("xy=1", "1"), ("2x+y=1", "1"), ("x+y+z=0", "0"),
+    ("100", r"5 \cdot 24 = 100"), ("120", "5!=100=120"), (r"\frac23", "0.667..."),
+    (r"\frac23", "0.67"), (r"\frac23", "0.66"), ("0.6", r"0.\overline6"), (r"\pi", "3.14..."),
+    (r"\pi", r"3.141\dots"), ("0.12", r"0.\dot12"), (r"(1,\infty)", r"x\ge1"),
+    (r"(-\infty,-1)\cup(3,\infty)", "x<-1"), (r"(-\infty,-1)\cup(3,\infty)", "x<-1 or x>4"),
+    ("x>1", "y>1"), ("x<1 or x>3", "1<x<3"), ("(1,3)", r"1\le x<3"), (r"x\ne 3", "x=3"),
+    ("x>1", "x<1"), (r"\emptyset", "0"), (r"\emptyset", r"\{0\}"),
+    (r"\frac{2e-1}{e}", r"\frac{0.2}{e}"), ("2e", "2"), ("2e^2", "200"), ("5", "5e0x"),
+    ("B", "(C) 12"), ("D", "D, E"), ("D", "(D) or (E)"), ("D", "(D) (E)"),
+    ("D", "A) 1 B) 2 C) 3 D) 4"), ("D", "Depends"), ("A", "A: x or B: y"), ("D", "12"), ("A", "a"),
+    ("12", "(D) 13"), ("2516_8", r"2516_{\text{base }7}"), ("2516_8", "2516"),
+    ("2516_8", "(2516)_7"), ("25_8", "25 (base eighty)"), ("12", "approximately 13"),
+    ("1/3", "approximately 0.333"), ("12", "not 12"), ("12", "The area is not 12"),
+    ("12", "less than 12"), ("1:2", "2 to 1"), ("1:2", "1 to 3"), ("10:30", "10{:}31"),
+    ("2.5", "2.5 million"), ("2500000", "2.5 thousand"), ("5", "5 million"), ("120", "4!=120"),
+    ("1,2", "1 or 2 or 3"), (r"\frac12", r"\frac12 or 0.25"), ("5", "5 or 6"), ("5", "4 or 5"),
+    ("5", "5, 5"), ("5 apples and 3 pears", "3 apples and 5 pears"),
+    ("5 (apples); 3 (pears)", "3, 5"), ("5 feet 3 inches", "5 feet 4 inches"),
+    ("5 feet 3 inches", "3 feet 5 inches"), ("5 feet 3 inches", "5 inches 3 feet"), ("2''", "2'"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{vmatrix}1\\2\end{vmatrix}"),
+    (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"), ("3i-2j", "3j-2i"),
+    (r"3\hat i", r"3\hat j"), ("x", "x'"), ("f(x)", "f(y)"), (r"\sqrt{x^2}", "x"), ("|x|", "x"),
+    (r"z\bar z", "z^2"), (r"\overline{AB}", "AB"), (r"\log 2", r"\ln 2"),
+    (r"\log_2 8", r"\log_3 8"), (r"-\frac12", r"\frac12"), ("2^{-1}", "-2"), ("a_1", "a_2"),
+    ("x^y", "y^x"), ("n!", "n"), ("(n+1)!", "n!+1"), (r"\lfloor x\rfloor", "x"),
+    (r"\lceil x\rceil", r"\lfloor x\rfloor+1"), (r"\sin x", r"\sin{2x}"),
+    (r"\binom{n}{2}", r"\binom{n}{3}"), ("(-1)^n", "1"), ("1", r"(-1)^{2n}-0\cdot n+1"),
+    (r"\frac{1}{0}", r"\frac{2}{0}"), (r"\infty", r"-\infty"), (r"\frac{x}{x}\cdot 0", "1"),
+    ("i", "1"), ("i", "-i"), (r"\sqrt{-1}", "1"), ("3+4i", "3-4i"), ("5 km", r"5 \text{ m}"),
+    ("45 cents", r"\$0.45"), ("0", r"\frac{1}{10^{400}}"),
+    ("2", "2.0000000000000000000000000000000000001"),
 ]  # fmt: skip
 
 
@@ -247,6 +343,33 @@ def test_plain_numbers_and_words_need_no_worker():
     ]:
         assert grade_math(gold, f"#### {answer}", verifier)[0] == "wrong"
     assert verifier.worker is None
+
+
+UNITS = [
+    ("m s^{-2}", {"meter": 1, "second": -2}), ("meters per second squared", {"meter": 1, "second": -2}),
+    ("kg m/s^2", {"10": 3, "gram": 1, "meter": 1, "second": -2}), ("N", units.measure("kg m/s^2")),
+    ("J/(kg K)", {"meter": 2, "second": -2, "kelvin": -1}), ("mL", units.measure("cubic centimeters")),
+    ("kpc", {"10": 3, "parsec": 1}), ("Gyr", {"10": 9, "year": 1}), ("MeV", {"10": 6, "electronvolt": 1}),
+    ("Angstroms", {"angstrom": 1}), ("solar masses", {"solarmass": 1}), ("AU", {"astronomicalunit": 1}),
+    ("amps", {"ampere": 1}), ("light-years", {"lightyear": 1}), ("degrees C", {"celsius": 1}),
+    ("cents", {"cent": 1}), ("qz", {"qz": 1}), ("cats", {}), ("hats", {}), ("pins", {}), ("red apples", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("phrase, measure", UNITS)
+def test_what_a_phrase_measures(phrase, measure):
+    assert units.measure(phrase) == measure
+
+
+@pytest.mark.parametrize(
+    "piece", ["1", "12", "ab ", "5x", r"x \cdot ", r"\text{", "((", "1, ", "or ", "=1", ".1"]
+)
+def test_a_thousand_characters_need_little_work_here(piece):
+    """Patterns that try one way after the other would need years."""
+    verifier = MathVerifier()
+    verifier.check = lambda gold, answer: "wrong"
+    for end in ("", "!", "}", " m"):
+        grade_math(r"5\text{ cm}", rf"\boxed{{{piece * (990 // len(piece))}{end}}}", verifier)
 
 
 PIECES = [r"\frac", r"\sqrt", r"\boxed", r"\text", r"\{", r"\}", r"\pm", r"\$", "cm", "1e0"]
