@@ -224,9 +224,9 @@ NUMBERS = [
     (rf"({TRIGONOMETRIC})\s*\^(\d)", r"\1^{\2}", r"\cos^2 30", r"\cos^{2} 30"),
     (r"\^\(([^()]*)\)", r"^{\1}", "2^(1/3)", "2^{1/3}"),
     (r"\\log_\{?e\}?(?![a-z])", r"\\ln ", r"\log_e 2", r"\ln  2"),
-    # Products and powers of ten. Not Euler's number: 2e-1 is a power of ten only if it is all.
+    # Products and powers of ten. Not Euler's number: 2e-1 is a power of ten only if nothing but a unit follows.
     (r"\\times(?![a-z])|\*", r"\\cdot ", r"2\times 3", r"2\cdot  3"),
-    (r"^([+-]?[\d.,]*\d) ?[eE] ?([+-]?\d+)(?![\w.^])", r"\1\\cdot 10^{\2}", "4.5e33", r"4.5\cdot 10^{33}"),
+    (r"^([+-]?[\d.,]*\d) ?[eE] ?([+-]?\d+)(?=$|\s+[A-Za-z])", r"\1\\cdot 10^{\2}", "4.5e33", r"4.5\cdot 10^{33}"),
     (rf"(?<![\d.])([\d,]*\.?\d+)\s*({'|'.join(LARGE)})s?\b", large, "2.5 million", "2500000"),
     # Commas between thousands; a block of digits that comes again and again.
     (r"^-?\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), "1,234", "1234"),
