@@ -8,8 +8,8 @@ whole response. One that was cut off by the length has reward 0 and is not asked
 reward 1, nothing less.
 
 A problem with an `answer` is graded by support/math_answers.py, whose docstring has the rules. A
-problem with `tests` is a program to write, graded by running it in support/sandbox.py. Its tests
-are of one of three kinds (further fields and their defaults: `TESTS` in support/sandbox.py):
+problem with `tests` asks for a program, and support/sandbox.py runs it. Tests are of three kinds
+(further fields and their defaults: `TESTS` in support/sandbox.py):
 
     {"kind": "call", "entry": "f", "inputs": [[1, 2]], "outputs": [3]}      f(1, 2) returns 3 or 3.0
     {"kind": "stdin", "inputs": ["1 2\n"], "outputs": ["3\n"]}              it prints 3; white space
@@ -22,28 +22,21 @@ Two rewards that forks often want. A bonus for a short response:
         verdict, _ = grade(problem, text, unsafe)
         return 0.9 * (verdict == "right") + 0.1 * (len(text) < 200)
 
-The share of tests that pass, of a program with `inputs` and `outputs`, in one run of it:
+The share of a program's tests that pass:
 
     def reward(problem, text, unsafe=False):
-        tests, wanted = problem["tests"], problem["tests"]["outputs"]
         program = prediction_of(problem, text)
-        _, values = sandbox(unsafe).run(tests | {"outputs": None}, program)
-        return sum(v == w for v, w in zip(values or [], wanted)) / len(wanted)
+        _, passed = sandbox(unsafe).run(problem["tests"], program, each=True)
+        return sum(passed) / len(passed) if passed else 0.0
 """
 
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 
 from model import LM
 from support.cli import UserError
-from support.math_answers import (
-    exact_number,
-    extract_answer,
-    grade_answer,
-    normalise,
-    split_unit,
-)
+from support.math_answers import extract_answer, grade_answer
 from support.programs import extract_program
 from support.sandbox import CPUS, sandbox
 
@@ -61,24 +54,11 @@ def grade(problem: dict, text: str, unsafe: bool = False) -> tuple[str, str | No
     if problem.get("tests"):
         program = prediction_of(problem, text)
         verdict, _ = sandbox(unsafe).run(problem["tests"], program)
-        found = verdict, program
-    else:
-        found = grade_answer(problem["answer"], text)
-        verdict, prediction = found
-        tolerance = problem.get("tolerance")  # of a few problems of OlympiadBench
-        if tolerance and verdict == "wrong" and is_near(problem["answer"], prediction, tolerance):
-            found = "right", prediction
-    judgements[problem.get("id"), text] = found
-    return found
-
-
-def is_near(gold: str, answer: str, tolerance: float) -> bool:
-    """Are two numbers, of no different units, at most `tolerance` apart? 3.2, 3.27, 0.1 -> True"""
-    (ours, unit), (theirs, other_unit) = (split_unit(normalise(x)) for x in (gold, answer))
-    numbers = exact_number(ours), exact_number(theirs)
-    if None in numbers or (unit and other_unit and unit != other_unit):
-        return False
-    return abs(numbers[0] - numbers[1]) <= Fraction(str(tolerance))
+        latest.judgement = verdict, program
+    else:  # a few problems of OlympiadBench say how far an answer may be off
+        tolerance = problem.get("tolerance") or 0
+        latest.judgement = grade_answer(problem["answer"], text, tolerance)
+    return latest.judgement
 
 
 def prediction_of(problem: dict, text: str) -> str | None:
@@ -92,23 +72,7 @@ def prediction_of(problem: dict, text: str) -> str | None:
 
 graders = ThreadPoolExecutor(CPUS)
 os.register_at_fork(after_in_child=lambda: globals().update(graders=ThreadPoolExecutor(1)))
-judgements = {}  # (problem's id, text): what `grade` found, until `judged` takes it
-
-
-def judged(problem: dict, text: str, finished: bool, unsafe: bool) -> dict:
-    """Reward, verdict and prediction of one response, graded once."""
-    value = checked(reward(problem, text, unsafe), problem["id"]) if finished else 0
-    found = judgements.pop((problem["id"], text), None)
-    if found is None and not finished:
-        found = grade(problem, text, unsafe)
-        del judgements[problem["id"], text]
-    if found is None:  # another reward, which did not ask `grade`
-        prediction = prediction_of(problem, text)
-        verdict = "right" if value == 1 else "wrong" if prediction else "no answer"
-        found = verdict, prediction
-    verdict, prediction = found
-    line = {"text": text, "prediction": prediction, "correct": value == 1, "reward": value}
-    return line | {"verdict": verdict, "finished": finished}
+latest = threading.local()  # .judgement: what `grade` found last in this thread
 
 
 def grade_ids(lm: LM, problems: list[dict], responses: list[list[int]], unsafe: bool) -> list[dict]:
@@ -130,10 +94,25 @@ def grade_ids(lm: LM, problems: list[dict], responses: list[list[int]], unsafe: 
     return [dict(found[key]) for key in keys]
 
 
-def checked(value, problem) -> float:
-    """A reward from 0 to 1, with 0 and 1 as integers, as the files have them; UserError if it is none."""
-    is_number = isinstance(value, int | float) and 0 <= value <= 1
-    if not is_number:
-        wrong = f"reward() gave {value!r} for problem {problem}; a number from 0 to 1 is wanted"
-        raise UserError(f"reward.py: {wrong}")
+def judged(problem: dict, text: str, finished: bool, unsafe: bool) -> dict:
+    """Reward, verdict and prediction of one response, by one call of `reward`. The verdict is what
+    `grade` found in that call, but "right" exactly where the reward is 1."""
+    latest.judgement = None
+    value = checked(reward(problem, text, unsafe), problem["id"]) if finished else 0
+    if latest.judgement:
+        verdict, prediction = latest.judgement
+    else:  # cut off, or a reward of another kind
+        prediction = prediction_of(problem, text)
+        verdict = "no answer" if prediction is None else "wrong"
+    if value == 1 or verdict == "right":
+        verdict = "right" if value == 1 else "wrong"
+    line = {"text": text, "prediction": prediction, "correct": value == 1, "reward": value}
+    return line | {"verdict": verdict, "finished": finished}
+
+
+def checked(value, problem_id) -> float:
+    """A reward as files have it, 0 and 1 as integers; UserError if it is no number from 0 to 1."""
+    if not (isinstance(value, int | float) and 0 <= value <= 1):
+        wrong = f"reward() gave {value!r} for problem {problem_id}"
+        raise UserError(f"reward.py: {wrong}; a number from 0 to 1 is wanted")
     return int(value) if value in (0, 1) else float(value)

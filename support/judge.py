@@ -1,8 +1,10 @@
-"""Grades one program after another: a process of its own, started by sandbox.py, of the standard library
-alone. It knows nothing of the algorithm.
+"""Grades one program after another, in a process of its own and by the standard library alone. It knows
+nothing of the algorithm.
 
-Each line of its input is [tests, program], each line of its output [verdict, values].
-Read from top to bottom: values as JSON; when two values are the same; the judge; the walls that a
+    python support/judge.py MODE        as sandbox.py starts it; MODE is one of its MODES
+
+Each line of the input is [tests, program, each], each line of the output [verdict, values]. Read it
+from top to bottom: values as JSON; when two values are the same; the judge; the walls that a
 candidate runs behind; the candidate.
 """
 
@@ -10,6 +12,7 @@ import atexit
 import builtins
 import contextlib
 import ctypes
+import importlib
 import json
 import math
 import os
@@ -138,9 +141,11 @@ class Judge:
         theirs.close()
         resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # a program may return a lot
 
-    def grade(self, tests, program):
-        """-> verdict, and what was returned if tests["outputs"] is None."""
-        self.tests, self.values, self.verdict = tests, [], "right"
+    def grade(self, tests, program, each):
+        """-> verdict, values. each: try every test, and the values are whether it passed; else the
+        first failure ends it, and the values are what was returned if tests["outputs"] is None."""
+        self.tests, self.each, self.values = tests, each, []
+        self.verdict, self.failures = "right", 0
         self.task = {key: tests[key] for key in ("kind", "entry", "setup")} | {"program": program}
         self.begin, self.spent, self.idle = time.monotonic(), 0, 0
         with contextlib.suppress(Verdict):
@@ -154,39 +159,63 @@ class Judge:
 
     def stop(self, verdict):
         self.verdict = verdict  # kept, should test code with a bare except catch this
+        self.failures += 1
         raise Verdict
+
+    @contextlib.contextmanager
+    def one_of_each(self):
+        """A test of its own: with `each` its failure is only a False among the values."""
+        before = self.failures
+        try:
+            yield
+        except Verdict:
+            if not self.each:
+                raise
+        if self.each:
+            self.values.append(self.failures == before)
 
     def run_stdin(self):
         """A candidate for each input; what it prints is its answer."""
         for text, want in zip(self.tests["inputs"], self.tests["outputs"], strict=True):
-            with self.candidate():
-                got = self.ask(self.task | {"stdin": text})
-            if type(got) is not str or not same_text(want, got, self.tests["atol"]):
-                self.stop("wrong")
+            with self.one_of_each():
+                with self.candidate():
+                    got = self.ask(self.task | {"stdin": text})
+                if type(got) is not str or not same_text(want, got, self.tests["atol"]):
+                    self.stop("wrong")
 
     def run_call(self):
-        """One candidate answers all. A wanted {"!json": v} is met by all that JSON writes as v."""
+        """One candidate answers all, but with `each` every input has its own: an exception ends it."""
+        inputs, outputs = self.tests["inputs"], self.tests["outputs"]
+        if self.each:
+            for args, want in zip(inputs, outputs, strict=True):
+                with self.one_of_each(), self.candidate():
+                    self.ask(self.task)
+                    self.compare(want, self.ask(args))
+            return
         with self.candidate():
             self.ask(self.task)
-            for number, args in enumerate(self.tests["inputs"]):
+            for number, args in enumerate(inputs):
                 got = self.ask(args)
-                if self.tests["outputs"] is None:
+                if outputs is None:
                     self.values.append(encode(got))
-                    continue
-                want = self.tests["outputs"][number]
-                try:
-                    if type(want) is dict and "!json" in want:
-                        want, got = want["!json"], json.loads(json.dumps(got))
-                    if not same(decode(want), got, self.tests["atol"]):
-                        self.stop("wrong")
-                except (TypeError, ValueError, OverflowError):
-                    self.stop("wrong")  # nothing for JSON, or numbers beyond a float
+                else:
+                    self.compare(outputs[number], got)
+
+    def compare(self, want, got):
+        """Stops unless they are the same; a wanted {"!json": v} is met by all that JSON writes as v."""
+        try:
+            if type(want) is dict and "!json" in want:
+                want, got = want["!json"], json.loads(json.dumps(got))
+            if not same(decode(want), got, self.tests["atol"]):
+                self.stop("wrong")
+        except (TypeError, ValueError, OverflowError):
+            self.stop("wrong")  # nothing for JSON, or numbers beyond a float
 
     def run_assert(self):
         """The test code runs here; the function it calls is a proxy and returns plain values."""
         names = {key: decode(self.tests[key]) for key in ("inputs", "outputs")}
         proxy = {self.tests["entry"]: lambda *args: self.ask([encode(arg) for arg in args])}
-        with self.candidate():
+        with self.one_of_each(), self.candidate():
             self.ask(self.task)
             try:
                 exec(self.tests["setup"], names)  # noqa: S102
@@ -259,6 +288,10 @@ class Judge:
         return now
 
 
+FREQUENT = "bisect collections copy datetime functools heapq itertools math operator queue random"
+FREQUENT += " statistics string typing"  # with what programs import, or their setup does
+
+
 def libc(name, *args):
     if getattr(ctypes.CDLL(None, use_errno=True), name)(*args) < 0:
         raise OSError(ctypes.get_errno(), name)
@@ -266,6 +299,8 @@ def libc(name, *args):
 
 def zygote(control, mode):
     """Builds the walls once, then forks a warden for each candidate, until the judge is gone."""
+    for name in FREQUENT.split():
+        importlib.import_module(name)  # once here, and no more in each candidate
     null = os.open(os.devnull, os.O_RDWR)
     for fd in range(3):
         os.dup2(null, fd)
@@ -429,9 +464,7 @@ def printed(program, stdin):
 
 
 if __name__ == "__main__":
-    sys.set_int_max_str_digits(
-        0
-    )  # here and in all that is forked: answers may be longer than 4,300
+    sys.set_int_max_str_digits(0)  # answers may be longer than 4,300; holds in what is forked, too
     judge = Judge(sys.argv[1])
     for line in sys.stdin.buffer:
         print(json.dumps(judge.grade(*json.loads(line))), flush=True)

@@ -644,10 +644,35 @@ def _after_fork():
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def grade_answer(gold: str, text: str) -> tuple[str, str | None]:
-    """`grade_math` by a verifier that no other thread is using."""
+def grade_answer(gold: str, text: str, tolerance: float = 0) -> tuple[str, str | None]:
+    """`grade_math` by a verifier that no other thread is using. tolerance: how far numbers may be off."""
     verifier = _verifiers.get()
     try:
-        return grade_math(gold, text, verifier)
+        verdict, prediction = grade_math(gold, text, verifier)
     finally:
         _verifiers.put(verifier)
+    if tolerance and verdict == "wrong" and is_near(gold, prediction, tolerance):
+        verdict = "right"
+    return verdict, prediction
+
+
+def is_near(gold: str, answer: str, tolerance: float) -> bool:
+    """Are the numbers of two answers, of no different units, at most `tolerance` apart?
+
+    ("3.2", "x = 3.27 cm", 0.1) -> True; lists are compared part by part, the smallest with the smallest
+    """
+    (kind, ours, units), (other_kind, theirs, other_units) = map(numbers_and_units, (gold, answer))
+    if kind != other_kind or len(ours) != len(theirs) or None in (*ours, *theirs):
+        return False
+    if any(unit != other for unit in units for other in other_units):
+        return False
+    pairs = zip(ours, theirs) if kind else zip(sorted(ours), sorted(theirs))
+    return all(abs(a - b) <= Fraction(str(tolerance)) for a, b in pairs)
+
+
+def numbers_and_units(answer: str) -> tuple[str, list, list]:
+    """The kind of brackets around an answer, the numbers of its parts (None: no number), their units."""
+    kind, parts = split_parts(normalise(answer))
+    values = [re.sub(r"^[^=\d]*(?:=|\\approx)", "", part).strip() for part in parts]
+    measures = [split_unit(value) for value in values]
+    return kind, [exact_number(number) for number, _ in measures], [u for _, u in measures if u]

@@ -27,12 +27,11 @@ import select
 import sys
 import threading
 from functools import cache
-from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 
+import support.judge  # started as a file; imported so that manifests name it among the code
 from support.cli import UserError
 
-JUDGE = Path(__file__).with_name("judge.py")
 # CPUs that this process may use; only Linux says which.
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
@@ -100,7 +99,7 @@ class Sandbox:
     def __init__(self, workers=None, unsafe=False, modes=tuple(MODES)):
         self.workers = workers or CPUS
         tests = TESTS | {"entry": "f", "inputs": [[]], "outputs": [1]}
-        probe = tests, "import decimal, random\ndef f(): return 1"  # is the library within reach?
+        probe = tests, "import cmath, csv\ndef f(): return 1", False  # is the library within reach?
         for self.mode in modes:
             judge = self._start()
             if (self.mode != "none" or unsafe) and judge.ask(probe, 240)[0] == "right":
@@ -120,23 +119,24 @@ class Sandbox:
         for _ in range(self.workers):
             self._judges.get().end()
 
-    def run(self, tests: dict, program: str | None) -> tuple[str, list | None]:
+    def run(self, tests: dict, program: str | None, each=False) -> tuple[str, list | None]:
         """(verdict, values) of a program, by the next judge that is free; any thread may call it.
 
         right, wrong, timed out; "no answer": there is no program; "error": it raised, ended or grew
-        too large before it had answered. values: if tests["outputs"] is None, what `entry`
-        returned, encoded.
+        too large before it had answered. values: with `each`, which goes on after a test that
+        failed, whether each test passed; else what `entry` returned, encoded, if
+        tests["outputs"] is None. None if there was nothing to run.
         """
         if not program or not program.strip():
             return "no answer", None
         tests = TESTS | tests
         text = json.dumps(tests, sort_keys=True).encode()
-        key = hashlib.blake2b(text, digest_size=16).digest(), program
+        key = hashlib.blake2b(text, digest_size=16).digest(), program, each
         if found := self.known.get(key):
             return found
         judge = self._judges.get()
         # The judge keeps the limits itself; this one is for test code that chokes on an answer.
-        found = judge.ask([tests, program], 60 * tests["seconds"])
+        found = judge.ask([tests, program, each], 60 * tests["seconds"] + 60)
         alive = judge.poll() is None
         self._judges.put(judge if alive else self._start())
         if alive or found[0] == "timed out":  # a judge that died may be this machine's fault
@@ -149,7 +149,7 @@ class Sandbox:
         # keeps the modules beside judge.py from being taken for the standard library's.
         env = {"PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "utf-8"}
         env |= {"TMPDIR": os.environ["TMPDIR"]} if "TMPDIR" in os.environ else {}
-        return Worker("-sSB", str(JUDGE), self.mode, env=env)
+        return Worker("-sSB", support.judge.__file__, self.mode, env=env)
 
 
 REMEMBERED = 1 << 18  # verdicts

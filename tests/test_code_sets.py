@@ -268,19 +268,25 @@ def test_olympiadbench_names_a_tolerance(tmp_path):
     path.write_text(json.dumps(row) + "\n" + json.dumps(row | {"error": None}) + "\n")
     used, _ = load_set("olympiadbench", path)
     assert used[0]["tolerance"] == 0.1 and "tolerance" not in used[1]
+    assert reward.grade(used[0], r"\boxed{3.27 \text{ cm}}")[0] == "right"
+    assert reward.grade(used[1], r"\boxed{3.27 \text{ cm}}")[0] == "wrong"
 
 
 def test_what_leetcode_s_users_need_not_import():
+    """Modules and the names out of them, and no builtin is hidden; a program's own names come first."""
     names = "math.inf, collections.Counter, heapq.heappop, functools.lru_cache, bisect.bisect_left, re.sub"
-    program = (
-        f"def f(x):\n    assert all([{names}, operator.add, random.random, inf, Counter, heappush, deque])\n"
-        "    xs: List[int] = [x]\n    return pow(2, 10, 1000)"
+    names += ", operator.add, random.random, inf, Counter, heappush, deque, List[int], accumulate, gcd, deepcopy"
+    names += (
+        ", datetime.datetime, string.ascii_lowercase, sys.maxsize, cache, itemgetter, PriorityQueue"
     )
-    tests = {
-        "kind": "call",
-        "entry": "f",
-        "setup": support.datasets.LEETCODE,
-        "inputs": [[1]],
-        "outputs": [24],
-    }
-    assert reward.grade({"id": 1, "tests": tests}, program, True)[0] == "right"
+    program = f"""
+def f(x):
+    assert all([{names}])
+    assert pow(2, 10, 1000) == 24 and sum([1]) == 1 and abs(-1) == max(1, 0) == len([0])
+    assert round(2.5) == 2 and open.__module__ in ("io", "_io") and compile("1", "", "eval")
+    return gcd(x)
+def gcd(x): return x + 1
+"""
+    tests = {"kind": "call", "entry": "f", "inputs": [[1]], "outputs": [2]}
+    problem = {"id": 1, "tests": tests | {"setup": support.datasets.LEETCODE}}
+    assert reward.grade(problem, program, True)[0] == "right"

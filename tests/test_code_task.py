@@ -210,39 +210,80 @@ def test_every_stage_with_programs(tmp_path, monkeypatch):
     assert row["verdicts"].keys() <= {"right", "wrong", "no answer", "error"}
 
 
+def example(title: str):
+    """The function `reward` that reward.py's docstring shows under a line that begins so."""
+    lines = reward.__doc__.split(title)[1].split(":\n\n", 1)[1].split("\n\n")[0]
+    found = {}
+    exec(textwrap.dedent(lines), vars(reward), found)  # noqa: S102
+    return found["reward"]
+
+
 def test_the_share_of_tests_as_reward_says_it(monkeypatch):
-    """The lines of reward.py's docstring, in one run of the program."""
-    lines = reward.__doc__.split("in one run of it:")[1]
-    code, runs = {}, []
-    exec(textwrap.dedent(lines), vars(reward) | code, code)  # noqa: S102
-    box = support.sandbox.sandbox(True)
+    """In one run of each program; the verdict is "right" where all pass."""
+    monkeypatch.setattr(reward, "reward", example("The share of a program's tests"))
+    box, runs = support.sandbox.sandbox(True), []
     usual = box.run
-    monkeypatch.setattr(box, "run", lambda *job: runs.append(job) or usual(*job))
-    monkeypatch.setattr(reward, "reward", code["reward"])
-    code["reward"].__globals__["sandbox"] = lambda unsafe: box
-    tests = {"kind": "call", "entry": "f", "inputs": [[1], [2], [3]], "outputs": [1, 4, 9]}
-    problem = {"id": "p", "answer": None, "tests": tests}
+    monkeypatch.setattr(box, "run", lambda *job, **more: runs.append(job) or usual(*job, **more))
+    call = {"kind": "call", "entry": "f", "inputs": [[1], [2], [3]], "outputs": [1, 4, 9]}
+    stdin = {"kind": "stdin", "inputs": ["1", "2"], "outputs": ["1", "4"]}
+    check = {"kind": "assert", "entry": "f", "code": "assert f(2) == 4"}
+    right, wrong, none = ("right", True), ("wrong", False), ("no answer", False)
+    rows = [
+        (call, "def f(x): return x * x", 1, right),
+        (call, "def f(x): return x * x if x != 2 else 1 / 0", 2 / 3, wrong),  # and goes on after it
+        (call, "def f(x): return [1, 2, 3][x]", 0, wrong),
+        (call, "def f(x): return True", 0, wrong),  # which is not 1
+        (stdin, "print(int(input()) ** 2)", 1, right),
+        (stdin, "print(1)", 1 / 2, wrong),
+        (check, "def f(x): return x * x", 1, right),
+        (check, "def f(x): return x", 0, wrong),
+    ]
+    for tests, text, share, verdict in [*rows, (call, "No program at all, sorry.", 0, none)]:
+        problem = {"id": "p", "answer": None, "tests": tests}
+        found = reward.judged(problem, text, True, True)
+        assert found["reward"] == pytest.approx(share), text
+        assert (found["verdict"], found["correct"]) == verdict, text
+    assert len(runs) == len(rows) + 1
 
-    def graded(text):
-        return reward.judged(problem, text, True, True)
 
-    some, all_right = (
-        graded("def f(x): return 2 * x if x == 2 else 1"),
-        graded("def f(x): return x * x"),
-    )
-    assert some["reward"] == pytest.approx(2 / 3) and all_right["reward"] == 1
-    assert (some["verdict"], some["correct"]) == ("wrong", False)
-    assert (all_right["verdict"], all_right["correct"]) == ("right", True)
-    assert len(runs) == 2  # one a response
-    assert graded("no program at all, sorry.")["verdict"] == "no answer"
+def test_a_verdict_agrees_with_the_reward(monkeypatch):
+    """Right is reward 1: a right answer with less is wrong, and other verdicts stay as they are."""
+    monkeypatch.setattr(reward, "reward", example("Two rewards"))
+    problem = {"id": "p", "answer": "5"}
+    long = "and so on " * 30
+    for text, value, verdict in (
+        ("#### 5", 1, "right"), (f"{long}#### 5", 0.9, "wrong"),
+        ("#### 6", 0.1, "wrong"), ("I do not know", 0.1, "no answer"),
+    ):  # fmt: skip
+        found = reward.judged(problem, text, True, True)
+        assert (found["reward"], found["verdict"]) == (value, verdict)
+        assert found["correct"] is (value == 1)
+    cut_off = reward.judged(problem, "#### 5", False, True)
+    assert (cut_off["reward"], cut_off["verdict"], cut_off["prediction"]) == (0, "wrong", "5")
+
+
+def test_a_response_is_graded_once(monkeypatch):
+    asked = []
+    usual = reward.grade_answer
+    monkeypatch.setattr(reward, "grade_answer", lambda *x: asked.append(x) or usual(*x))
+    found = reward.judged({"id": "p", "answer": "5"}, r"\boxed{6}", True, True)
+    assert (found["verdict"], found["prediction"], len(asked)) == ("wrong", "6", 1)
 
 
 @pytest.mark.parametrize(
-    "answer, verdict",
-    [("3.2", "right"), ("3.27 cm", "right"), ("3.3", "right"), ("3.31", "wrong"), ("3.1 km", "wrong"),
-     ("-3.2", "wrong"), ("x", "wrong")],
+    "gold, answer, verdict",
+    [
+        (r"3.2 \text{ cm}", "3.2", "right"), (r"3.2 \text{ cm}", r"d = 3.27 \text{ cm}", "right"),
+        ("3.2", "3.3", "right"), ("3.2", "3.31", "wrong"), ("3.2", r"\frac{13}{4}", "right"), ("3.2", "-3.2", "wrong"),
+        (r"3.2 \text{ cm}", r"3.2 \text{ km}", "wrong"), ("3.2", "x", "wrong"), ("3.2", "3.2, 3.2", "wrong"),
+        ("1.5, 3.2", "3.25, 1.45", "right"), ("1.5, 3.2", "3.25, 1.35", "wrong"), ("1.5, 3.2", "1.5", "wrong"),
+        ("(1.5, 3.2)", "(1.55, 3.1)", "right"), ("(1.5, 3.2)", "(3.2, 1.5)", "wrong"),
+    ],
 )  # fmt: skip
-def test_an_answer_within_the_tolerance_of_a_problem_is_right(answer, verdict):
-    problem = {"id": "o", "answer": r"3.2 \text{ cm}", "tests": None, "tolerance": 0.1}
+def test_an_answer_within_the_tolerance_of_a_problem_is_right(gold, answer, verdict):
+    problem = {"id": "o", "answer": gold, "tests": None, "tolerance": 0.1}
     assert grade(problem, rf"So \boxed{{{answer}}}")[0] == verdict
-    assert grade(problem | {"tolerance": None}, r"So \boxed{3.27}")[0] == "wrong"
+
+
+def test_without_a_tolerance_there_is_none():
+    assert grade({"id": "o", "answer": "3.2", "tolerance": None}, r"\boxed{3.27}")[0] == "wrong"

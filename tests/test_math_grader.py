@@ -560,7 +560,7 @@ def test_one_function_is_the_reward_of_every_stage(monkeypatch):
     monkeypatch.setattr(reward, "reward", lambda problem, text, unsafe: len(text) / 10)
     graded = reward.grade_ids(Words(), problems, responses, False)
     assert [g["reward"] for g in graded] == [0.6, 0.6, 0]
-    assert [g["verdict"] for g in graded] == ["wrong", "wrong", "right"]  # right is reward 1 alone
+    assert {g["verdict"] for g in graded} == {"wrong"}  # right is reward 1 alone
     assert not any(g["correct"] for g in graded)
     for value in (1.5, -0.5, float("nan"), None, "1"):
         monkeypatch.setattr(reward, "reward", lambda *_, value=value: value)

@@ -234,7 +234,8 @@ CASES = {
     "memory of children": (
         SQUARE | {"seconds": 4},
         STRAY
-        + "for _ in range(8):\n if os.fork() == 0:\n  a = b'x' * 100 * 2**20; time.sleep(9)\ntime.sleep(2)\n"
+        + "for _ in range(8):\n if os.fork() == 0:\n  a = b'x' * 100 * 2**20; time.sleep(9)\n"
+        + "for _ in range(8): os.wait()\n"
         + GOOD,
         "error",
     ),
