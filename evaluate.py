@@ -157,7 +157,7 @@ class Settings:
         "eval.jsonl to write, with summary.json beside it (x.jsonl: x.summary.json)", ""
     )
     against: str = flag("eval.jsonl of another actor on the same problems", "")
-    samples: int = flag("responses a problem at temperature 1, beside the greedy one", 0)
+    samples: int = flag("responses per problem at temperature 1, beside the greedy one", 0)
     critic: str = flag("critic that picks the best of --samples (with the actor's tokenizer)", "")
     max_new: int = flag("length limit of a response in tokens", 2048)
     batch: int = flag("rows decoded at once, at least 16", 256)

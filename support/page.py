@@ -157,7 +157,7 @@ def test_part(run: Path, iterations: list[str], problems: dict[str, dict]) -> li
         for name, lines in evaluated.items():
             line, sampled = lines[problem], lines[problem]["sampled"]
             facts = [line["verdict"]] + ([] if line["finished"] else ["cut off"])
-            if line["reward"] not in (0, 1):
+            if line.get("reward") not in (0, 1, None):
                 facts.append(f"reward {line['reward']:.2f}")
             if line.get("reasoned") is False:
                 facts.append("wrong reasoning")

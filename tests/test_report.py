@@ -12,7 +12,7 @@ import pytest
 import support.cli
 import support.embedded
 import support.report
-from evaluate import Settings, reasoned, stage, summarise
+from evaluate import Settings, reasoned, shown, stage, summarise
 from support.page import colour, how_right, short, visible, wrapped
 from support.pictures import layout, plot_report, plot_solution, telling_tree
 from support.report import (
@@ -288,6 +288,10 @@ def test_mean_reward_and_reasoning_stand_beside_accuracy():
 )
 def test_reasoned(number, text, right):
     assert reasoned({"number": number}, text) is right
+    response = {"text": text, "prediction": "7", "correct": False, "reward": 0.5, "ids": [5]}
+    line = {name: response[name] for name in ("text", "prediction", "correct", "reward")}
+    assert shown({"number": number}, response) == line | {"reasoned": right}
+    assert shown({}, response) == line
 
 
 def test_stages_say_in_words_what_they_found():
