@@ -80,7 +80,7 @@ def mcnemar(gained: int, lost: int) -> float:
 def bootstrap(difference: np.ndarray) -> tuple[float, float]:
     """95 % interval of the mean of paired differences (n,), 10,000 resamples of problems."""
     rng, n, means = np.random.default_rng(0), len(difference), []
-    for _ in range(10):  # 100 resamples at once: all of them may not fit into memory
+    for _ in range(100):  # 100 resamples at once: all of them may not fit into memory
         means += difference[rng.integers(n, size=(100, n))].mean(1).tolist()
     return tuple(np.quantile(means, [0.025, 0.975]).tolist())
 
