@@ -36,7 +36,7 @@ from model import LM, checked_step_ends, load_lm
 from sample import respond
 from support.cli import Progress, UserError, flag, main
 from support.distributed import all_gather, join, rank, world
-from support.records import misfit, read_jsonl, replace
+from support.records import evaluation_fault, read_jsonl, read_problems, replace
 from support.report import (
     TABLE_KEY,
     aligned,
@@ -108,18 +108,9 @@ def summarise(lines: list[dict], other: dict[str, dict]) -> dict:
     return row
 
 
-EVALUATED = {"correct": bool, "reward": int | float, "verdict": str, "finished": bool}
-EVALUATED |= {"sampled": [{"correct": bool, "reward": int | float}]}
-
-
 def read_evaluation(path) -> dict[str, dict]:
     """The lines of an eval.jsonl by id."""
-    lines = {line["id"]: line for line in read_jsonl(path)}
-    for name, line in lines.items():
-        if field := misfit(line, EVALUATED):
-            wrong = f"{name}: no line of evaluate.py, wanted {field}"
-            raise UserError(f"{path}: {wrong}; pass an eval.jsonl")
-    return lines
+    return {line["id"]: line for line in read_jsonl(path, evaluation_fault)}
 
 
 def compare(names: list[str]):
@@ -160,7 +151,7 @@ class Settings:
     samples: int = flag("responses per problem at temperature 1, beside the greedy one", 0)
     critic: str = flag("critic that picks the best of --samples (with the actor's tokenizer)", "")
     max_new: int = flag("length limit of a response in tokens", 2048)
-    batch: int = flag("rows decoded at once, at least 16", 256)
+    batch: int = flag("rows decoded at once, at least 16", 256, may_change=True)
     server: str = flag("URL of a server that serves the actor, or several, comma separated", "")
     workers: int = flag("processes that ask the server, decode and grade", 1)
     engines: int = flag("data-parallel engines of a server; 0: as many as it says", 0)
@@ -170,7 +161,7 @@ class Settings:
         "run folders or eval.jsonl files: print a row each, nothing else", None
     )
     report: str = flag("a run folder: print its table and draw its figures, nothing else", "")
-    unsafe: bool = flag("run programs even where they cannot be walled off", False)
+    unsafe: bool = flag("run programs even where they cannot be walled off", False, may_change=True)
     force: bool = flag("throw an existing output away", False)
 
 
@@ -184,8 +175,8 @@ def stage(s: Settings):
     if not (s.actor and s.problems and s.out):
         other = "--compare, or --report"
         raise UserError(f"evaluate.py: give --actor, --problems and --out, or {other}; see --help")
-    needs, paths = ("id", "prompt", "answer or tests"), s.problems.split(",")
-    problems = [p for path in paths for p in read_jsonl(path, needs)]
+    paths = s.problems.split(",")
+    problems = [p for path in paths for p in read_problems(path)]
     if len({p["id"] for p in problems}) < len(problems):
         raise UserError(f"{s.problems}: some problem is in two of these files")
     other = read_evaluation(s.against) if s.against else {}

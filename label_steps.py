@@ -33,13 +33,12 @@ Beyond the paper, off by default:
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from model import LM, checked_step_ends, load_lm
 from reward import grade_ids
 from support.cli import Progress, UserError, flag, main
 from support.packing import record_tree
-from support.records import each_sample, read_jsonl, sha256
+from support.records import each_sample, read_problems, sha256
 from support.sampler import Row, Sampler, draw_key, require_single_process
 from support.server import Server
 from support.stage import Output, actor_facts, read_manifest, stated_by
@@ -51,16 +50,16 @@ class Settings:
     problems: str = flag("the problems that the samples are of")
     samples: str = flag("samples.jsonl from sample.py")
     out: str = flag("trees.jsonl to write")
-    m: int = flag("completions per state; 0 with --whole_draws: none", 16)
+    m: int = flag("completions per state; 0 with --whole_draws: none", 16, least=0)
     whole_draws: bool = flag("count all responses, and every step of a completion", False)
     max_new: int = flag("length limit of a whole response in tokens", 2048)
-    batch: int = flag("rows decoded at once, at least 16", 256)
+    batch: int = flag("rows decoded at once, at least 16", 256, may_change=True)
     server: str = flag("URL of a server that serves the actor, or several, comma separated", "")
     workers: int = flag("processes that ask the server, decode and grade", 1)
     engines: int = flag("data-parallel engines of a server; 0: as many as it says", 0)
     dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the draws", 0)
-    unsafe: bool = flag("run programs even where they cannot be walled off", False)
+    unsafe: bool = flag("run programs even where they cannot be walled off", False, may_change=True)
     force: bool = flag("throw an existing output away", False)
 
 
@@ -281,8 +280,7 @@ def stage(s: Settings):
     require_single_process("label_steps.py")
     if s.m == 0 and not s.whole_draws:
         raise UserError("--m 0: nothing would be counted; wanted 1 or more, or --whole_draws")
-    needs = ("id", "prompt", "answer or tests")
-    problems = {p["id"]: p for p in read_jsonl(Path(s.problems), needs)}
+    problems = {p["id"]: p for p in read_problems(s.problems)}
 
     def usable(record: dict) -> bool:
         """Is there a state to label, or a draw to count?"""

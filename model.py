@@ -27,7 +27,7 @@ from support.cli import UserError, first_line
 from support.distributed import in_turns, is_sharded, rank, whole_state, world
 from support.memory import loaders
 from support.packing import Pack
-from support.records import misfit
+from support.records import are_counts
 from support.tokens import Codec
 
 # A stage's lines are the only ones on the screen, whoever loads or saves a model in it.
@@ -223,7 +223,7 @@ class LM:
 def checked_step_ends(lm: LM, ids: list[int]) -> list[int]:
     """lm.step_ends(ids), looked at before anything is made of it: a fork's own may be wrong."""
     ends = lm.step_ends(ids)
-    if misfit(ends, [int]) or ends != sorted({*ends, len(ids)} - {0}):
+    if not are_counts(ends) or ends != sorted({*ends, len(ids)} - {0}):
         wanted = f"wanted offsets that rise to {len(ids)}"
         raise UserError(f"LM.step_ends (model.py): cuts {len(ids)} tokens at {ends}; {wanted}")
     return ends

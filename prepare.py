@@ -90,27 +90,33 @@ class Settings:
         "put after each question, empty: nothing; default: by the set's kind of answer", None
     )
     limit: int = flag("use at most this many training problems; 0: all", 0)
-    valid_share: float = flag("share of --train held out as valid.jsonl, by hash", 0.1)
+    valid_share: float = flag(
+        "share of --train held out as valid.jsonl, by hash", 0.1, least=0, most=1
+    )
     split_seed: int = flag("of that hash", 0)
     make_base: bool = flag("make base/: embedded, or --base fine-tuned on --demos", True)
     base: str = flag("model to fine-tune on --demos", "")
     demos: str = flag("NAME:PATH of demonstrations (gsm8k, asdiv or jsonl)", "")
-    lr: float = flag("peak learning rate on --demos", 2e-5)
+    lr: float = flag("peak learning rate on --demos", 2e-5, most=1)
     passes: int = flag("passes over --demos", 2)
     offload: bool = flag("hold weights, gradients and moments in the host's memory", False)
     task: str = flag("which embedded problems: math, parity or code", "math")
     steps: str = flag("fewest and most steps of the embedded problems", "2-4")
-    careless: float = flag("how careless the base reads: as if so many times, once wrong", 1.0)
+    careless: float = flag(
+        "how careless the base reads: as if so many times, once wrong", 1.0, least=0
+    )
     wordings: int = flag("ways to word each line of an embedded solution, up to 64", 1)
     clean_size: int = flag("right solutions that the embedded base learns from first", 16000)
-    clean_seed: int = flag("of that first training, for benchmarks; -1: --seed", -1)
+    clean_seed: int = flag("of that first training, for benchmarks; -1: --seed", -1, least=0)
     clean: str = flag("folder that keeps models so trained, for benchmarks of many runs", "")
     train_size: int = flag("embedded training problems", 2000)
     valid_size: int = flag("embedded validation problems", 300)
     test_size: int = flag("embedded test problems", 500)
     dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the embedded problems and of base training", 0)
-    unsafe: bool = flag("run solutions even where they cannot be walled off", False)
+    unsafe: bool = flag(
+        "run solutions even where they cannot be walled off", False, may_change=True
+    )
     force: bool = flag("throw existing outputs away", False)
 
 

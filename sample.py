@@ -25,13 +25,12 @@ model's weights, here, or `support/server.py` by a server (--server). Both have
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from model import LM, checked_step_ends, load_lm, require_step_unit
 from reward import grade_ids
 from support.cli import Progress, UserError, flag, main
 from support.packing import Tree
-from support.records import read_jsonl, sha256
+from support.records import read_problems, sha256
 from support.sampler import Row, Sampler, draw_key, require_single_process
 from support.server import Server
 from support.stage import Output, actor_facts
@@ -49,13 +48,13 @@ class Settings:
     first: int = flag("skip this many problems", 0)
     limit: int = flag("use at most this many problems; 0: all", 0)
     max_new: int = flag("length limit of a response in tokens", 2048)
-    batch: int = flag("rows decoded at once, at least 16", 256)
+    batch: int = flag("rows decoded at once, at least 16", 256, may_change=True)
     server: str = flag("URL of a server that serves the actor, or several, comma separated", "")
     workers: int = flag("processes that ask the server, decode and grade", 1)
     engines: int = flag("data-parallel engines of a server; 0: as many as it says", 0)
     dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the draws", 0)
-    unsafe: bool = flag("run programs even where they cannot be walled off", False)
+    unsafe: bool = flag("run programs even where they cannot be walled off", False, may_change=True)
     force: bool = flag("throw an existing output away", False)
 
 
@@ -98,7 +97,7 @@ def stage(s: Settings):
     if not 1 <= s.n <= s.n1:
         raise UserError(f"--n {s.n}: wanted 1 <= n <= n1 = {s.n1}")
     require_step_unit(s.step)
-    problems = read_jsonl(Path(s.problems), needs=("id", "prompt", "answer or tests"))
+    problems = read_problems(s.problems)
     problems = problems[s.first :][: s.limit or None]
     if not problems:
         raise UserError(f"{s.problems}: no problem is left after --first {s.first}")

@@ -56,16 +56,18 @@ class Settings:
     out: str = flag("actor folder to write")
     critic: str = flag("critic folder; not needed with --kappa 0", "")
     beta: float = flag("strength of the KL to pi_ref", 0.01)
-    gap: float = flag("eq. 12 leaves out states with max A - min A below this", 0.1)
-    lr: float = flag("peak learning rate", 5e-7)
+    gap: float = flag("eq. 12 leaves out states with max A - min A below this", 0.1, least=0)
+    lr: float = flag("peak learning rate", 5e-7, most=1)
     passes: int = flag("passes over the pairs", 1)
     batch: int = flag("pairs per optimiser step, in whole problems", 2048)
-    kappa: float = flag("completions that the critic's opinion is worth; inf: Q = V", math.inf)
+    kappa: float = flag(
+        "completions that the critic's opinion is worth; inf: Q = V", math.inf, least=0
+    )
     value_draws: float = flag("how many more draws V(s) is in the mean of eq. 13", 0.0)
     likelihood: float = flag("weight of right steps' likelihood beside eq. 12", 0.0)
     may_stay: bool = flag("where there is nothing to train on, write the actor as it is", False)
-    budget: int = flag("tokens per pack", 8192)
-    save_minutes: float = flag("minutes between checkpoints", 15.0)
+    budget: int = flag("tokens per pack", 8192, least=256, may_change=True)
+    save_minutes: float = flag("minutes between checkpoints", 15.0, may_change=True)
     offload: bool = flag("hold weights, gradients and moments in the host's memory", False)
     dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")
     seed: int = flag("of the order of the problems", 0)
@@ -335,9 +337,10 @@ def stage(s: Settings):
     tokenizer = load_lm(s.actor, weights=False)
     tokenizer.codec.date = output.date
     facts = tokenizer_facts(tokenizer)
-    expects = {"actor": fingerprint(s.actor), "trees": sha256(Path(s.trees)), **facts}
+    expects = {"actor": fingerprint(s.actor), **facts}
     expects |= {"step": stated_by(s.trees, "step", "line")}
-    with output.open(facts, expects) as out:
+    of_trees = {"trees": sha256(Path(s.trees))}  # which the critic was trained on
+    with output.open(facts, expects, prefers=of_trees) as out:
         # B.1, unless an earlier start came to its end
         table, lines = Path(f"{s.out}.advantages.jsonl"), None
         known = read_manifest(s.out).get("advantages")

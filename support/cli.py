@@ -1,4 +1,4 @@
-"""cli. It knows nothing of the algorithm."""
+"""A command line: flags, users' mistakes in one line, progress. It knows nothing of the algorithm."""
 
 import argparse
 import errno
@@ -10,8 +10,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import MISSING, field, fields
+from dataclasses import MISSING, field, fields, make_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -31,9 +32,15 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def flag(help: str, default=MISSING):
-    """A field of a stage's Settings: its line in --help, and the paper's value."""
-    return field(default=default, metadata={"help": help})
+def flag(help: str, default=MISSING, least=None, most=math.inf, may_change=False):
+    """A field of a stage's Settings: its line in --help, and the paper's value.
+
+    least, most   of a number; without `least` it must be above 0, or 0 where that is the default
+    may_change    it says how the output is made and not what it is: an output that is half done may
+                  go on with another value
+    """
+    limits = {"least": least, "most": most, "may_change": may_change}
+    return field(default=default, metadata={"help": help, **limits})
 
 
 class Progress(tqdm):
@@ -87,9 +94,12 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 def parse(settings_class, doc: str, words: list[str], script: str):
     """The Settings that these words of a command line give; UserError where they give none."""
-    parser = HfArgumentParser(
-        settings_class, description=doc, formatter_class=Help, allow_abbrev=False
-    )
+    types, flags = get_type_hints(settings_class), []
+    for f in fields(settings_class):  # HfArgumentParser knows no metadata but the help
+        only_help = field(default=f.default, metadata={"help": f.metadata["help"]})
+        flags.append((f.name, types[f.name], only_help))
+    plain = make_dataclass(settings_class.__name__, flags)
+    parser = HfArgumentParser(plain, description=doc, formatter_class=Help, allow_abbrev=False)
 
     def refuse(message):
         raise UserError(f"{script}: {message}; --help lists the flags")
@@ -101,7 +111,7 @@ def parse(settings_class, doc: str, words: list[str], script: str):
 
 
 def main(stage, settings_class, doc: str):
-    """Parse the flags, run the stage, turn users' mistakes into one line on stderr and code 2."""
+    """Parse the flags and run the stage. What a user can mend is one line on stderr, see `explained`."""
 
     def stop(*_):  # a record in hand is dropped; a second Ctrl-C ends the process at once
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -110,26 +120,18 @@ def main(stage, settings_class, doc: str):
     if rank() > 0:  # the first process speaks for all
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  until the process ends
     signal.signal(signal.SIGINT, stop)
+    out = "the disk"
     try:
         settings = parse(settings_class, doc, sys.argv[1:], Path(sys.argv[0]).name)
+        out = getattr(settings, "out", out)
         stage(settings)
         return leave()
-    except UserError as e:
-        code, line = 2, f"error: {e}"
-    except (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError) as e:
-        code, line = 2, f"error: {e.filename}: {e.strerror}"
-    except ConnectionError as e:  # of a server
-        code, line = 1, f"error: {e}; nothing is lost, the same command goes on"
-    except OSError as e:
-        room = "make room, " if e.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        where = e.filename or getattr(settings, "out", "the disk")
-        code, line = 1, f"error: {where}: {e.strerror or e}; {room}the same command goes on"
-    except KeyboardInterrupt:
-        again = shlex.join(a for a in sys.argv if a != "--force")
-        code, line = 130, f"stopped; to go on: python {again}"
-    except Exception:
-        sys.stderr = sys.__stderr__  # our own fault, whichever process found it, is shown whole
-        raise
+    except (Exception, KeyboardInterrupt) as error:
+        found = explained(error, out)
+        if found is None:
+            sys.stderr = sys.__stderr__  # whichever process met it shows it whole
+            raise
+        code, line = found
     if rank() > 0 and code != 130:  # If the first process has met it too, it says it, and torchrun
         time.sleep(3)  # ends this one meanwhile; else nobody but this one knows.
         sys.stderr = sys.__stderr__
@@ -137,19 +139,39 @@ def main(stage, settings_class, doc: str):
     sys.exit(code)
 
 
+def explained(error: BaseException, out: str) -> tuple[int, str] | None:
+    """(exit code, line) of an error that is not our own fault; None of one that is.
+
+    2: the user can mend it. 1: the machine's fault, and the same command goes on. 130: Ctrl-C.
+    """
+    match error:
+        case UserError():
+            return 2, f"error: {error}"
+        case FileNotFoundError() | FileExistsError() | PermissionError() | NotADirectoryError():
+            return 2, f"error: {error.filename}: {error.strerror}"
+        case ConnectionError():  # of a server
+            return 1, f"error: {error}; nothing is lost, the same command goes on"
+        case OSError():
+            room = "make room, " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+            wrong = f"{error.filename or out}: {error.strerror or error}"
+            return 1, f"error: {wrong}; {room}the same command goes on"
+        case KeyboardInterrupt():
+            again = shlex.join(word for word in sys.argv if word != "--force")
+            return 130, f"stopped; to go on: python {again}"
+    return None
+
+
 def check_numbers(settings):
-    """Refuse numbers that are negative or not finite, and 0 unless it is the default or has a use."""
+    """Refuse numbers outside of what their flag allows. A default is never refused: -1 or inf may
+    stand for something."""
     for f in fields(settings):
         value = getattr(settings, f.name)
-        zero = f.name in (
-            "m",
-            "kappa",
-            "gap",
-            "valid_share",
-            "token_share",
-            "clean_seed",
-            "careless",
-        )
-        good = isinstance(value, bool) or value == f.default or (value == 0 and zero)
-        if isinstance(value, int | float) and not (good or 0 < value < math.inf):
-            raise UserError(f"--{f.name} {value}: wanted a finite number above 0")
+        if isinstance(value, bool) or not isinstance(value, int | float) or value == f.default:
+            continue
+        least, most = f.metadata.get("least"), f.metadata.get("most", math.inf)
+        least = 0 if least is None and f.default == 0 else least
+        above = value > 0 if least is None else value >= least
+        if not (above and value <= most and value < math.inf):
+            wanted = "above 0" if least is None else f"{least} or more"
+            wanted += f", at most {most}" if most < math.inf else ""
+            raise UserError(f"--{f.name} {value}: wanted a finite number, {wanted}")

@@ -19,13 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
-from types import EllipsisType
 from typing import NamedTuple
 
 from support.cli import UserError
 from support.judge import encode
 from support.math_answers import exact_number, extract_answer
-from support.records import dump, misfit
+from support.records import dump, is_number, wrong_field
 from support.sandbox import TESTS, Sandbox, sandbox
 
 INSTRUCTIONS = {  # by the kind of answer
@@ -319,13 +318,29 @@ def livecodebench(row: dict) -> dict:
 
 
 OWN = {  # what the tests of a user's line have, by kind
-    "call": {"entry": str, "inputs": [list], "outputs": list},
-    "stdin": {"inputs": [str], "outputs": [str]},
-    "assert": {"entry": str, "code": str},
+    "call": ("entry", "inputs", "outputs"),
+    "stdin": ("inputs", "outputs"),
+    "assert": ("entry", "code"),
 }
 
 
-LIMITS = {"setup": str, "atol": int | float, "seconds": int | float, "megabytes": int}
+def wrong_test_field(tests: dict) -> str | None:
+    """The first field of a user's tests that does not fit their kind; None if all do."""
+
+    def is_list_of(items, kind: type) -> bool:
+        return isinstance(items, list) and all(isinstance(item, kind) for item in items)
+
+    inputs, outputs = tests["inputs"], tests["outputs"]
+    texts = ("setup", "code") if tests["kind"] == "stdin" else ("setup", "code", "entry")
+    checks = {name: isinstance(tests[name], str) for name in texts}
+    if tests["kind"] == "call":
+        checks |= {"inputs": is_list_of(inputs, list), "outputs": isinstance(outputs, list)}
+    elif tests["kind"] == "stdin":
+        checks |= {"inputs": is_list_of(inputs, str), "outputs": is_list_of(outputs, str)}
+    elif tests["kind"] != "assert":
+        return "kind"
+    checks |= {name: is_number(tests[name]) for name in ("atol", "seconds")}
+    return wrong_field(checks | {"megabytes": type(tests["megabytes"]) is int})
 
 
 def own(row: dict) -> dict:
@@ -343,12 +358,12 @@ def own(row: dict) -> dict:
     if unknown := tests.keys() - TESTS.keys():
         raise LeftOut(f"tests have no field {', '.join(sorted(unknown))}")
     tests = TESTS | tests
-    shape = OWN.get(str(tests["kind"]), {"kind": None})
-    if empty := [name for name in shape if name != "outputs" and not tests[name]]:
+    fields = OWN.get(str(tests["kind"]), ("kind",))
+    if empty := [name for name in fields if name != "outputs" and not tests[name]]:
         raise LeftOut(f"its tests have no {empty[0]}")
-    if bad := misfit(tests, shape | LIMITS):
+    if bad := wrong_test_field(tests):
         raise LeftOut(f"its tests' {bad} does not fit kind {tests['kind']}")
-    if "inputs" in shape and len(tests["inputs"]) != len(tests["outputs"]):
+    if "inputs" in fields and len(tests["inputs"]) != len(tests["outputs"]):
         raise LeftOut("it has not as many outputs as inputs")
     if not (0 < tests["seconds"] < math.inf and tests["megabytes"] > 0 and tests["atol"] >= 0):
         raise LeftOut("its seconds and megabytes must be above 0, its atol not below")
@@ -475,8 +490,9 @@ def load_set(name: str, path: str | Path, unsafe=False, loaders=LOADERS) -> tupl
             continue
         except Exception as e:  # noqa: BLE001  a field of another type or form
             raise UserError(f"{path}: row {index} is none of {name}'s ({e!r})") from None
-        if bad := misfit(record, {"prompt": str, "response": str | EllipsisType}):
-            raise UserError(f"{path}: row {index}: its {bad} is no text")
+        for field in ("prompt", "response"):
+            if not isinstance(record.get(field, ""), str):
+                raise UserError(f"{path}: row {index}: its {field} is no text")
         records.append(record)
     if any("readings" in record for record in records):
         records, unsolved = keep_solved(records, unsafe)

@@ -7,7 +7,7 @@ import textwrap
 from html import escape
 from pathlib import Path
 
-from support.records import read_jsonl
+from support.records import read_jsonl, read_problems
 
 
 def colour(adv: float | None) -> str:
@@ -99,7 +99,7 @@ def page(
     problems = {}
     for name in ("train.jsonl", "test.jsonl"):
         if (run / name).exists():
-            problems |= {p["id"]: p for p in read_jsonl(run / name, ("id", "prompt"))}
+            problems |= {p["id"]: p for p in read_problems(run / name)}
     title = f"Direct Advantage Policy Optimization: {safe(run.resolve().name)}"
     parts = [PAGE, f"<title>{title}</title><h1>{title}</h1><div class='wide'><table>"]
     for cells in table:

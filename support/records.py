@@ -1,15 +1,16 @@
-"""records. It knows nothing of the algorithm."""
+"""Reading and writing files: JSONL records that are checked, files that are whole or not there, hashes.
+
+It knows nothing of the algorithm.
+"""
 
 import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import EllipsisType
-from typing import get_args
 
 from safetensors import SafetensorError
 
@@ -79,162 +80,218 @@ def dump(record: dict) -> bytes:
     return (json.dumps(record, ensure_ascii=False, separators=(", ", ": ")) + "\n").encode()
 
 
+# ------------------------------------------------------------ what a record must be
+#
+# Each of the functions below says in words what is wrong with a record, and None if nothing is. A
+# record that is none would be drawn from, or trained on, without a word.
+
 LARGEST = 1 << 62  # integers beyond it do not fit into a tensor
 
 
-def misfit(value, shape, name: str = "") -> str | None:
-    """Where a value first differs from a shape; None if it fits.
-
-    A shape is a type or a union of types, [the shape of each item] or {field: its shape}; a field
-    whose shape includes EllipsisType may be missing.
-    {"ids": [3, "4"]} against {"ids": [int]} -> "ids[1]"
-    """
-    if isinstance(shape, list) and isinstance(value, list):
-        # Token ids are looked at all together: one by one takes minutes at full size.
-        ints = shape == [int] and set(map(type, value)) == {int}
-        if ints and -LARGEST < min(value) and max(value) < LARGEST:
-            return None
-        for i, item in enumerate(value):
-            if found := misfit(item, shape[0], f"{name}[{i}]"):
-                return found
-        return None
-    if isinstance(shape, dict) and isinstance(value, dict):
-        for field, inner in shape.items():
-            if found := misfit(value.get(field, ...), inner, f"{name} {field}".strip()):
-                return found
-        return None
-    wanted = get_args(shape) or (shape,)
-    # type() and not isinstance(), for which True would be an int
-    fits = type(value) in wanted and not (type(value) is int and abs(value) >= LARGEST)
-    return None if fits else name or "all of it"
+def is_number(value) -> bool:
+    return type(value) in (int, float)  # and not isinstance(), for which True would be a number
 
 
-KINDS = {"id": str | int, "prompt": str, "answer": str, "tests": dict}
+def is_count(value) -> bool:
+    return type(value) is int and 0 <= value < LARGEST
 
 
-KINDS |= {"prompt_ids": list, "nodes": list, "responses": list}
+def is_reward(value) -> bool:
+    return is_number(value) and 0 <= value <= 1
 
 
-TESTS_SHAPE = {"setup": str | EllipsisType, "outputs": list | EllipsisType}
+def are_counts(values) -> bool:
+    """Is it a list of counts, such as token ids? All are looked at together: one by one takes minutes
+    at full size."""
+    if not isinstance(values, list):
+        return False
+    return not values or (
+        set(map(type, values)) == {int} and is_count(min(values)) and is_count(max(values))
+    )
 
 
-def unusable(record: dict, needs: tuple[str, ...]) -> list[str]:
-    """The fields of `needs` that a record lacks, or that are empty or of another type."""
-    if record.get("tests") and misfit(record["tests"], TESTS_SHAPE):
-        return ["tests"]
-    missing = []
-    for need in needs:
-        for name in need.split(" or "):
-            value = record.get(name)
-            if isinstance(value, KINDS[name]) and value not in ("", [], {}):
-                break
-        else:
-            missing.append(need)
-    return missing
+def wrong_field(checks: dict[str, bool]) -> str | None:
+    """The first of these fields that is not as it should be."""
+    return next((name for name, is_right in checks.items() if not is_right), None)
 
 
-def each_record(path, needs: tuple[str, ...] = ("id",), may_be_empty=False) -> Iterator[dict]:
-    """The records of a JSONL file, one by one. A broken line is an error that names file and line.
+def problem_fault(record: dict) -> str | None:
+    """Of a line of problems.jsonl: a prompt, and an answer or tests."""
+    prompt, answer, tests = (record.get(name) for name in ("prompt", "answer", "tests"))
+    fault = None
+    if not (isinstance(prompt, str) and prompt):
+        fault = "no prompt"
+    elif tests and not are_tests(tests):
+        fault = "no usable tests"
+    elif not tests and not (isinstance(answer, str) and answer):
+        fault = "no answer and no tests"
+    return fault and f"{fault}; prepare.py makes problems of data sets"
 
-    needs: fields that must be there and not empty; "answer or tests": one of them.
+
+def are_tests(tests) -> bool:
+    """The tests of a program, as far as a stage reads them (see support/judge.py)."""
+    if not isinstance(tests, dict):
+        return False
+    return isinstance(tests.get("setup", ""), str) and isinstance(tests.get("outputs", []), list)
+
+
+def sample_fault(record: dict) -> str | None:
+    """Of a line of samples.jsonl: offsets that split steps, and choices that exist."""
+    prompt_ids, responses, kept = (record.get(x) for x in ("prompt_ids", "responses", "kept"))
+    if not (isinstance(responses, list) and responses):
+        return "no responses, so no line of samples.jsonl"
+    wrong = wrong_field(
+        {
+            "prompt_ids": are_counts(prompt_ids) and prompt_ids != [],
+            "kept": are_counts(kept) and {*kept} <= {*range(len(responses))},
+        }
+    )
+    for k, response in enumerate(responses):
+        if field := response_fault(response):
+            wrong = wrong or f"responses[{k}] {field}"
+    return wrong and f"wrong {wrong}; draw these samples again"
+
+
+def response_fault(response) -> str | None:
+    if not isinstance(response, dict):
+        return "is no object"
+    ids, ends = response.get("ids"), response.get("ends")
+    split = are_counts(ids) and are_counts(ends)
+    return wrong_field(
+        {
+            "ids": are_counts(ids),
+            "ends": split and [0, *ends] == sorted({0, *ends, len(ids)}),
+            "text": isinstance(response.get("text"), str),
+            "reward": is_reward(response.get("reward")),
+            "finished": isinstance(response.get("finished"), bool),
+        }
+    )
+
+
+def tree_fault(record: dict) -> str | None:
+    """Of a line of trees.jsonl: nodes behind their parents, with counts that fit."""
+    prompt_ids, nodes = record.get("prompt_ids"), record.get("nodes")
+    if not (isinstance(nodes, list) and nodes):
+        return "no nodes, so no line of trees.jsonl"
+    wrong = wrong_field(
+        {
+            "prompt": isinstance(record.get("prompt", ""), str),
+            "prompt_ids": are_counts(prompt_ids) and prompt_ids != [],
+        }
+    )
+    for v, node in enumerate(nodes):
+        if field := node_fault(node, v):
+            wrong = wrong or f"nodes[{v}] {field}"
+    return wrong and f"wrong {wrong}; label these steps again"
+
+
+def node_fault(node, v: int) -> str | None:
+    """Of node v of a tree; node 0 is the prompt, which is nobody's step."""
+    if not isinstance(node, dict):
+        return "is no object"
+    parent, ids, n, wins = (node.get(name) for name in ("parent", "ids", "n", "wins"))
+    return wrong_field(
+        {
+            "parent": parent == -1 if v == 0 else type(parent) is int and 0 <= parent < v,
+            "ids": are_counts(ids) and (v == 0 or ids != []),
+            "text": isinstance(node.get("text"), str),
+            "draws": is_count(node.get("draws")),
+            "n": is_count(n),
+            "wins": is_number(wins) and is_count(n) and 0 <= wins <= n,
+            "reward": node.get("reward", 2) is None or is_reward(node.get("reward")),
+            "labelled": isinstance(node.get("labelled"), bool),
+        }
+    )
+
+
+def evaluation_fault(record: dict) -> str | None:
+    """Of a line of eval.jsonl: how good the greedy response was, and the sampled ones."""
+    sampled = record.get("sampled")
+    wrong = wrong_field(
+        {
+            "correct": isinstance(record.get("correct"), bool),
+            "reward": is_number(record.get("reward")),
+            "verdict": isinstance(record.get("verdict"), str),
+            "finished": isinstance(record.get("finished"), bool),
+            "sampled": isinstance(sampled, list),
+        }
+    )
+    for line in () if wrong else sampled:
+        is_whole = isinstance(line, dict) and isinstance(line.get("correct"), bool)
+        if not (is_whole and is_number(line.get("reward"))):
+            wrong = "sampled"
+    return wrong and f"no line of evaluate.py, wrong {wrong}; pass an eval.jsonl"
+
+
+# ------------------------------------------------------------ reading JSONL
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which Windows puts in front
+
+
+def each_record(
+    path, fault: Callable[[dict], str | None] | None = None, may_be_empty=False
+) -> Iterator[dict]:
+    """The records of a JSONL file, one by one. A line that cannot be used is an error that names it.
+
+    fault: one of the functions above; without it a record must have an id of its own, no more.
     """
     path, ids = Path(path), set()
-    if not path.is_file():
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; pass a .jsonl file")
+    if not path.exists():
         raise UserError(f"{path}: no such file; check the path, or run the stage that writes it")
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            where, line = f"{path}:{number}", line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
+            if not line.removeprefix(BYTE_ORDER_MARK).strip():
                 continue
-            try:
-                record = json.loads(line.decode())
-                if b"\\u" in line:  # half a surrogate pair is JSON, but no text
-                    dump(record)
-            except (ValueError, RecursionError) as e:
-                why = f"not JSON in UTF-8 ({e}); one object a line is wanted"
-                raise UserError(f"{where}: {why}") from e
-            record = record if isinstance(record, dict) else {}
-            if missing := unusable(record, needs):
-                found = (
-                    f"no usable {', '.join(missing)} (found: {', '.join(record) or 'no object'})"
-                )
-                sets = " prepare.py makes problems of data sets" if "prompt" in needs else ""
-                raise UserError(f"{where}: {found}; is this the right file?{sets}")
-            if record["id"] in ids:
-                raise UserError(f"{where}: the id {record['id']!r} is there twice; make ids unique")
-            ids.add(record["id"])
+            where = f"{path}:{number}"
+            record = parsed(line, where)
+            name = record.get("id")
+            wrong = (
+                "no id" if type(name) not in (str, int) or name == "" else fault and fault(record)
+            )
+            if wrong:
+                found = ", ".join(record) or "no JSON object"
+                raise UserError(f"{where}: {wrong} (found: {found}); is this the right file?")
+            if name in ids:
+                raise UserError(f"{where}: the id {name!r} is there twice; make ids unique")
+            ids.add(name)
             yield record
     if not ids and not may_be_empty:
         raise UserError(f"{path}: empty; one JSON object a line is wanted")
 
 
-def read_jsonl(path, needs: tuple[str, ...] = ("id",), may_be_empty=False) -> list[dict]:
+def parsed(line: bytes, where: str) -> dict:
+    """The JSON object of a line; {} if it is JSON of another kind."""
+    try:
+        record = json.loads(line.removeprefix(BYTE_ORDER_MARK).decode())
+        if b"\\u" in line:  # half a surrogate pair is JSON, but no text
+            dump(record)
+    except (ValueError, RecursionError) as e:
+        why = f"not JSON in UTF-8 ({e}); one object a line is wanted"
+        raise UserError(f"{where}: {why}") from e
+    return record if isinstance(record, dict) else {}
+
+
+def read_jsonl(path, fault=None, may_be_empty=False) -> list[dict]:
     """All records of a JSONL file at once."""
-    return list(each_record(path, needs, may_be_empty))
+    return list(each_record(path, fault, may_be_empty))
 
 
-REWARD = int | float  # from 0 to 1
+def read_problems(path) -> list[dict]:
+    return read_jsonl(path, problem_fault)
 
 
-RESPONSE = {"ids": [int], "ends": [int], "text": str, "reward": REWARD, "finished": bool}
+def each_sample(path) -> Iterator[dict]:
+    """The lines of samples.jsonl one by one: all of them may be more than memory holds."""
+    return each_record(path, sample_fault)
 
 
-def each_sample(path: str) -> Iterator[dict]:
-    """The lines of samples.jsonl one by one: offsets that cut steps, and choices that exist."""
-    for record in each_record(path, ("id", "prompt_ids", "responses")):
-        if bad := broken_samples(record):
-            raise UserError(f"{path}: {record['id']}, {bad}: no samples; make them anew")
-        yield record
-
-
-def broken_samples(record: dict) -> str | None:
-    """What is wrong with a line of samples.jsonl; None if nothing is."""
-    if bad := misfit(record, {"prompt_ids": [int], "kept": [int], "responses": [RESPONSE]}):
-        return bad
-    for response in record["responses"]:
-        ends = [0, *response["ends"]]
-        if ends != sorted({*ends, len(response["ids"])}):
-            return "ends"
-        if not 0 <= response["reward"] <= 1:
-            return "reward"
-    if not {*record["kept"]} <= {*range(len(record["responses"]))}:
-        return "kept"
-    return None
-
-
-NODE = {"parent": int, "ids": [int], "text": str, "draws": int, "n": int, "wins": REWARD}
-
-
-NODE |= {"reward": REWARD | None, "labelled": bool}
-
-
-def read_trees(path: str) -> list[dict]:
-    """trees.jsonl, looked at whole: a tree that is none would be trained on without a word."""
+def read_trees(path) -> list[dict]:
     records, known = [], {}
-    for record in each_record(path, ("id", "prompt_ids", "nodes")):
-        if bad := broken_tree(record):
-            raise UserError(f"{path}: {record['id']}, {bad}: no step tree; make it anew")
+    for record in each_record(path, tree_fault):
         for node in record["nodes"]:
-            share_numbers(node, known)
+            # Equal token ids become one object: each takes 8 bytes of memory then, not 36.
+            node["ids"] = [known.setdefault(i, i) for i in node["ids"]]
         records.append(record)
     return records
-
-
-def share_numbers(node: dict, known: dict[int, int]):
-    """Make equal token ids one object: in a list each takes 8 bytes of memory then, not 36."""
-    node["ids"] = [known.setdefault(i, i) for i in node["ids"]]
-
-
-def broken_tree(record: dict) -> str | None:
-    """What is wrong with a line of trees.jsonl; None if it is a step tree."""
-    shape = {"prompt": str | EllipsisType, "prompt_ids": [int], "nodes": [NODE]}
-    if bad := misfit(record, shape):
-        return bad
-    for v, node in enumerate(record["nodes"]):
-        grows = node["parent"] in range(v) and node["ids"] if v else node["parent"] == -1
-        counts = 0 <= node["wins"] <= node["n"] and node["draws"] >= 0
-        if not (grows and counts):
-            return f"nodes[{v}]"
-        if not 0 <= (node["reward"] or 0) <= 1:
-            return f"nodes[{v}] reward"
-    return None

@@ -1,4 +1,4 @@
-"""What a stage writes: its manifest, its lock, going on after a kill. It knows nothing of the algorithm."""
+"""What a stage writes: its manifest, its lock, and going on after a kill. It knows nothing of the algorithm."""
 
 import datetime
 import fcntl
@@ -13,29 +13,50 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
-from types import EllipsisType
 
-from support.cli import UserError
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError
+
+from support.cli import UserError, first_line
 from support.distributed import rank, wait_for_all
-from support.records import digest, dump, each_record, misfit, replace, sha256
+from support.records import digest, dump, each_record, replace, sha256
 
 ROOT = Path(__file__).parents[1]
-MANIFEST = {"stage": str, "settings": dict, "code": dict, "grader": str, "inputs": dict}
+
+# ------------------------------------------------------------ manifests
 
 
-MANIFEST |= {"facts": dict, "output": str | EllipsisType}  # no output yet: unfinished
+def read_manifest(path) -> dict:
+    """What the stage that made `path` stated about it; empty if no stage did.
 
-
-def read_manifest(path: Path) -> dict:
-    """What the stage that made `path` stated about it; empty if no stage did."""
+    stage, settings, code, grader    whose output it is, its flags, {file: hash}, math-verify's version
+    inputs, paths                    {name: hash} of what it was made from, and where that lay
+    facts                            {fact: value}: the provenance that later stages must agree with
+    output                           the output's hash; it is not there while the output is unfinished
+    """
     manifest = Path(f"{path}.manifest.json")
     if not manifest.exists():
         return {}
     with suppress(ValueError):
-        made = json.loads(manifest.read_text())
-        if not misfit(made, MANIFEST) and all(isinstance(v, str) for v in made["facts"].values()):
-            return made
-    raise UserError(f"{manifest}: broken; remove it with its output, and make that anew")
+        found = json.loads(manifest.read_text())
+        if is_manifest(found):
+            # They are stated from the output's folder, so that a run may be moved as a whole.
+            paths = {name: manifest.parent / x for name, x in found.get("paths", {}).items()}
+            return found | {"paths": {name: os.path.normpath(x) for name, x in paths.items()}}
+    raise UserError(f"{manifest}: broken; remove it with its output, and make that again")
+
+
+def is_manifest(found) -> bool:
+    if not isinstance(found, dict):
+        return False
+    for name in ("settings", "code", "inputs", "facts"):
+        if not isinstance(found.get(name), dict):
+            return False
+    texts = [found.get("stage"), found.get("grader"), found.get("output", "")]
+    paths = found.get("paths", {})
+    if not isinstance(paths, dict):
+        return False
+    return all(isinstance(x, str) for x in (*texts, *found["facts"].values(), *paths.values()))
 
 
 def stated_by(path, fact: str, default: str = "") -> str:
@@ -43,25 +64,67 @@ def stated_by(path, fact: str, default: str = "") -> str:
     return read_manifest(path).get("facts", {}).get(fact, default)
 
 
-def differences(old: dict, new: dict) -> list[str]:
-    """How one manifest differs from another, a line a field: what it was and what it is now.
+def differences(old: dict, new: dict, defaults: dict) -> list[str]:
+    """Why an output that was begun under manifest `old` is not the one that `new` would make, a line
+    each; empty: it is. What only says how it is made does not count, nor does code.
 
-    {"settings": {"beta": 0.1}}, {"settings": {"beta": 0.2}} -> ["settings beta was 0.1, is 0.2 now"]
+    defaults   {flag: its default} of the flags that decide the output. A flag younger than `old` had
+               its default then; one that is no more is not looked at
+
+    {"settings": {"beta": 0.1}}, {"settings": {"beta": 0.2}} -> ["--beta was 0.1, is 0.2 now"]
     """
     found = []
-    for part in ("stage", "settings", "inputs", "facts", "grader"):
-        was, now = old.get(part), new.get(part)
-        if not isinstance(was, dict) or not isinstance(now, dict):
-            was, now, part = {part: was}, {part: now}, ""
-        for name in sorted({*was, *now}):
-            if was.get(name) != now.get(name):
-                what = f"{part} {name}".strip()
-                found.append(f"{what} was {was.get(name)}, is {now.get(name)} now")
+    if old["stage"] != new["stage"]:
+        found.append(f"made by {old['stage']}.py, this is {new['stage']}.py")
+    for flag, default in defaults.items():
+        before, now = old["settings"].get(flag, default), new["settings"][flag]
+        if before != now:
+            found.append(f"--{flag} was {before}, is {now} now")
+    for name in sorted({*old["inputs"], *new["inputs"]}):
+        if old["inputs"].get(name) != new["inputs"].get(name):
+            found.append(of_other_files(origin(old, name), origin(new, name)))
+    for fact in sorted({*old["facts"], *new.get("facts", old["facts"])}):
+        before, now = old["facts"].get(fact), new.get("facts", old["facts"]).get(fact)
+        if before != now:
+            found.append(f"{fact} was {before}, is {now} now")
+    if old["grader"] != new["grader"]:
+        found.append(f"math-verify was {old['grader']}, is {new['grader']} now")
     return found
 
 
+def disagreement(made: dict, new: dict, expects: dict) -> tuple[str, bool] | None:
+    """How the manifest of an input does not fit: the first fact of `expects` that it states otherwise.
+
+    -> (what is wrong, is it another file that was meant), or None if all agree or are not stated.
+    """
+    for fact, wanted in expects.items():
+        stated = made.get("facts", {}).get(fact, wanted)
+        if stated == wanted:
+            continue
+        name = next((name for name, x in made["inputs"].items() if x == stated), fact)
+        old, now = origin(made, name), origin(new, fact)
+        if name in made["paths"] and fact in new["paths"]:
+            return of_other_files(old, now), old != now
+        is_hash = re.fullmatch("[0-9a-f]{16,}", stated)
+        other = f"another {fact}" if is_hash else f"{fact} {stated}, this run has {wanted}"
+        return f"made with {other}", False
+    return None
+
+
+def origin(manifest: dict, name: str) -> str:
+    """Where an input lay; its hash or its name on the hub if that is not stated."""
+    return manifest["paths"].get(name) or manifest["inputs"].get(name, "nothing")[:16]
+
+
+def of_other_files(old: str, new: str) -> str:
+    return f"{new} has changed since" if old == new else f"made from {old}, this is {new}"
+
+
+# ------------------------------------------------------------ code
+
+
 def code_of(script: str) -> dict[str, str]:
-    """{file: hash} of a stage's script and of all that it imports from this repository."""
+    """{file: hash} of a script and of all that it imports, or starts, from this repository."""
     found, waiting = {}, [script]
     while waiting:
         name = waiting.pop()
@@ -69,15 +132,44 @@ def code_of(script: str) -> dict[str, str]:
         if name not in found and path.exists():
             text = path.read_text("utf-8")
             found[name] = digest(text)[:16]
-            for module in re.findall(r"^(?:from|import) ([\w.]+)", text, re.MULTILINE):
-                waiting.append(f"{module.replace('.', '/')}.py")
+            for module, names in re.findall(
+                r"^ *(?:from|import) ([\w.]+)(?: import ([\w, ]+))?", text, re.MULTILINE
+            ):
+                # `from support import judge` names a file too, `from support.judge import X` one
+                inner = [f"{module}.{one.strip()}" for one in names.split(",")]
+                waiting += [f"{one.replace('.', '/')}.py" for one in (module, *inner)]
+            for started in re.findall(r'with_name\("(\w+\.py)"\)', text):  # as a process of its own
+                waiting.append(str(Path(name).with_name(started)))
     return dict(sorted(found.items()))
+
+
+def deciding_files() -> set[str]:
+    """The files that decide what is right and where steps end: reward.py and all that it alone stands
+    on, model.py, and tokens. Where one of them has changed, records made before and after are mixed."""
+    return {*code_of("reward.py")} - {*code_of("model.py")} | {"model.py", "support/tokens.py"}
 
 
 def changed_files(old: dict, new: dict) -> list[str]:
     """Names of the files of code that are not as they were."""
-    was, now = old["code"], new["code"]
-    return [name for name in sorted({*was, *now}) if was.get(name) != now.get(name)]
+    before, now = old.get("code", {}), new["code"]
+    return [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+
+
+told = set()  # of which changed files this process has said so
+
+
+def tell_of_changed_code(path, made: dict, new: dict):
+    """Say once, not of every file of a run, that what decides a reward or a step is not as it was."""
+    # A stage that does not import reward.py makes no rewards that could differ from these.
+    both = deciding_files() & made.get("code", {}).keys() & new["code"].keys()
+    changed = tuple(name for name in changed_files(made, new) if name in both)
+    if changed and changed not in told:
+        told.add(changed)
+        taken = "all rewards and steps made by it are taken as they are"
+        print(f"{path}: made with another {', '.join(changed)}; {taken}")
+
+
+# ------------------------------------------------------------ outputs
 
 
 @contextmanager
@@ -106,15 +198,14 @@ class Output:
     block that comes to its end states that the output is whole. One that ends in an error leaves it
     half done, and the same command goes on with it.
 
-    The manifest `OUT.manifest.json` holds settings, code, hashes of the inputs, and facts. With
-    others the stage is refused. Code is treated mildly, since people change it: a difference is a
-    warning, unless the output is half done and the stage's own file is another now.
+    Started again with other settings, inputs or facts the stage is refused. Code is treated mildly,
+    since people change it: rewards and steps made by other code are said to be so, once; only an
+    output that is half done by another file of the stage itself is refused.
 
     script    "sample.py": whose output this is
+    settings  the stage's dataclass; flags made with may_change=True may differ on the way
     inputs    {name: path}; an input made by a stage must be complete and as that stage left it
     """
-
-    TRUTH = ("model.py", "reward.py", "support/tokens.py")  # where steps end, and what is right
 
     def __init__(self, script: str, out, settings, inputs: dict):
         self.path, self.inputs, self.force = Path(out), inputs, settings.force
@@ -125,28 +216,38 @@ class Output:
             raise UserError(f"{out}: there already, and not by this pipeline; choose another --out")
         if self.path.resolve() in [Path(path).resolve() for path in inputs.values()]:
             raise UserError(f"{out}: is an input too; choose another --out")
-        flags = {
-            k: v
-            for k, v in asdict(settings).items()
-            if k not in ("out", "force", "server", "workers", "engines", *inputs)
-        }
-        # How the output is made and not what it is: a half-done one may go on with another.
-        how = {"budget", "save_minutes", "unsafe"} | ({"batch"} if "max_new" in flags else set())
-        self.defaults = {
-            f.name: f.default for f in fields(settings) if f.name in flags.keys() - how
-        }
+        left_out = {"out", "force", "server", "workers", "engines", *inputs}
+        flags = {name: x for name, x in asdict(settings).items() if name not in left_out}
+        self.defaults = {}
+        for field in fields(settings):
+            if field.name in flags and not field.metadata.get("may_change"):
+                self.defaults[field.name] = field.default
         self.manifest = {
             "stage": script.removesuffix(".py"),
             "settings": flags,
             "code": code_of(script),
             "grader": version("math-verify"),
-            "inputs": {key: _checked_input(key, str(path)) for key, path in inputs.items()},
+            "inputs": {name: checked_input(name, str(path)) for name, path in inputs.items()},
+            "paths": {name: str(path) for name, path in inputs.items() if Path(path).exists()},
         }
-        self.complete = "output" in self._earlier() and self.path.exists()
+        old = self._earlier()
+        tell_of_changed_code(self.path, old, self.manifest)
+        self.complete = "output" in old and self.path.exists()
         if self.complete:
-            _checked_input("out", str(self.path))
+            checked_input("out", str(self.path))
             self._drop_checkpoints()
             print(f"{self.path}: complete, nothing to do")
+
+    def _earlier(self) -> dict:
+        """The manifest of an earlier start, {} if there is none; an error if this is another run."""
+        old = {} if self.force else read_manifest(self.path)
+        if old and (found := differences(old, self.manifest, self.defaults)):
+            raise UserError(f"{self.path}: {found[0]}; --force starts over, or change --out")
+        own = f"{self.manifest['stage']}.py"
+        if old and "output" not in old and own in changed_files(old, self.manifest):
+            half = f"half done by another {own}"
+            raise UserError(f"{self.path}: {half}; restore that, or --force starts over")
+        return old
 
     @property
     def date(self) -> str:
@@ -158,40 +259,24 @@ class Output:
                 return stated
         return datetime.date.today().isoformat()
 
-    def _earlier(self) -> dict:
-        """The manifest of an earlier start, {} if there is none; an error if this is another run."""
-        old = {} if self.force else read_manifest(self.path)
-        if not old:
-            return {}
-        # A flag younger than it had its default; one that is no more is not compared.
-        was = {name: old["settings"].get(name, x) for name, x in self.defaults.items()}
-        now = {name: self.manifest["settings"][name] for name in self.defaults}
-        facts = self.manifest.get("facts", old["facts"])  # they come with `open`
-        new = self.manifest | {"settings": now, "facts": facts}
-        if found := differences(old | {"settings": was}, new):
-            raise UserError(f"{self.path}: {found[0]}; --force starts over, or change --out")
-        changed = changed_files(old, self.manifest)
-        own = f"{self.manifest['stage']}.py"
-        if own in changed and "output" not in old:
-            half = f"half done by another {own}"
-            raise UserError(f"{self.path}: {half}; restore that, or --force starts over")
-        if changed and self.manifest.get("facts") is None:  # say it once
-            print(f"{self.path}: made with another {', '.join(changed)}; taken as it is")
-        return old
-
     @contextmanager
     def open(
-        self, facts: dict | None = None, expects: dict | None = None, count=None
+        self,
+        provenance: dict | None = None,
+        expects: dict | None = None,
+        prefers: dict | None = None,
+        count=None,
     ) -> Iterator["Output"]:
         """A block that writes the output. Of several processes all enter it; the first one writes.
 
-        count     record -> {name: number}: their sums over all records are `totals`, which the
-                  manifest states in the end
-        facts     {fact: value} that the manifest states for the stages that come after
-        expects   {fact: value} that inputs' manifests must agree with, where they state that fact
+        provenance   {fact: value} that the manifest states for the stages that come after
+        expects      {fact: value} that inputs' manifests must agree with, where they state that fact
+        prefers      likewise, but an input made from another file is taken, with a warning
+        count        record -> {name: number}: their sums over all records are `totals`, which the
+                     manifest states in the end
         """
-        self._check_inputs(expects or {})
-        self.manifest["facts"], self.count = facts or {}, count
+        self._check_inputs(expects or {}, prefers or {})
+        self.manifest["facts"], self.count = provenance or {}, count
         with locked(self.path.parent) if rank() == 0 else nullcontext():
             if rank() == 0:
                 self._clean()
@@ -208,19 +293,20 @@ class Output:
         wait_for_all()
         print(f"{self.path}: written, {time.perf_counter() - self.began:.0f} s")
 
-    def _check_inputs(self, expects: dict):
+    def _check_inputs(self, expects: dict, prefers: dict):
         for path in self.inputs.values():
             made = read_manifest(path)
-            for fact, now in expects.items():
-                was = made.get("facts", {}).get(fact, now)
-                if was != now:
-                    wrong = f"made with {fact} {was[:16]}, this run has {now[:16]}"
-                    raise UserError(f"{path}: {wrong}; pass that {fact}, or make it anew")
-            if made.get("stage") in ("sample", "label_steps"):
-                other = [f for f in changed_files(made, self.manifest) if f in self.TRUTH]
-                if other:
-                    taken = "its rewards and steps are taken as they are"
-                    print(f"{path}: made with another {', '.join(other)}; {taken}")
+            if not made:
+                continue
+            if found := disagreement(made, self.manifest, expects):
+                raise UserError(f"{path}: {found[0]}; pass the same, or make this again")
+            if found := disagreement(made, self.manifest, prefers):
+                wrong, is_meant = found
+                if not is_meant:
+                    raise UserError(f"{path}: {wrong}; pass the same, or make this again")
+                print(f"warning: {path}: {wrong}; taken as it is")
+            if made["stage"] in ("sample", "label_steps"):  # critics and actors hold no rewards
+                tell_of_changed_code(path, made, self.manifest)
 
     def _clean(self):
         """Make what is there fit to go on from: without a torn last line; with --force nothing."""
@@ -245,7 +331,9 @@ class Output:
         was refused must leave nothing behind that refuses the corrected one."""
         self.manifest |= more
         if rank() == 0:
-            text = json.dumps(self.manifest, indent=1)
+            paths = self.manifest["paths"].items()
+            paths = {name: os.path.relpath(path, self.path.parent) for name, path in paths}
+            text = json.dumps(self.manifest | {"paths": paths}, indent=1)
             replace(self.manifest_path, lambda path: path.write_text(text))
 
     def append(self, records: list[dict]):
@@ -286,19 +374,36 @@ class Output:
                 shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()
 
 
-def _checked_input(key: str, path: str) -> str:
+# ------------------------------------------------------------ inputs
+
+
+def checked_input(name: str, path: str) -> str:
     """Hash of an input; refuses an unfinished or changed one."""
     if not Path(path).exists():
-        if key in ("actor", "base", "critic_model"):
-            return path  # a hub id
+        if name in ("actor", "base", "critic_model"):
+            require_on_hub(path)
+            return path
         raise UserError(f"{path}: no such file; check the path, or run the stage that writes it")
     found, made = sha256(path), read_manifest(path)
     if made and "output" not in made:
         raise UserError(f"{path}: unfinished; run {made['stage']}.py again with the same flags")
     if made and made["output"] != found:
         change = f"changed since {made['stage']}.py wrote it"
-        raise UserError(f"{path}: {change}; restore it, or make it anew with --force")
+        raise UserError(f"{path}: {change}; restore it, or make it again with --force")
     return found
+
+
+def require_on_hub(name: str):
+    """Refuse what is neither a folder nor a model of the hub. The hub is asked once: loading would ask
+    again and again for a minute, where a path is misspelt and there is no network."""
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            HfApi().model_info(name, timeout=10)
+    except GatedRepoError:  # it is there; loading says what it asks for
+        pass
+    except Exception as e:
+        wrong = f"no such folder, and no model of the hub ({first_line(e)})"
+        raise UserError(f"{name}: {wrong}; check the path") from e
 
 
 def fingerprint(model: str) -> str:

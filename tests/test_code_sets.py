@@ -116,11 +116,11 @@ OWN_BROKEN = [
     (CALL | {"entry": None}, "its tests have no entry"),
     (ASSERT | {"code": ""}, "its tests have no code"),
     (CALL | {"outputs": None}, "its tests' outputs does not fit kind call"),
-    (CALL | {"inputs": [1]}, "its tests' inputs[0] does not fit kind call"),
+    (CALL | {"inputs": [1]}, "its tests' inputs does not fit kind call"),
     (CALL | {"outputs": [2, 3]}, "it has not as many outputs as inputs"),
     (
         {"kind": "stdin", "inputs": ["1"], "outputs": [1]},
-        "its tests' outputs[0] does not fit kind stdin",
+        "its tests' outputs does not fit kind stdin",
     ),
     (CALL | {"seconds": "4"}, "its tests' seconds does not fit kind call"),
     (CALL | {"megabytes": 64.5}, "its tests' megabytes does not fit kind call"),

@@ -14,11 +14,12 @@ import torch
 import toy
 from safetensors.torch import load_file
 
+import support.stage
 from model import LM, load_lm
 from support import training
 from support.cli import UserError
 from support.records import dump, read_jsonl, replace, sha256
-from support.stage import Output, differences
+from support.stage import Output, code_of, differences
 from support.training import fit
 from train_actor import advantage_states
 from train_critic import load_critic
@@ -142,18 +143,18 @@ def test_replace_leaves_the_old_file_when_writing_fails(tmp_path):
 
 # ---------------------------------------------------------------------------------------------- manifests
 
-FIELDS = [
-    ("stage",),
-    ("grader",),
-    ("settings", "seed"),
-    ("settings", "n1"),
-    ("settings", "max_new"),
-    ("inputs", "actor"),
-    ("inputs", "problems"),
-    ("facts", "actor"),
-    ("facts", "tokenizer"),
-    ("facts", "template"),
-]
+FIELDS = {  # of a manifest; what is said where it is another now
+    ("stage",): "made by else.py, this is sample.py",
+    ("grader",): "math-verify was else, is {} now",
+    ("settings", "seed"): "--seed was else, is {} now",
+    ("settings", "n1"): "--n1 was else, is {} now",
+    ("settings", "max_new"): "--max_new was else, is {} now",
+    ("inputs", "actor"): "tiny has changed since",
+    ("inputs", "problems"): "problems.jsonl has changed since",
+    ("facts", "actor"): "actor was else, is {} now",
+    ("facts", "tokenizer"): "tokenizer was else, is {} now",
+    ("facts", "template"): "template was else, is {} now",
+}
 
 
 def alter(path: Path, field: tuple[str, ...], value="else"):
@@ -177,14 +178,44 @@ def test_same_command_under_other_conditions(field, work):
     there = toy.hashes(work)
     code, _, err = toy.stage(S, toy.SAMPLE)
     assert code == 2 and err.count("\n") == 1
-    for part in (" ".join(field), "else", str(was), "--force", "--out"):
+    for part in (FIELDS[field].format(was), "--force", "--out"):
         assert part in err, err
     assert toy.hashes(work) == there
 
 
+@pytest.fixture
+def untold(monkeypatch):
+    """As in a new process, which has not spoken of changed code."""
+    monkeypatch.setattr(support.stage, "told", set())
+
+
+DECIDING = ["model.py", "reward.py", "support/tokens.py", "support/math_answers.py"]
+DECIDING += ["support/sandbox.py", "support/judge.py", "support/algebra.py", "support/units.py"]
+DECIDING += ["support/programs.py"]
+
+
+def test_what_decides_a_reward_or_a_step():
+    """Whatever reward.py alone stands on, so also a file that a fork imports there."""
+    assert {*DECIDING} <= support.stage.deciding_files() <= {*code_of(S), *DECIDING}
+    assert not {"support/cli.py", "support/attention.py", S} & support.stage.deciding_files()
+    assert not {L, C, "run.py", "evaluate.py"} & {*code_of(S)}
+
+
+def test_code_is_followed_by_every_kind_of_import(tmp_path, monkeypatch):
+    monkeypatch.setattr(support.stage, "ROOT", tmp_path)
+    (tmp_path / "support").mkdir()
+    (tmp_path / "a.py").write_text(
+        "from support import b, c\nimport d\ndef f():\n    import support.e\n"
+    )
+    for name in ("support/b", "support/c", "d", "support/e", "f"):
+        (tmp_path / f"{name}.py").write_text("import json\n")
+    files = ["a.py", "d.py", "support/b.py", "support/c.py", "support/e.py"]
+    assert [*code_of("a.py")] == files
+
+
 @pytest.mark.parametrize("half_done", [False, True])
-@pytest.mark.parametrize("name", [S, "model.py", "support/cli.py", "reward.py"])
-def test_changed_code_is_a_warning_unless_its_own_stage_is_half_done(name, half_done, work):
+@pytest.mark.parametrize("name", [S, "support/cli.py", *DECIDING])
+def test_changed_code_is_said_unless_its_own_stage_is_half_done(name, half_done, work, untold):
     path = work / "run" / "samples.jsonl.manifest.json"
     alter(path, ("code", name))
     manifest = json.loads(path.read_text())
@@ -197,16 +228,23 @@ def test_changed_code_is_a_warning_unless_its_own_stage_is_half_done(name, half_
         assert code == 2 and err.count("\n") == 1 and S in err and "--force" in err
         assert toy.hashes(work) == there
     else:
-        assert code == 0 and f"made with another {name}" in out and not err
+        assert code == 0 and not err
+        assert (f"made with another {name}; all rewards" in out) == (name in DECIDING)
 
 
-@pytest.mark.parametrize("name", ["model.py", "reward.py", "support/tokens.py", "support/cli.py"])
-def test_rewards_and_steps_of_other_code_are_named(name, work):
+@pytest.mark.parametrize("name", ["support/cli.py", *DECIDING])
+def test_rewards_and_steps_of_other_code_are_named_once(name, work, untold):
     """Labels of samples that an edited reward() or step_ends did not make: both would be mixed."""
-    alter(work / "run" / "samples.jsonl.manifest.json", ("code", name))
+    for output in ("samples.jsonl", "trees.jsonl", "critic"):
+        path = work / "run" / f"{output}.manifest.json"
+        if name in json.loads(path.read_text())["code"]:
+            alter(path, ("code", name))
     code, out, _ = toy.stage(L, f"{toy.LABEL} --force")
-    said = f"samples.jsonl: made with another {name}; its rewards and steps are taken as they are"
-    assert code == 0 and (said in out) == (name != "support/cli.py")
+    said = f"samples.jsonl: made with another {name}; all rewards and steps made by it are taken"
+    assert code == 0 and (said in out) == (name in DECIDING)
+    for script, flags in ((S, toy.SAMPLE), (C, f"{toy.CRITIC} --force")):
+        code, out, _ = toy.stage(script, flags)
+        assert code == 0 and "made with another" not in out
 
 
 def test_a_flag_younger_than_the_manifest_had_its_default(work):
@@ -217,7 +255,7 @@ def test_a_flag_younger_than_the_manifest_had_its_default(work):
     path.write_text(json.dumps(made))
     assert toy.stage(S, toy.SAMPLE)[0] == 0
     code, _, err = toy.stage(S, f"{toy.SAMPLE} --mixed")
-    assert code == 2 and "settings mixed was False, is True now" in err
+    assert code == 2 and "--mixed was False, is True now" in err
 
 
 def test_a_stage_from_a_notebook(work, monkeypatch, capsys):
@@ -233,31 +271,88 @@ def test_a_stage_from_a_notebook(work, monkeypatch, capsys):
     sample.stage(sample.Settings(**flags, out="new/samples.jsonl", max_new=10))
     new, old = work / "new" / "samples.jsonl", work / "run" / "samples.jsonl"
     assert new.read_bytes() == old.read_bytes()
-    with pytest.raises(UserError, match="stage was sample, is label_steps now"):
+    with pytest.raises(UserError, match="made by sample.py, this is label_steps.py"):
         Output(L, "new/samples.jsonl", Settings("new/samples.jsonl"), {})
 
 
 def test_differences():
-    old = {"stage": "sample", "settings": {"n": 1, "gone": 2}, "inputs": {}, "facts": {"a": "x"}}
-    new = {"stage": "sample", "settings": {"n": 3}, "inputs": {"p": "h"}, "facts": {"a": "x"}}
-    assert differences(old, old) == []
-    assert differences(old, new) == [
-        "settings gone was 2, is None now",
-        "settings n was 1, is 3 now",
-        "inputs p was None, is h now",
-    ]
-    assert differences(old, old | {"stage": "other"}) == ["stage was sample, is other now"]
+    old = {"stage": "sample", "settings": {"n": 1, "gone": 2}, "inputs": {"p": "h"}, "grader": "1"}
+    old |= {"paths": {"p": "a/p.jsonl"}, "facts": {"step": "line"}}
+    defaults = {"n": 4, "young": 5}
+    new = old | {"settings": {"n": 1, "young": 5, "batch": 6}}
+    assert differences(old, new, defaults) == []
+    for change, says in (
+        ({"stage": "other"}, "made by sample.py, this is other.py"),
+        ({"settings": {"n": 3, "young": 5}}, "--n was 1, is 3 now"),
+        ({"settings": {"n": 1, "young": 6}}, "--young was 5, is 6 now"),
+        ({"inputs": {"p": "i"}}, "a/p.jsonl has changed since"),
+        (
+            {"inputs": {"p": "i"}, "paths": {"p": "b/p.jsonl"}},
+            "made from a/p.jsonl, this is b/p.jsonl",
+        ),
+        ({"inputs": {}, "paths": {}}, "made from a/p.jsonl, this is nothing"),
+        ({"facts": {"step": "8"}}, "step was line, is 8 now"),
+        ({"grader": "2"}, "math-verify was 1, is 2 now"),
+    ):
+        assert differences(old, new | change, defaults) == [says]
 
 
-@pytest.mark.parametrize(
-    "fact", ["actor", "tokenizer", "template", "max_new", "grader", "problems"]
-)
+FACTS = {  # of the samples; what is said where the next stage has another
+    "actor": "tiny has changed since",
+    "problems": "problems.jsonl has changed since",
+    "tokenizer": "made with another tokenizer",
+    "template": "made with another template",
+    "max_new": "made with max_new {}, this run has 10",
+    "grader": "made with grader {}, this run has",
+}
+
+
+@pytest.mark.parametrize("fact", FACTS)
 def test_next_stage_refuses_another_fact(fact, work):
-    was = alter(work / "run" / "samples.jsonl.manifest.json", ("facts", fact))
+    other = "12" if fact in ("max_new", "grader") else "0123456789abcdef"
+    alter(work / "run" / "samples.jsonl.manifest.json", ("facts", fact), other)
     code, _, err = toy.stage(L, toy.LABEL.replace("run/trees", "new/trees"))
     assert code == 2 and err.count("\n") == 1
-    assert fact in err and "else" in err and str(was)[:16] in err
+    assert f"run/samples.jsonl: {FACTS[fact].format(other)}" in err
     assert not (work / "new" / "trees.jsonl").exists()
+
+
+def test_other_files_are_named(work):
+    """Not by their hashes; and a run that is moved as a whole knows where its files are."""
+    shutil.copytree("tiny", "other_model")
+    with (work / "other_model" / "model.safetensors").open("r+b") as weights:
+        weights.seek(-1, os.SEEK_END)
+        weights.write(b"\x01")
+    (work / "more.jsonl").write_bytes((work / "problems.jsonl").read_bytes() + b"\n")
+    (work / "moved").mkdir()
+    for name in ("tiny", "run", "problems.jsonl"):
+        shutil.move(name, "moved")
+    flags = toy.LABEL.replace("run/", "moved/run/").replace("tiny", "moved/tiny")
+    flags = flags.replace("problems.jsonl", "moved/problems.jsonl")
+    code, _, err = toy.stage(L, f"{flags} --out new/trees.jsonl --actor other_model")
+    assert code == 2 and "made from moved/tiny, this is other_model" in err
+    code, _, err = toy.stage(L, f"{flags} --out new/trees.jsonl --problems more.jsonl")
+    assert code == 2 and "made from moved/problems.jsonl, this is more.jsonl" in err
+    code, _, err = toy.stage(L, f"{flags} --problems more.jsonl")
+    assert code == 2 and "made from moved/problems.jsonl, this is more.jsonl" in err
+
+
+def test_a_critic_of_other_trees(work):
+    """On purpose (m 2's critic, m 8's trees) it is a warning; a critic of trees that have changed since
+    is refused."""
+    flags = toy.LABEL.replace("run/trees", "more/trees").replace("--m 3", "--m 4")
+    assert toy.stage(L, flags)[0] == 0
+    actor = toy.ACTOR.replace("--out run", "--out new")
+    code, out, err = toy.stage("train_actor.py", actor.replace("run/trees", "more/trees"))
+    assert code == 0, err
+    said = (
+        "warning: run/critic: made from run/trees.jsonl, this is more/trees.jsonl; taken as it is"
+    )
+    assert said in out
+    assert toy.stage(L, toy.LABEL.replace("--m 3", "--m 4") + " --force")[0] == 0
+    code, _, err = toy.stage("train_actor.py", actor.replace("--out new", "--out newer"))
+    assert code == 2 and "run/critic: run/trees.jsonl has changed since" in err
+    assert err.count("\n") == 1 and not (work / "newer" / "actor").exists()
 
 
 def test_changed_input(work):
@@ -265,7 +360,7 @@ def test_changed_input(work):
     path = work / "problems.jsonl"
     path.write_bytes(path.read_bytes().replace(b" 1 2 0", b" 1 3 0", 1))
     code, _, err = toy.stage(S, toy.SAMPLE)
-    assert code == 2 and "inputs problems was" in err and err.count("\n") == 1
+    assert code == 2 and "problems.jsonl has changed since" in err and err.count("\n") == 1
 
 
 def test_changed_output(work):
@@ -276,7 +371,7 @@ def test_changed_output(work):
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "{"])
-def test_a_broken_memory_of_hashes_is_made_anew(text, tmp_path):
+def test_a_broken_memory_of_hashes_is_made_again(text, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / ".sha256.json").write_text(text)
     assert sha256(tmp_path / "file") == hashlib.sha256(b"x").hexdigest()
@@ -301,7 +396,7 @@ def test_how_it_is_made_may_change_on_the_way(work):
     del half["output"]
     manifest.write_text(json.dumps(half))
     code, _, err = toy.stage(S, f"{toy.FLAGS[S]} --seed 9")
-    assert code == 2 and "settings seed was" in err
+    assert code == 2 and "--seed was" in err
     code, _, err = toy.stage(S, f"{toy.FLAGS[S]} --batch 16 --unsafe")
     assert code == 0 and not err and path.read_bytes() == whole
     assert json.loads(manifest.read_text())["settings"]["batch"] == 16
@@ -467,6 +562,8 @@ def test_model_that_never_ends(work):
     """Every response is cut off: reward 0, no EOS in ids, and stage B says that nothing differs."""
     path = work / "tiny" / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 99}))
+    path = work / "tiny" / "tokenizer_config.json"  # whose own EOS would end a response too
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": None}))
     shutil.rmtree(work / "run")
     toy.pipeline(S, L, C)
     responses = [x for r in read_jsonl(work / "run" / "samples.jsonl") for x in r["responses"]]
