@@ -21,8 +21,8 @@ import numpy as np
 import torch
 import transformers
 
-from support.architectures import check_attention, checkpoint_layers, refuse_dropout
-from support.attention import attend, forward_pack, on_cuda, pack_hidden
+from support.architectures import checkpoint_layers, choose_form, refuse_dropout
+from support.attention import NAME, forward_pack, on_cuda, pack_hidden, register, seen_through
 from support.cli import UserError, first_line
 from support.distributed import in_turns, is_sharded, rank, whole_state, world
 from support.memory import loaders
@@ -54,15 +54,16 @@ def load_lm(
     dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
     if dtype not in ("bfloat16", "float32"):
         raise UserError(f"--dtype {dtype}: wanted bfloat16 or float32")
-    model = None
+    model, why = None, ""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         config = transformers.AutoConfig.from_pretrained(path).get_text_config()
         if weights:
             kind = torch.float32 if train else getattr(torch, dtype)
-            read = lambda: read_weights(path, kind).to(device).eval()
+            read = lambda: read_weights(path, kind, device)
             # Several processes would fill the host's memory with copies that are on cards soon.
-            model = in_turns(read, loaders(config)) if device == "cuda" and world() > 1 else read()
+            many = device == "cuda" and world() > 1
+            model, why = in_turns(read, loaders(config)) if many else read()
             config, generation = model.config.get_text_config(), model.generation_config
         else:
             generation = read_generation_config(path, config)
@@ -72,7 +73,7 @@ def load_lm(
         raise UserError(f"{path}: not a model folder with a tokenizer ({first_line(e)})") from e
     lm = LM(str(path), device, dtype == "bfloat16", tokenizer, config, generation, model)
     if weights:
-        check_attention(lm)
+        choose_form(lm, why)
     if weights and train:
         refuse_dropout(lm)
         if checkpointed and device == "cuda":
@@ -80,17 +81,22 @@ def load_lm(
     return lm
 
 
-def read_weights(path, dtype: torch.dtype):
-    """The Hugging Face model whose attention is support/attention.py's. Raises ValueError where a
-    weight is missing: it would be random."""
-    # Registered here and not on import: it takes seconds, and a complete stage should say so at once.
-    transformers.AttentionInterface.register("dapo", attend)
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, attn_implementation="dapo", output_loading_info=True
-    )
+def read_weights(path, dtype: torch.dtype, device: str):
+    """(the Hugging Face model, why it does not take support/attention.py's attention or "").
+
+    Raises ValueError where a weight is missing: it would be random.
+    """
+    register()  # not on import: it takes seconds, and a complete stage should say so at once
+    options = {"dtype": dtype, "output_loading_info": True}
+    read, why = transformers.AutoModelForCausalLM.from_pretrained, ""
+    try:
+        model, report = read(path, attn_implementation=NAME, **options)
+    except Exception:  # noqa: BLE001  if the folder is broken, it is so without that attention too
+        model, report = read(path, **options)
+        why = "it has attention of its own"
     if report["missing_keys"]:
         raise ValueError(f"no {min(report['missing_keys'])} in the weights")
-    return model
+    return model.to(device).eval(), why
 
 
 def read_generation_config(path, config):
@@ -119,6 +125,8 @@ class LM:
         self.scale = getattr(config, "logit_scale", None) or 1.0
         self.scale /= getattr(config, "logits_scaling", None) or 1.0
         self.softcap = getattr(config, "final_logit_softcapping", None)
+        # Is a tree computed path by path, since a tree mask does not hold for the model (choose_form)?
+        self.paths, self.shapes = False, set()
         self.codec = Codec(tokenizer, path, generation.eos_token_id, config.vocab_size)
         self.eos, self.own_eos = self.codec.eos, self.codec.own_eos
         self.step = "line"  # what a step is (`step_ends`)
@@ -130,6 +138,10 @@ class LM:
     @property
     def head(self) -> torch.Tensor:
         return self.model.get_output_embeddings().weight  # (V, d)
+
+    @property
+    def head_bias(self) -> torch.Tensor | None:
+        return getattr(self.model.get_output_embeddings(), "bias", None)  # (V,)
 
     @property
     def max_length(self) -> int:
@@ -192,14 +204,26 @@ class LM:
 
     def hidden(self, ids: torch.Tensor, pos: torch.Tensor, view) -> torch.Tensor:
         """Last hidden states (B, T, d) of ids (B, T) at positions (B, T); `view`: who sees whom."""
-        with self.autocast():
-            out = self.decoder(input_ids=ids, position_ids=pos, use_cache=False, view=view)
+        mask = torch.ones_like(ids)  # so that transformers does not look for sequences in `pos`
+        with self.autocast(), seen_through(view):
+            out = self.decoder(
+                input_ids=ids, attention_mask=mask, position_ids=pos, use_cache=False
+            )
         return out.last_hidden_state
+
+    def product(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states (B, d) and the head (V, d) of one dtype, whose product are the logits; if
+        they have a bias, it is one more column of the head, for a one in each hidden state."""
+        head = self.head.to(hidden.dtype)
+        if self.head_bias is not None:
+            hidden = torch.nn.functional.pad(hidden, (0, 1), value=1.0)
+            head = torch.cat([head, self.head_bias.to(head.dtype)[:, None]], 1)
+        return hidden, head
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (B, V) of hidden states (B, d), in float32."""
-        head, in_bfloat16 = _wide(self.head.to(hidden.dtype)), hidden.dtype is torch.bfloat16
-        z = _matmul32(_wide(hidden), head.T, in_bfloat16) * self.scale  # (B, V)
+        (hidden, head), in_bfloat16 = self.product(hidden), hidden.dtype is torch.bfloat16
+        z = _matmul32(_wide(hidden), _wide(head).T, in_bfloat16) * self.scale  # (B, V)
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def with_weights(self, function):
@@ -396,8 +420,8 @@ def step_logprobs(lm: LM, pack: Pack) -> torch.Tensor:
         hidden = forward_pack(lm, pack)
         if lm.in_bfloat16:  # autocast leaves the last norm in float32
             hidden = hidden.bfloat16()
-        head = lm.head.to(hidden.dtype)
-        return linear_logprobs(hidden[source], head, target, lm.scale, lm.softcap)
+        hidden, head = lm.product(hidden[source])
+        return linear_logprobs(hidden, head, target, lm.scale, lm.softcap)
 
     logp = lm.with_weights(token_logprobs)
     sums = torch.zeros(len(pack.owner), dtype=logp.dtype, device=lm.device)

@@ -4,46 +4,65 @@
 """
 
 import functools
+import sys
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from support.attention import TreeView, pack_hidden
-from support.cli import UserError
-from support.distributed import decoder_layers
+from support.attention import NAME, TreeView, forward_pack
+from support.cli import UserError, first_line
+from support.distributed import decoder_layers, rank
 from support.packing import Tree, pack_trees
 
 
 @torch.no_grad()
-def check_attention(lm):
-    """Refuse a model that a tree mask would break, by its config and by trying: two branches in a
-    pack must come out as each path alone, and from hidden states must come the model's own logits."""
-    config, kind = lm.config, lm.config.model_type
-    if getattr(lm.model.get_output_embeddings(), "bias", None) is not None:
-        raise UserError(f"{lm.path}: {kind} has a bias on its logits, which is not supported")
-    other = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
-    windows = getattr(config, "use_sliding_window", True)
-    if other or (windows and getattr(config, "sliding_window", None)):
-        what = ", ".join(sorted(other)) or "a sliding window"
-        raise UserError(f"{lm.path}: {kind} has {what}; tree packing needs full attention")
-    ids = [i % config.vocab_size for i in range(3, 12)]
-    tree = Tree([ids[:4], ids[4:6], ids[6:]], [-1, 0, 0], [False, True, True])
+def choose_form(lm, why: str = ""):
+    """Trees in packs where a tree mask holds for the model, else one path per row (lm.paths).
+
+    why: what is known already to speak against packs. It is tried: two branches in a pack must come
+    out as each path alone by the model's own attention, and from hidden states must come the model's
+    own logits. Raises UserError where they do not.
+    """
+    ids = [i % lm.config.vocab_size for i in range(3, 12)]
+    tree = Tree([ids[:4], ids[4:6], ids[6:]], [-1, 0, 0], [True, True, True])
     (pack,) = pack_trees([tree], 99)
-    view = TreeView(pack, lm.device)
-    packed = lm.logits(pack_hidden(lm, pack, view))
-    for k, (_, v) in enumerate(pack.owner):
-        (alone,) = pack_trees([tree._replace(score=[False, v == 1, v == 2])], 99)
-        path = lm.logits(pack_hidden(lm, alone, TreeView(alone, lm.device)))
-        together, apart = packed[pack.node == k], path[alone.node == 0]
-        if not together.isfinite().all():
-            raise UserError(f"{lm.path}: its log-probs are NaN; train it again")
-        if not torch.allclose(together, apart, atol=0.5 if lm.in_bfloat16 else 1e-3):
-            raise UserError(f"{lm.path}: {kind} ignores a tree mask, so it cannot be used")
-    ids, pos = pack.ids[None].to(lm.device), pack.pos[None].to(lm.device)
+    if not why:
+        view, layers = TreeView(pack, lm.device, remember=True), lm.config.num_hidden_layers
+        try:
+            packed = lm.logits(forward_pack(lm, pack, view)[: len(ids)])
+        except Exception as e:  # noqa: BLE001  whatever a model does with a mask that it does not know
+            why = first_line(e)
+        else:
+            if len(view.layers) != layers:
+                why = f"{layers - len(view.layers)} of its {layers} layers are no attention"
+            lm.shapes = view.shapes
+        own_attention(lm.model)
+    lm.paths = True
+    apart = lm.logits(forward_pack(lm, pack)[: len(ids)])
+    path = torch.arange(len(ids))[(pack.end[: len(ids)] > pack.last[-1])]
     with lm.autocast():
-        own = lm.model(input_ids=ids, position_ids=pos, use_cache=False, view=view).logits[0]
-    if (own - packed).abs().max() > (0.1 if lm.in_bfloat16 else 1e-3) * own.abs().max():
+        own = lm.model(input_ids=pack.ids[path][None].to(lm.device), use_cache=False).logits[0]
+    kind = lm.config.model_type
+    if not own.isfinite().all():
+        raise UserError(f"{lm.path}: its logits are NaN; train it again")
+    if (own - apart[path]).abs().max() > (0.1 if lm.in_bfloat16 else 1e-3) * own.abs().max():
         raise UserError(f"{lm.path}: {kind} scales its logits in a way that is not supported")
+    if not why and not torch.allclose(packed, apart, atol=0.5 if lm.in_bfloat16 else 1e-3):
+        why = "a token sees more than its path"
+    if not why:
+        lm.model.set_attn_implementation(NAME)
+        lm.paths = False
+    elif rank() == 0:
+        slower = "each path of a tree is computed by itself, several times slower"
+        print(f"warning: {lm.path}: {kind} cannot be packed ({why}); {slower}", file=sys.stderr)
+
+
+def own_attention(model):
+    """Give a model the attention that transformers would."""
+    try:
+        model.set_attn_implementation("sdpa")
+    except ValueError:  # it has none
+        model.set_attn_implementation("eager")
 
 
 def refuse_dropout(lm):

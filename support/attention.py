@@ -1,7 +1,22 @@
-"""attention. It knows nothing of the algorithm."""
+"""The attention of every model: a pack of trees, or a cache of rows, decides who sees whom. It knows
+nothing of the algorithm.
+
+Read from top to bottom:
+  attend, layer_mask   what transformers calls in place of its own attention and masks
+  grouped_attention    the formula
+  TreeView             a pack: every path of every tree at once
+  CacheView            rows that are decoded: keys and values so far
+  flex_...             the other form of a pack, for CUDA
+  pack_hidden          hidden states of a pack, by a TreeView or path by path
+
+Sizes: B rows, G key/value heads, R query heads per key/value head, T or N tokens, D size of a key, E of
+a value (D for nearly every model), K gathered keys.
+"""
 
 import functools
 import sys
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import numpy as np
 import torch
@@ -12,18 +27,64 @@ from support.distributed import rank
 from support.packing import BLOCK, Pack, Tree, pack_trees
 
 FLEX = 128  # flex_attention takes queries and keys in multiples of this
+NAME = "dapo"  # of this attention among those of transformers
+# What transformers hands to an attention beside what `attend` names, and what has no effect here.
+IGNORED = {"dropout", "is_causal", "sliding_window", "position_ids", "use_cache", "past_key_values"}
+IGNORED |= {"output_attentions", "output_hidden_states", "output_router_logits", "cache_position"}
+
+_view = ContextVar("view")
 
 
-def attend(module, query, key, value, attention_mask=None, scaling=None, view=None, **kwargs):
-    """The attention of every model; query (B, G * R, T, D), key and value (B, G, T, D).
+@contextmanager
+def seen_through(view):
+    """In this context models attend by `view`, a TreeView or a CacheView."""
+    before = _view.set(view)
+    try:
+        yield
+    finally:
+        _view.reset(before)
 
-    `view` (TreeView here, CacheView in sample.py) comes through the model's own forward.
+
+def register():
+    """Make this attention known to transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface  # takes seconds
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, layer_mask)
+
+
+def layer_mask(mask_function, **_):
+    """transformers calls this once per forward for each kind of mask that a model's layers have, and
+    hands the result to these layers as their attention_mask.
+
+    mask_function(row, head, i, j): may a token at position i see one at position j <= i of its path.
+    Of a sliding window: i - window < j. As a token's position in a tree is its depth, the same holds
+    there, beside the rule of the tree.
     """
-    odd = view is None or key.shape != value.shape
-    if odd or kwargs.get("softcap") or kwargs.get("sliding_window"):
-        what = "a soft-cap, a sliding window, values of another size, or hides the mask"
-        raise UserError(f"{type(module).__name__} has {what}: it cannot be packed")
-    return view(module.layer_idx, query, key, value, scaling).transpose(1, 2).contiguous(), None
+    from transformers.masking_utils import causal_mask_function
+
+    return _view.get().of_kind(None if mask_function is causal_mask_function else mask_function)
+
+
+def attend(
+    module, query, key, value, attention_mask=None, scaling=None, softcap=None, s_aux=None, **more
+):
+    """The attention of every layer; query (B, G * R, T, D), key (B, G, T, D), value (B, G, T, E)
+    -> (B, T, G * R, E), None.
+
+    attention_mask: what `layer_mask` made. softcap: softcap * tanh(score / softcap) (Gemma 2). s_aux
+    (G * R,): one more score per head that takes its share and has no value (gpt-oss). Raises
+    ValueError where something else decides who sees whom.
+    """
+    kind = type(module).__name__
+    if not isinstance(attention_mask, functools.partial):
+        raise ValueError(f"{kind} makes its mask itself")  # noqa: TRY004
+    unknown = [name for name, x in more.items() if x is not None and name not in IGNORED]
+    if unknown:
+        raise ValueError(f"{kind} has {', '.join(unknown)}")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = attention_mask(module.layer_idx, query, key, value, scaling, softcap or None, s_aux)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def on_cuda(x: torch.Tensor) -> bool:
@@ -31,8 +92,9 @@ def on_cuda(x: torch.Tensor) -> bool:
     return x.is_cuda
 
 
-def grouped_attention(query, key, value, bias, scaling):
-    """softmax(q k' * scaling + bias) v; q (..., Q, D), k and v (..., K, D), bias (..., Q, K).
+def grouped_attention(query, key, value, bias, scaling, softcap=None, sinks=None):
+    """softmax(q k' * scaling + bias) v; q (..., Q, D), k (..., K, D), v (..., K, E), bias (..., Q, K),
+    sinks (..., Q or 1, 1).
 
     The sizes before broadcast: blocks, G and R of a pack, B and G of a cache.
 
@@ -42,15 +104,22 @@ def grouped_attention(query, key, value, bias, scaling):
     """
     if on_cuda(query):
         with torch.autocast(query.device.type, enabled=False, cache_enabled=False):
-            scores = (query.float() * scaling) @ key.float().transpose(-1, -2) + bias
+            scores = (query.float() * scaling) @ key.float().transpose(-1, -2)
     else:
-        scores = (query * scaling) @ key.transpose(-1, -2) + bias
+        scores = (query * scaling) @ key.transpose(-1, -2)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + bias
     high = torch.promote_types(scores.dtype, torch.float32)
-    return scores.softmax(-1, dtype=high).to(value.dtype) @ value
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)], -1)
+    weights = scores.softmax(-1, dtype=high).to(value.dtype)
+    return (weights if sinks is None else weights[..., :-1]) @ value
 
 
 class TreeView:
-    """Who sees whom in a pack: j <= i < end[j].
+    """Who sees whom in a pack: j <= i < end[j], and what a layer's own kind of mask says of the depths
+    of i and j.
 
     Gathered, on every device: each block of queries gathers just the keys that any of them may see
     (its path and itself), so the cost grows with depth, not with the pack. flex=True, on CUDA:
@@ -59,12 +128,29 @@ class TreeView:
     """
 
     def __init__(self, pack: Pack, device: str, remember: bool = False, flex: bool = False):
-        self.layers = [] if remember else None  # (key, value), each (G, N, D), a layer
-        self.flex = flex
-        if flex:
-            self.block_mask = _block_mask(_padded_ends(pack.end).to(device))
-            return
-        end, tokens, sets = pack.end.numpy(), len(pack.end), []
+        self.pack, self.device, self.flex = pack, device, flex
+        self.layers = [] if remember else None  # (key, value) of a layer, (G, N, D) and (G, N, E)
+        self.shapes = set()  # of the layers' heads, for `flex_agrees`
+
+    def of_kind(self, rule):
+        """The attention of the layers whose own mask is `rule` (see `layer_mask`); None: whole paths."""
+        if self.flex:
+            end, pos = padded(self.pack)
+            mask = _block_mask(end.to(self.device), pos.to(self.device), rule)
+            return functools.partial(self._attend, flex_tree_attention, mask, rule)
+        return functools.partial(self._attend, gathered_attention, self._gathered_keys(rule), rule)
+
+    def _attend(self, form, mask, rule, layer, query, key, value, scaling, softcap, sinks):
+        if self.layers is not None:
+            self.layers.append((key[0].detach(), value[0].detach()))
+        sizes = query.shape[1], key.shape[1], key.shape[3], value.shape[3]
+        self.shapes.add((*sizes, softcap, sinks is not None, rule))
+        return form(query, key, value, mask, scaling, softcap, sinks)
+
+    def _gathered_keys(self, rule) -> tuple[torch.Tensor, torch.Tensor]:
+        """(blocks, K) the keys of each block of queries; (blocks, 1, 1, BLOCK, K) 0, or -inf for a
+        key that a query of the block does not see."""
+        end, tokens, sets = self.pack.end.numpy(), len(self.pack.end), []
         for a in range(0, tokens, BLOCK):
             sets.append(np.append(np.flatnonzero(end[:a] > a), np.arange(a, a + BLOCK)))
         width = -(-max(map(len, sets)) // 16) * 16
@@ -72,36 +158,58 @@ class TreeView:
         for row, keys in zip(table, sets):
             row[: len(keys)] = keys
         i, j = np.arange(tokens).reshape(-1, BLOCK, 1), table[:, None]
-        seen = torch.from_numpy((j <= i) & (i < np.append(end, 0)[j]))
-        self.table = torch.from_numpy(np.minimum(table, tokens - 1)).to(device)
-        # (blocks, 1, 1, BLOCK, K)
-        self.bias = torch.where(seen, 0.0, -torch.inf)[:, None, None].to(device)
+        seen = (j <= i) & (i < np.append(end, 0)[j])  # (blocks, BLOCK, K)
+        if rule is not None:
+            pos = np.append(self.pack.pos.numpy(), 0)
+            seen &= allowed(rule, *(torch.from_numpy(pos[x]).to(self.device) for x in (i, j)))
+            # Keys that no query of a block sees are not gathered.
+            needed = seen.any(1)  # (blocks, K)
+            first = np.argsort(~needed, axis=1, kind="stable")
+            first = first[:, : -(-needed.sum(1).max() // 16) * 16]
+            table = np.take_along_axis(table, first, 1)
+            seen = np.take_along_axis(seen, first[:, None], 2)
+        table = torch.from_numpy(np.minimum(table, tokens - 1)).to(self.device)
+        bias = torch.where(torch.from_numpy(seen), 0.0, -torch.inf)[:, None, None]
+        return table, bias.to(self.device)
 
-    def __call__(self, layer, query, key, value, scaling):
-        if self.layers is not None:
-            self.layers.append((key[0].detach(), value[0].detach()))
-        if self.flex:
-            return flex_tree_attention(query, key, value, self.block_mask, scaling)
-        groups, size, (blocks, width) = key.shape[1], key.shape[3], self.table.shape
-        q = query[0].view(groups, -1, blocks, BLOCK, size)  # (G, R, blocks, BLOCK, D)
-        shape = (groups, blocks, 1, width, size)
-        k = key[0].index_select(1, self.table.view(-1)).view(shape)
-        v = value[0].index_select(1, self.table.view(-1)).view(shape)
-        q, k, v = q.permute(2, 0, 1, 3, 4), k.transpose(0, 1), v.transpose(0, 1)
-        out = grouped_attention(q, k, v, self.bias, scaling)
-        return out.permute(1, 2, 0, 3, 4).reshape(query.shape)
+
+def allowed(rule, i: torch.Tensor, j: torch.Tensor) -> np.ndarray:
+    """What a layer's own mask says of positions i and j, broadcast."""
+    zero = torch.zeros((), dtype=torch.long, device=i.device)
+    return rule(zero, zero, i, j).cpu().numpy()
+
+
+def gathered_attention(query, key, value, keys, scaling, softcap, sinks):
+    """A pack by gathered keys: query (1, G * R, N, D), key (1, G, N, D), value (1, G, N, E); keys:
+    TreeView._gathered_keys. -> (1, G * R, N, E)"""
+    (table, bias), groups, tokens = keys, key.shape[1], query.shape[2]
+    blocks, width = table.shape
+    q = query[0].view(groups, -1, blocks, BLOCK, query.shape[3])  # (G, R, blocks, BLOCK, D)
+    k, v = [
+        x[0].index_select(1, table.view(-1)).view(groups, blocks, 1, width, -1).transpose(0, 1)
+        for x in (key, value)
+    ]  # (blocks, G, 1, K, D)
+    q = q.permute(2, 0, 1, 3, 4)
+    if sinks is not None:
+        sinks = sinks.view(groups, -1, 1, 1)
+    out = grouped_attention(q, k, v, bias, scaling, softcap, sinks)
+    return out.permute(1, 2, 0, 3, 4).reshape(1, -1, tokens, value.shape[3])
 
 
 class CacheView:
-    """Keys and values of B rows, allocated once; row b has written columns 0 .. length[b] - 1."""
+    """Keys and values of B rows, allocated once; row b has written columns 0 .. length[b] - 1.
 
-    def __init__(self, layers: int, shape: tuple[int, ...], dtype: torch.dtype, device: str):
-        rows, groups, columns, size = shape
+    keys, values: one per layer, of prefixes, (G, tokens, D) and (G, tokens, E).
+    """
+
+    def __init__(self, keys: list, values: list, rows: int, columns: int):
         columns += -columns % 8  # CUDA's fused kernels want such widths
-        # Zeros: a masked column counts 0 times its value, which for a NaN left in memory is NaN.
-        zeros = functools.partial(torch.zeros, (rows, groups, columns, size))  # (B, G, T, D)
-        self.keys = [zeros(dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [zeros(dtype=dtype, device=device) for _ in range(layers)]
+
+        def empty(x):  # (B, G, T, D)
+            # Zeros: a masked column counts 0 times its value, which for a NaN left in memory is NaN.
+            return x.new_zeros(rows, len(x), columns, x.shape[-1])
+
+        self.keys, self.values = [empty(x) for x in keys], [empty(x) for x in values]
 
     def at(self, length: torch.Tensor, width: int):
         """The next token of a row goes to column `length` and sees columns 0 .. length < width."""
@@ -109,25 +217,43 @@ class CacheView:
             width += -width % 8
         self.rows = torch.arange(len(length), device=length.device)
         self.length, self.width = length, width
-        unseen = torch.arange(width, device=length.device) > length[:, None]
-        bias = torch.zeros(unseen.shape, dtype=self.keys[0].dtype, device=length.device)
-        self.bias = bias.masked_fill_(unseen, -torch.inf)[:, None, None]  # (B, 1, 1, T)
         return self
 
-    def __call__(self, layer, query, key, value, scaling):
+    def of_kind(self, rule):
+        """The attention of the layers whose own mask is `rule` (see `layer_mask`)."""
+        length, column = self.length[:, None], torch.arange(self.width, device=self.length.device)
+        unseen = column > length
+        if rule is not None:
+            zero = torch.zeros((), dtype=torch.long, device=length.device)
+            unseen |= ~rule(zero, zero, length, column)
+        bias = torch.zeros(unseen.shape, dtype=self.keys[0].dtype, device=length.device)
+        bias = bias.masked_fill_(unseen, -torch.inf)[:, None, None]  # (B, 1, 1, T)
+        return functools.partial(self._attend, bias)
+
+    def _attend(self, bias, layer, query, key, value, scaling, softcap, sinks):
         k, v = self.keys[layer], self.values[layer]
         k[self.rows, :, self.length] = key[:, :, 0].to(k.dtype)
         v[self.rows, :, self.length] = value[:, :, 0].to(v.dtype)
         k, v = k[: len(query), :, : self.width], v[: len(query), :, : self.width]
         # (B, G, R, D): the heads of a group share keys, as if they were R queries of one head.
         q = query.view(len(query), k.shape[1], -1, query.shape[-1])
-        if not on_cuda(query):
-            return grouped_attention(q, k, v, self.bias, scaling).view(query.shape)
+        shape = (*query.shape[:3], v.shape[-1])
+        if not on_cuda(query) or softcap is not None or sinks is not None:
+            if sinks is not None:
+                sinks = sinks.view(k.shape[1], -1, 1)
+            return grouped_attention(q, k, v, bias, scaling, softcap, sinks).view(shape)
         # So no kernel need know of groups (the one that takes a mask on most cards does not, and
         # would give way to one that copies the cache). Scores and softmax are float32 inside.
-        bias = self.bias.expand(-1, -1, q.shape[2], -1)
+        bias = bias.expand(-1, -1, q.shape[2], -1)
         out = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=bias, scale=scaling)
-        return out.reshape(query.shape)
+        return out.reshape(shape)
+
+
+def padded(pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+    """`end` and `pos` of a pack filled up by tokens that see themselves alone."""
+    size = len(pack.end)
+    more = torch.arange(size, size + _padding(size))
+    return torch.cat([pack.end, more + 1]), torch.cat([pack.pos, torch.zeros_like(more)])
 
 
 def _padding(size: int) -> int:
@@ -136,20 +262,27 @@ def _padding(size: int) -> int:
     return max(-size % FLEX, 2 * FLEX - size)
 
 
-def _padded_ends(end: torch.Tensor) -> torch.Tensor:
-    """`end` of a pack filled up by tokens that see themselves alone."""
-    more = torch.arange(len(end), len(end) + _padding(len(end)))
-    return torch.cat([end, more + 1])
-
-
-def _block_mask(end: torch.Tensor):
+def _block_mask(end: torch.Tensor, pos: torch.Tensor, rule=None):
     """The blocks of a pack in which some token sees some other, for flex_attention."""
-    rule = lambda b, h, i, j: (j <= i) & (i < end[j])
-    return _flex()[1](rule, None, None, len(end), len(end), device=end.device)
+
+    def in_tree(b, h, i, j):
+        return (j <= i) & (i < end[j])
+
+    def in_tree_and_rule(b, h, i, j):
+        return (j <= i) & (i < end[j]) & rule(b, h, pos[i], pos[j])
+
+    seen = in_tree if rule is None else in_tree_and_rule
+    return _flex()[1](seen, None, None, len(end), len(end), device=end.device)
 
 
-def flex_tree_attention(query, key, value, block_mask, scaling):
-    """flex_attention on a pack: query (1, G * R, N, D), key and value (1, G, N, D).
+@functools.cache
+def _capped(softcap: float):
+    """What flex_attention does to each score."""
+    return lambda score, b, h, i, j: softcap * torch.tanh(score / softcap)
+
+
+def flex_tree_attention(query, key, value, block_mask, scaling, softcap=None, sinks=None):
+    """flex_attention on a pack: query (1, G * R, N, D), key (1, G, N, D), value (1, G, N, E).
 
     A query under 128 tokens would go to another kernel (flex_decoding), which finds no block for
     some head counts; so tokens are filled up and the kernel is named. Under autocast rotary
@@ -158,14 +291,24 @@ def flex_tree_attention(query, key, value, block_mask, scaling):
     """
     size, more = query.shape[2], _padding(query.shape[2])
 
-    def filled(x):  # of one dtype and one layout too: each other one would be compiled anew
+    def filled(x):  # of one dtype and one layout too: each other one would be compiled again
         return F.pad(x.to(value.dtype), (0, 0, 0, more)).contiguous()
 
+    options = {"scale": scaling, "enable_gqa": True}
+    options["kernel_options"] = {"FORCE_USE_FLEX_ATTENTION": True}
+    if softcap is not None:
+        options["score_mod"] = _capped(softcap)
+    if sinks is not None:
+        from torch.nn.attention.flex_attention import AuxRequest
+
+        options["return_aux"] = AuxRequest(lse=True)
     with torch.autocast(query.device.type, enabled=False, cache_enabled=False):
-        out = _flex()[0](
-            filled(query), filled(key), filled(value), block_mask=block_mask, scale=scaling,
-            enable_gqa=True, kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
-        )  # fmt: skip
+        inputs = filled(query), filled(key), filled(value)
+        out = _flex()[0](*inputs, block_mask=block_mask, **options)
+        if sinks is not None:  # its share of the softmax: exp(sink) / (exp(sink) + exp(lse))
+            out, aux = out
+            kept = torch.sigmoid(aux.lse - sinks.to(aux.lse.dtype)[:, None])  # (1, G * R, N)
+            out = (out * kept[..., None]).to(out.dtype)
     return out[:, :, :size]
 
 
@@ -181,41 +324,38 @@ def _flex():
     return fused, torch.compile(create_block_mask, dynamic=True)
 
 
-def head_sizes(config) -> tuple[int, int, int]:
-    """(query heads, key/value heads, size of a head) by a model's config."""
-    heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    return heads, groups, getattr(config, "head_dim", None) or config.hidden_size // heads
-
-
 def flex_agrees(lm) -> bool:
-    """Does flex_attention give what the gathered form gives, forward and backward, for this model's
-    heads? If not, or where it cannot run, the gathered form goes on, with one line of warning."""
-    heads, groups, size = head_sizes(lm.config)
+    """Does flex_attention give what the gathered form gives, forward and backward, for the heads and
+    masks of this model's layers? If not, or where it cannot run, the gathered form goes on, with one
+    line of warning."""
     dtype = torch.bfloat16 if lm.in_bfloat16 else torch.float32
     tolerance = 3e-2 if lm.in_bfloat16 else 1e-4
     rng = torch.Generator().manual_seed(0)
     try:
-        for tokens in (128, 256, 1024):
-            part = tokens // 4
-            tree = Tree([[1] * part] * 4, [-1, 0, 0, 2], [True] * 4)
-            (pack,) = pack_trees([tree], tokens)
-            shapes = [(1, heads, tokens, size)] + [(1, groups, tokens, size)] * 2
-            inputs = []
-            for shape in shapes:
-                x = torch.randn(shape, generator=rng).to(lm.device, dtype)
-                inputs.append(x.requires_grad_())
-            found = []
-            for flex in (False, True):
-                view = TreeView(pack, lm.device, flex=flex)
-                with torch.enable_grad():  # whoever asks first may not need gradients
-                    out = view(0, *inputs, size**-0.5)
-                    found.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
-            for expected, fused in zip(*found):
-                expected, fused = expected.detach().float(), fused.detach().float()
-                difference = float((expected - fused).abs().max())
-                if not difference <= tolerance * max(1.0, float(expected.abs().max())):
-                    raise ValueError(f"{tokens} tokens differ by {difference:.1g}")
+        for heads, groups, size, value_size, softcap, with_sinks, rule in lm.shapes:
+            for tokens in (128, 256, 1024):
+                part = tokens // 4
+                tree = Tree([[1] * part] * 4, [-1, 0, 0, 2], [True] * 4)
+                (pack,) = pack_trees([tree], tokens)
+                shapes = [(1, heads, tokens, size), (1, groups, tokens, size)]
+                shapes += [(1, groups, tokens, value_size)] + [(heads,)] * with_sinks
+                inputs = []
+                for shape in shapes:
+                    x = torch.randn(shape, generator=rng).to(lm.device, dtype)
+                    inputs.append(x.requires_grad_())
+                query, key, value, sinks = inputs if with_sinks else (*inputs, None)
+                found = []
+                for flex in (False, True):
+                    view = TreeView(pack, lm.device, flex=flex).of_kind(rule)
+                    with torch.enable_grad():  # whoever asks first may not need gradients
+                        out = view(0, query, key, value, size**-0.5, softcap, sinks)
+                        slopes = torch.autograd.grad(out.float().square().sum(), inputs)
+                        found.append([out, *slopes])
+                for expected, fused in zip(*found):
+                    expected, fused = expected.detach().float(), fused.detach().float()
+                    difference = float((expected - fused).abs().max())
+                    if not difference <= tolerance * max(1.0, float(expected.abs().max())):
+                        raise ValueError(f"{tokens} tokens differ by {difference:.1g}")
     except Exception as e:  # noqa: BLE001  whatever a GPU's software does, numbers are right
         if rank() == 0:
             wrong = "flex_attention is not used, a slower and larger form is"
@@ -223,6 +363,13 @@ def flex_agrees(lm) -> bool:
             print(f"warning: {wrong}", file=sys.stderr)
         return False
     return True
+
+
+def head_sizes(config) -> tuple[int, int, int]:
+    """(query heads, key/value heads, size of a head) by a model's config."""
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    return heads, groups, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
 def row_bytes(config, columns: int, itemsize: int) -> int:
@@ -241,9 +388,31 @@ def forward_pack(lm, pack: Pack, view: TreeView | None = None) -> torch.Tensor:
     if not 0 <= int(pack.ids.min()) <= int(pack.ids.max()) < lm.config.vocab_size:
         wrong = f"token {int(pack.ids.max())} is asked for, of {lm.config.vocab_size}"
         raise UserError(f"{lm.path}: {wrong}: the records are of another tokenizer")
+    if lm.paths:
+        return forward_paths(lm, pack)
     if view is None:
         if lm.flex is None:
             lm.flex = flex_agrees(lm)
         view = TreeView(pack, lm.device, flex=lm.flex)
     ids, pos = pack.ids[None].to(lm.device), pack.pos[None].to(lm.device)
     return lm.hidden(ids, pos, view)[0]
+
+
+def forward_paths(lm, pack: Pack) -> torch.Tensor:
+    """The same for a model that no tree mask holds for, by its own attention: a row per path to a leaf,
+    filled up on the right, where no token is seen by those before it."""
+    end, pos, node = pack.end.numpy(), pack.pos.numpy(), pack.node.numpy()
+    leaf = np.ones(len(end), bool)
+    leaf[pack.prev.numpy()[pack.prev.numpy() >= 0]] = False
+    last, token = np.flatnonzero(leaf)[:, None], np.arange(len(end))
+    path = (token <= last) & (last < end)  # (rows, N)
+    path = path[(path & (node >= 0)).any(1)]  # without the tokens that fill the pack up
+    row, column = path.nonzero()[0], pos[path.nonzero()[1]]
+    ids = torch.zeros(len(path), int(column.max()) + 1, dtype=torch.long)  # (rows, T)
+    ids[row, column] = pack.ids[path.nonzero()[1]]
+    with lm.autocast():
+        out = lm.decoder(input_ids=ids.to(lm.device), use_cache=False).last_hidden_state
+    place = torch.from_numpy(
+        path.argmax(0) * ids.shape[1] + pos
+    )  # in the first row that has a token
+    return out.flatten(0, 1)[place.to(lm.device)]

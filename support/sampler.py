@@ -149,9 +149,7 @@ class Decoder:
         self.size = size
         self.width = 0  # columns of the cache that the longest row may have written
         longest = max(len(prefixes.path[row.tree, row.node]) + row.max_new for row in rows)
-        groups, _, head_size = prefixes.keys[0].shape
-        shape, dtype = (size, groups, longest, head_size), prefixes.keys[0].dtype
-        self.cache = CacheView(len(prefixes.keys), shape, dtype, lm.device)
+        self.cache = CacheView(prefixes.keys, prefixes.values, size, longest)
         self.slots = Slots.free(size, max(row.max_new for row in rows), lm.device)
         # (V + 1,) does this token end a response: EOS do, and V, which is drawn where a logit is NaN.
         self.ends = torch.zeros(max(len(lm.head), max(lm.eos)) + 1, dtype=torch.bool)

@@ -86,9 +86,9 @@ def checkpoint_layers():
     read = model.read_weights
 
     def checkpointed(*args):
-        layers = read(*args)
+        layers, why = read(*args)
         support.architectures.checkpoint_layers(layers)
-        return layers
+        return layers, why
 
     model.read_weights = checkpointed
 
