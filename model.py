@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import transformers
 
-from support.architectures import checkpoint_layers, choose_form, refuse_dropout
+from support.architectures import checkpoint_layers, choose_form, decoder_of, refuse_dropout
 from support.attention import NAME, forward_pack, on_cuda, pack_hidden, register, seen_through
 from support.cli import UserError, first_line
 from support.distributed import in_turns, is_sharded, rank, whole_state, world
@@ -121,11 +121,10 @@ class LM:
         self.path, self.device, self.in_bfloat16 = path, device, in_bfloat16
         self.tokenizer, self.config, self.generation = tokenizer, config, generation
         self.model = model
-        self.decoder = None if model is None else model.base_model
-        self.scale = getattr(config, "logit_scale", None) or 1.0
-        self.scale /= getattr(config, "logits_scaling", None) or 1.0
-        self.softcap = getattr(config, "final_logit_softcapping", None)
-        # Is a tree computed path by path, since a tree mask does not hold for the model (choose_form)?
+        self.decoder = None if model is None else decoder_of(model)
+        # What load_lm finds out: logits are softcap * tanh(scale * product / softcap);
+        self.scale, self.softcap = 1.0, None
+        # trees are computed path by path, since a tree mask does not hold; shapes of the layers' heads.
         self.paths, self.shapes = False, set()
         self.codec = Codec(tokenizer, path, generation.eos_token_id, config.vocab_size)
         self.eos, self.own_eos = self.codec.eos, self.codec.own_eos

@@ -66,7 +66,7 @@ def fine_tune(lm: LM, trees: list[Tree], work: Path, lr, batch, passes, seed, pr
     def make_packs(rows):
         chosen = [trees[r] for r in rows]
         weight = sum(prompt_weight * len(t.ids[0]) + len(t.ids[1]) for t in chosen)
-        return [(pack, weight) for pack in pack_trees(chosen, DEMO_PACK, multiple=world())]
+        return [(pack, weight) for pack in pack_trees(chosen, DEMO_PACK, 1, world(), lm.paths)]
 
     def loss(pack, weight):
         logp = step_logprobs(lm, pack)  # (M,)

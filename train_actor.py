@@ -171,7 +171,7 @@ def reference_logprobs(lm: LM, records: list[dict], lines: list[dict], budget: i
     trees = [pair_tree(record, line) for record, line in zip(records, lines)]
     score = lambda pack: step_logprobs(lm, pack)
     ids = [line["id"] for line in lines]
-    found = score_trees(score, trees, budget, f"{lm.path}: log-prob", ids, BLOCK, kept)
+    found = score_trees(score, trees, budget, f"{lm.path}: log-prob", ids, BLOCK, kept, lm.paths)
     for line, numbers in zip(lines, found):
         for (_, action), logp in zip(sorted(actions_of(line).items()), numbers):
             action["logp_ref"] = logp
@@ -212,7 +212,7 @@ def train(lm: LM, records: list[dict], lines: list[dict], s: Settings, work: Pat
         """(pack, its pairs) of each pack of a batch of problems."""
         total = sum(len(actions[i]) for i in batch)
         items = []
-        for pack in pack_trees([trees[i] for i in batch], s.budget, BLOCK, world()):
+        for pack in pack_trees([trees[i] for i in batch], s.budget, BLOCK, world(), lm.paths):
             pairs = []
             for t, v in pack.owner:
                 i = batch[t]

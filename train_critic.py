@@ -123,7 +123,7 @@ def tree_values(
         return torch.sigmoid(step_values(lm, value_head, pack))
 
     ids = [record["id"] for record in records]
-    found = score_trees(score, trees, budget, f"{lm.path}: V", ids, kept=kept)
+    found = score_trees(score, trees, budget, f"{lm.path}: V", ids, 1, kept, lm.paths)
     values = []
     for record, numbers in zip(records, found):
         numbers = iter(numbers)
@@ -177,7 +177,7 @@ def train(lm, value_head, records: list[dict], retokenise: bool, s: Settings, wo
     def make_packs(batch: list[int]) -> list[tuple]:
         """(pack, MC of its states, their weights in the mean) of each pack of a batch of problems."""
         items, total = [], 0
-        for pack in pack_trees([trees[i] for i in batch], s.budget, multiple=world()):
+        for pack in pack_trees([trees[i] for i in batch], s.budget, 1, world(), lm.paths):
             states = [records[batch[t]]["nodes"][v] for t, v in pack.owner]
             target = torch.tensor([node["wins"] / node["n"] for node in states])  # MC(s)
             weight = torch.tensor([node["n"] if s.states == "all" else 1 for node in states])

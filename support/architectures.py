@@ -17,11 +17,12 @@ from support.packing import Tree, pack_trees
 
 @torch.no_grad()
 def choose_form(lm, why: str = ""):
-    """Trees in packs where a tree mask holds for the model, else one path per row (lm.paths).
+    """Find out whether a tree mask holds for the model. Where it does not, trees are computed path by
+    path (lm.paths), which one line of warning says.
 
-    why: what is known already to speak against packs. It is tried: two branches in a pack must come
-    out as each path alone by the model's own attention, and from hidden states must come the model's
-    own logits. Raises UserError where they do not.
+    why: what is known already to speak against a tree mask. It is tried: two branches in a pack must
+    come out as each path alone by the model's own attention, in every layer. Raises UserError where
+    the model's logits are no product of hidden states and head.
     """
     ids = [i % lm.config.vocab_size for i in range(3, 12)]
     tree = Tree([ids[:4], ids[4:6], ids[6:]], [-1, 0, 0], [True, True, True])
@@ -29,32 +30,63 @@ def choose_form(lm, why: str = ""):
     if not why:
         view, layers = TreeView(pack, lm.device, remember=True), lm.config.num_hidden_layers
         try:
-            packed = lm.logits(forward_pack(lm, pack, view)[: len(ids)])
+            packed = forward_pack(lm, pack, view)
         except Exception as e:  # noqa: BLE001  whatever a model does with a mask that it does not know
             why = first_line(e)
         else:
             if len(view.layers) != layers:
-                why = f"{layers - len(view.layers)} of its {layers} layers are no attention"
+                why = f"{layers - len(view.layers)} of its {layers} layers have no attention"
             lm.shapes = view.shapes
         own_attention(lm.model)
     lm.paths = True
-    apart = lm.logits(forward_pack(lm, pack)[: len(ids)])
-    path = torch.arange(len(ids))[(pack.end[: len(ids)] > pack.last[-1])]
-    with lm.autocast():
-        own = lm.model(input_ids=pack.ids[path][None].to(lm.device), use_cache=False).logits[0]
-    kind = lm.config.model_type
-    if not own.isfinite().all():
-        raise UserError(f"{lm.path}: its logits are NaN; train it again")
-    if (own - apart[path]).abs().max() > (0.1 if lm.in_bfloat16 else 1e-3) * own.abs().max():
-        raise UserError(f"{lm.path}: {kind} scales its logits in a way that is not supported")
-    if not why and not torch.allclose(packed, apart, atol=0.5 if lm.in_bfloat16 else 1e-3):
+    apart = forward_pack(lm, pack)
+    path = (torch.arange(len(pack.ids)) <= pack.last[-1]) & (pack.end > pack.last[-1])
+    choose_logits(lm, pack.ids[path].to(lm.device), apart[path])
+    real = slice(len(ids))  # without the tokens that fill the pack up
+    if not why and not torch.allclose(
+        lm.logits(packed[real]), lm.logits(apart[real]), atol=0.5 if lm.in_bfloat16 else 1e-3
+    ):
         why = "a token sees more than its path"
     if not why:
         lm.model.set_attn_implementation(NAME)
         lm.paths = False
     elif rank() == 0:
-        slower = "each path of a tree is computed by itself, several times slower"
-        print(f"warning: {lm.path}: {kind} cannot be packed ({why}); {slower}", file=sys.stderr)
+        kind, slower = lm.config.model_type, "each path is computed by itself, several times slower"
+        print(
+            f"warning: {lm.path}: no trees in one pass for {kind} ({why}); {slower}",
+            file=sys.stderr,
+        )
+
+
+def choose_logits(lm, ids, hidden):
+    """What the model does to the product of hidden states (T, d), those of ids (T,), and its head: of
+    what its config may mean the nearest to its own logits."""
+    with lm.autocast():
+        own = lm.model(input_ids=ids[None], use_cache=False).logits[0].float()
+    if not own.isfinite().all():
+        raise UserError(f"{lm.path}: its logits are NaN; train it again")
+    field = lambda name: getattr(lm.config, name, None)
+    lm.softcap = field("final_logit_softcapping") or field("logits_soft_cap")
+    lm.softcap = lm.softcap or field("output_logit_soft_cap")
+    factor = field("logit_scale") or field("lm_head_multiplier") or 1.0
+    divisor, errors = field("logits_scaling") or 1.0, {}
+    for lm.scale in (
+        factor / divisor,
+        factor * divisor,
+        1.0,
+    ):  # HyperCLOVA X multiplies by "scaling"
+        errors.setdefault(lm.scale, float((own - lm.logits(hidden)).abs().max()))
+    lm.scale = min(errors, key=errors.get)
+    if errors[lm.scale] > (0.1 if lm.in_bfloat16 else 1e-3) * own.abs().max():
+        wrong = "its logits are no product of its last hidden states and its head"
+        raise UserError(f"{lm.path}: {lm.config.model_type} is not supported: {wrong}")
+
+
+def decoder_of(model):
+    """The part whose last hidden states the head is multiplied with; of a model that reads images too
+    its language model."""
+    decoder = model.get_decoder()
+    return model.model if decoder is model else decoder  # Llama 4 says itself
 
 
 def own_attention(model):
@@ -63,6 +95,10 @@ def own_attention(model):
         model.set_attn_implementation("sdpa")
     except ValueError:  # it has none
         model.set_attn_implementation("eager")
+    if (
+        model.config._attn_implementation == NAME
+    ):  # a model of the old kind, which asks for masks only
+        model.config._attn_implementation = "eager"
 
 
 def refuse_dropout(lm):

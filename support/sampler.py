@@ -13,7 +13,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from itertools import islice
+from itertools import groupby, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from support.attention import CacheView, TreeView, pack_hidden, row_bytes
 from support.cli import UserError, first_line
 from support.distributed import world
-from support.packing import BLOCK, Tree, pack_trees
+from support.packing import BLOCK, Tree, pack_trees, path_to
 
 
 class Row(NamedTuple):
@@ -328,7 +328,7 @@ class Sampler:
 
     def fits(self, trees: list[Tree]) -> bool:
         """Do the trees' prefixes take at most half of the memory? The rest is for the rows."""
-        if self.lm.device != "cuda":
+        if self.lm.device != "cuda" or self.lm.paths:
             return True
         self.trees = self.prefixes = None
         tokens = sum(len(ids) for tree in trees for ids in tree.ids)
@@ -348,12 +348,11 @@ class Sampler:
         """
         if not rows:
             return []
+        if self.lm.paths:
+            return self._draw_path_by_path(trees, rows, temperature, progress)
         lm, prefixes = self.lm, self._prefixes(trees)
         sizes = [len(prefixes.path[row.tree, row.node]) for row in rows]
-        width = max(size + row.max_new for size, row in zip(sizes, rows))
-        if width > lm.max_length:
-            wrong = f"a prefix and its new tokens are {width}, the context is {lm.max_length}"
-            raise UserError(f"{lm.path}: {wrong}; lower --max_new or leave long problems out")
+        width = require_room(lm, sizes, rows)
         # Taken from the end: longest first, so that rows of like length decode together.
         waiting = sorted(range(len(rows)), key=lambda r: sizes[r])
         size = rows_that_fit(lm, width, max(16, min(self.batch, _sixteens(len(rows)))))
@@ -376,6 +375,33 @@ class Sampler:
             for _ in range(8 if lm.device == "cuda" else 1):
                 decoder.step()
 
+    def _draw_path_by_path(self, trees, rows, temperature, progress) -> list[list[int]]:
+        """The same by the model's own cache, whatever that is: rows whose prefixes have one length
+        decode together."""
+        from support.generation import generate  # takes seconds
+
+        lm, prefixes, results = self.lm, [], [None] * len(rows)
+        for row in rows:
+            tree = trees[row.tree]
+            prefixes.append([i for v in path_to(tree, row.node) for i in tree.ids[v]])
+        require_room(lm, list(map(len, prefixes)), rows)
+        order = sorted(range(len(rows)), key=lambda r: len(prefixes[r]))
+        for _, group in groupby(order, key=lambda r: len(prefixes[r])):
+            group = iter(group)
+            while some := list(islice(group, self.batch)):
+                key = torch.tensor([rows[r].key for r in some], device=lm.device)
+
+                def draw(logits, drawn: int, key=key):
+                    return draw_tokens(logits, key, torch.full_like(key, drawn), temperature)
+
+                longest = max(rows[r].max_new for r in some)
+                drawn = generate(lm, [prefixes[r] for r in some], longest, draw)
+                for r, ids in zip(some, drawn):
+                    results[r] = ids[: rows[r].max_new]
+                    if progress:
+                        progress(1, len(results[r]))
+        return results
+
     def _prefixes(self, trees: list[Tree]) -> Prefixes:
         """Of these trees, computed unless the last call was about the same list."""
         if trees is not self.trees:
@@ -388,6 +414,15 @@ class Sampler:
         items = iter(todo)
         while some := list(islice(items, self.chunk * world())):
             write(process(some, progress))
+
+
+def require_room(lm, sizes: list[int], rows: list[Row]) -> int:
+    """Tokens of the longest row and its prefix (sizes); UserError if the model's context is shorter."""
+    width = max(size + row.max_new for size, row in zip(sizes, rows))
+    if width > lm.max_length:
+        wrong = f"a prefix and its new tokens are {width}, the context is {lm.max_length}"
+        raise UserError(f"{lm.path}: {wrong}; lower --max_new or leave long problems out")
+    return width
 
 
 def require_single_process(script: str):

@@ -42,12 +42,12 @@ class Results:
 
 
 def score_trees(
-    score, trees: list[Tree], budget: int, what: str, names: list, align=1, kept=None
+    score, trees: list[Tree], budget: int, what: str, names: list, align=1, kept=None, paths=False
 ) -> list[list[float]]:
     """The numbers of every tree's scored nodes, in the order of the nodes.
 
     score   (Pack) -> the numbers of its scored nodes, (M,)
-    budget  tokens of a pack; align: as of pack_trees
+    budget  tokens of a pack; align, paths: as of pack_trees
     what    what the numbers are and of which model; names: of the trees; for errors
     kept    Results: trees that are there already are not computed again
 
@@ -62,7 +62,7 @@ def score_trees(
         while last < len(trees) and tokens < world() * ROUND:
             tokens += sum(map(len, trees[last].ids))
             last += 1
-        found = _score_round(score, trees[first:last], budget, align)
+        found = _score_round(score, trees[first:last], budget, align, paths)
         for t, numbers in enumerate(found, first):
             for number in numbers:
                 if not math.isfinite(number):
@@ -74,16 +74,19 @@ def score_trees(
     return done
 
 
-def _score_round(score, trees: list[Tree], budget: int, align: int) -> list[list[float]]:
+def _score_round(
+    score, trees: list[Tree], budget: int, align: int, paths: bool
+) -> list[list[float]]:
     """The same for trees that are packed at once."""
     own, found = local_shard(range(len(trees))), []
-    packs = pack_trees([trees[t] for t in own], budget, align)
+    packs = pack_trees([trees[t] for t in own], budget, align, paths=paths)
     for pack in packs:
         for (t, v), number in zip(pack.owner, score(pack).tolist()):
             found.append(((own[t], v), number))
     most = max(all_gather([len(packs)]))
     if len(packs) < most:  # of sharded weights all processes must run equally many passes
-        spare = pack_trees([next(tree for tree in trees if any(tree.score))], budget, align)[0]
+        some = next(tree for tree in trees if any(tree.score))
+        spare = pack_trees([some], budget, align, paths=paths)[0]
         for _ in range(most - len(packs)):
             score(spare)
     numbers = dict(all_gather(found))

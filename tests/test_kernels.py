@@ -250,9 +250,10 @@ def test_twelve_sizes_compile_twice_at_most(flex):
     for autocast in (False, True):
         for needed in (False, True):
             for size in range(64, 64 * 13, 64):
-                mask = support.attention._block_mask(
-                    support.attention._padded_ends(torch.arange(1, size + 1))
+                one = support.attention.padded(
+                    pack_trees([Tree([[5] * size], [-1], [True])], size)[0]
                 )
+                mask = support.attention._block_mask(*one)
                 query = torch.randn(1, size, 4, 16).transpose(1, 2).requires_grad_(needed)
                 key, value = torch.randn(2, 1, 2, size, 16)
                 with torch.autocast("cpu", enabled=autocast), torch.set_grad_enabled(needed):
@@ -453,12 +454,13 @@ def test_a_decoded_token_by_the_fused_kernel_is_the_cpu_s(monkeypatch, heads, gr
     torch.manual_seed(0)
     query, key, value = [torch.randn(5, n, 1, 8) for n in (heads, groups, groups)]
     length = torch.tensor([3, 9, 0, 12, 7])
-    cache = support.attention.CacheView(1, (5, groups, 16, 8), torch.float32, "cpu")
+    kept = [torch.zeros(groups, 9, 8)]
+    cache = support.attention.CacheView(kept, kept, 5, 16)
     cache.keys[0].normal_()
     cache.values[0].normal_()
-    want = cache.at(length, 13)(0, query, key, value, 0.4)
+    want = cache.at(length, 13).of_kind(None)(0, query, key, value, 0.4, None, None)
     as_if_on_cuda(monkeypatch)
-    got = cache.at(length, 13)(0, query, key, value, 0.4)
+    got = cache.at(length, 13).of_kind(None)(0, query, key, value, 0.4, None, None)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
@@ -876,41 +878,13 @@ def test_step_advantages_equals_loops(rng):
                     assert adv[k].item() == pytest.approx(float(q[k]) - average)
 
 
-# ---------------------------------------------------------------- models that a tree mask would break
+# ---------------------------------------------------------------- models and their configs
 
 
-BLOOM = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.15}
-OTHERS = {
-    "mistral with a window": ("mistral.*sliding", hf.MistralConfig, {"sliding_window": 8}),
-    "qwen2 with a window": (
-        "qwen2.*sliding",
-        hf.Qwen2Config,
-        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-    ),
-    "gemma2, every other layer": ("gemma2.*sliding", hf.Gemma2Config, {}),
-    "gemma2, soft-capped attention": (
-        "soft-cap",
-        hf.Gemma2Config,
-        {"sliding_window": None, "layer_types": ["full_attention"] * 2},
-    ),
-    "phi, a bias on the logits": ("phi.*bias", hf.PhiConfig, {}),
-    "llama, with a field that it does not read": (
-        "llama scales its logits",
-        hf.LlamaConfig,
-        {"logits_scaling": 4.0},
-    ),
-    "stablelm, which keeps the view to itself": ("StableLm.*hides", hf.StableLmConfig, {}),
-    "bloom, ALiBi": ("bloom", hf.BloomConfig, BLOOM),
-    "mamba, no attention": ("mamba", hf.MambaConfig, {"hidden_size": 32, "num_hidden_layers": 2}),
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_other_attention_is_refused_by_name(build, name):
-    words, kind, fields = OTHERS[name]
-    bare = kind in (hf.BloomConfig, hf.MambaConfig)
-    place = build(kind, {"num_key_value_heads": 2, **fields}, {} if bare else SIZES)
-    with pytest.raises(UserError, match=words):
+def test_logits_that_are_no_product_are_refused(build):
+    """Llama does not read this field, so by it the logits would be wrong."""
+    place = build(hf.LlamaConfig, {"num_key_value_heads": 2, "logits_scaling": 4.0})
+    with pytest.raises(UserError, match="llama scales its logits"):
         load_lm(place, device="cpu")
 
 
