@@ -399,20 +399,17 @@ def forward_pack(lm, pack: Pack, view: TreeView | None = None) -> torch.Tensor:
 
 
 def forward_paths(lm, pack: Pack) -> torch.Tensor:
-    """The same for a model that no tree mask holds for, by its own attention: a row per path to a leaf,
-    filled up on the right, where no token is seen by those before it."""
-    end, pos, node = pack.end.numpy(), pack.pos.numpy(), pack.node.numpy()
-    leaf = np.ones(len(end), bool)
-    leaf[pack.prev.numpy()[pack.prev.numpy() >= 0]] = False
-    last, token = np.flatnonzero(leaf)[:, None], np.arange(len(end))
+    """The same for a model that no tree mask holds for, by its own attention: a row for each path to a
+    leaf, filled up on the right, where nothing before sees it."""
+    end, pos, prev = pack.end.numpy(), pack.pos.numpy(), pack.prev.numpy()
+    token = np.arange(len(end))
+    last = np.setdiff1d(token, prev)[:, None]  # (rows, 1) the leaves: no token follows them
     path = (token <= last) & (last < end)  # (rows, N)
-    path = path[(path & (node >= 0)).any(1)]  # without the tokens that fill the pack up
-    row, column = path.nonzero()[0], pos[path.nonzero()[1]]
-    ids = torch.zeros(len(path), int(column.max()) + 1, dtype=torch.long)  # (rows, T)
-    ids[row, column] = pack.ids[path.nonzero()[1]]
+    path = path[(path & (pack.node.numpy() >= 0)).any(1)]  # without what fills the pack up
+    row, seen = path.nonzero()
+    ids = pack.ids[0].repeat(len(path), pos[seen].max() + 1)  # (rows, T)
+    ids[row, pos[seen]] = pack.ids[seen]
     with lm.autocast():
         out = lm.decoder(input_ids=ids.to(lm.device), use_cache=False).last_hidden_state
-    place = torch.from_numpy(
-        path.argmax(0) * ids.shape[1] + pos
-    )  # in the first row that has a token
-    return out.flatten(0, 1)[place.to(lm.device)]
+    place = path.argmax(0) * ids.shape[1] + pos  # (N,) in the first row that has the token
+    return out.flatten(0, 1)[torch.from_numpy(place).to(lm.device)]

@@ -163,13 +163,14 @@ class Row(NamedTuple):
     owner: tuple[int, int] | None  # (tree, node) if it is scored here
 
 
-# Packs are filled up by roots of one token, which see themselves alone: no token's mask is all empty.
-FILL = Row([0], -1, None)
-
-
 def _lay_out(trees: list[Tree], group: list, align: int) -> list[Row]:
-    """The table of a group of (tree, run)."""
+    """The table of a group of (tree, run).
+
+    It is filled up by roots of one token, which see themselves alone: no token's mask is all empty. A
+    token of the trees, since that of padding may be a vector of zeros, which some norms cannot take.
+    """
     table, size = [], 0
+    fill = Row(trees[group[0][0]].ids[0][:1], -1, None)
     for t, run in group:
         row_of = {-1: -1}
         for v, scored in run:
@@ -177,9 +178,9 @@ def _lay_out(trees: list[Tree], group: list, align: int) -> list[Row]:
             ids, parent = trees[t].ids[v], row_of[trees[t].parent[v]]
             table.append(Row(ids, parent, (t, v) if scored else None))
             size += len(ids)
-        table += [FILL] * (-size % align)
+        table += [fill] * (-size % align)
         size += -size % align
-    return table + [FILL] * (-size % BLOCK)
+    return table + [fill] * (-size % BLOCK)
 
 
 def _repeat(table: list[Row]) -> Pack:
