@@ -21,7 +21,8 @@ Beyond the paper, off by default (their code stands under a heading of its own):
     that is worth K completions. The paper's Q = V is --kappa inf; --kappa 0 is raw Monte Carlo.
  3. --value_draws K counts V(s) as K more draws in the mean of eq. 13, so that a step has an
     advantage even where it was drawn once and alone. It is meant for label_steps.py --whole_draws.
- 4. --likelihood W adds W / beta times the negative log-likelihood of each pair's step, weighted by
+ 4. --by_draws weighs a pair in eq. 12 by its draws, where the paper weighs all unique actions alike.
+ 5. --likelihood W adds W / beta times the negative log-likelihood of each pair's step, weighted by
     the share of its draws that ended right. Eq. 12 alone only moves what is better or worse than
     the rest of a state; so this term takes the pairs of every state, and --gap is for eq. 12 only.
     (W / beta, since eq. 12's gradient begins as A / beta: W is measured against A.) Iterative RPO
@@ -65,6 +66,7 @@ class Settings:
     )
     value_draws: float = flag("how many more draws V(s) is in the mean of eq. 13", 0.0)
     likelihood: float = flag("weight of right steps' likelihood beside eq. 12", 0.0)
+    by_draws: bool = flag("a pair weighs as often as it was drawn, not each the same", False)
     may_stay: bool = flag("where there is nothing to train on, write the actor as it is", False)
     budget: int = flag("tokens per pack", 8192, least=256, may_change=True)
     save_minutes: float = flag("minutes between checkpoints", 15.0, may_change=True)
@@ -197,7 +199,7 @@ class Pair(NamedTuple):
 
     adv: float  # A(s, a), eq. 13
     logp_ref: float  # log pi_ref(a | s)
-    weight: float  # 1 / number of pairs of the optimiser step: the mean of eq. 12
+    weight: float  # in the mean of eq. 12: 1 / number of pairs of the optimiser step
     in_regression: float  # 1, or 0 where only the likelihood term takes the pair
     success: float  # of the step's draws the share that ended right, for the likelihood term
 
@@ -210,15 +212,18 @@ def train(lm: LM, records: list[dict], lines: list[dict], s: Settings, work: Pat
 
     def make_packs(batch: list[int]) -> list[tuple]:
         """(pack, its pairs) of each pack of a batch of problems."""
-        total = sum(len(actions[i]) for i in batch)
+        total = 0
+        for i in batch:
+            total += sum(weight_of(records[i]["nodes"][v], s.by_draws) for v in actions[i])
         items = []
         for pack in pack_trees([trees[i] for i in batch], s.budget, BLOCK, world(), lm.paths):
             pairs = []
             for t, v in pack.owner:
                 i = batch[t]
-                action, success = actions[i][v], success_share(records[i]["nodes"][v])
-                trained = float(v in in_regression[i])
-                pairs.append(Pair(action["adv"], action["logp_ref"], 1 / total, trained, success))
+                action, node = actions[i][v], records[i]["nodes"][v]
+                weight, trained = weight_of(node, s.by_draws) / total, float(v in in_regression[i])
+                numbers = action["adv"], action["logp_ref"], weight, trained, success_share(node)
+                pairs.append(Pair(*numbers))
             items.append((pack, torch.tensor(pairs).T))
         return items
 
@@ -282,6 +287,11 @@ def value_in_the_mean(q, parent, draws, value, value_draws: float):
     found = step_advantages(torch.cat([q, value]), torch.cat([parent, states]), draws)
     adv, mean, gap = found
     return adv[: len(q)], mean, gap
+
+
+def weight_of(node: dict, by_draws: bool) -> int:
+    """Of a pair in the mean of eq. 12: 1, or with --by_draws how often its step was drawn."""
+    return max(1, node["draws"]) if by_draws else 1
 
 
 def likelihood_loss(logp, success):

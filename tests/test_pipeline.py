@@ -148,7 +148,7 @@ def test_samples_as_trees_and_the_likelihood_of_right_steps(tmp_path, monkeypatc
         )  # more where a blank line is cut in two ways
     for gap in (0.0, 0.4):  # eq. 12 leaves out states below it, the likelihood none
         actor = toy.ACTOR.replace("--batch 200", f"--batch 1000000 --gap {gap} --beta 0.5 --force")
-        actor += " --value_draws 1 --likelihood 2"
+        actor += " --value_draws 1 --by_draws --likelihood 2"
         code, said, err = toy.stage("train_actor.py", actor)
         assert code == 0, err
         loss = nll = weights = pairs = regressed = 0
@@ -156,12 +156,12 @@ def test_samples_as_trees_and_the_likelihood_of_right_steps(tmp_path, monkeypatc
             for state in line["states"]:
                 for action in state["actions"]:
                     node = records[line["id"]]["nodes"][action["node"]]
-                    weights += 1
-                    nll -= node["wins"] / node["n"] * action["logp_ref"]
+                    weights += node["draws"]
+                    nll -= node["draws"] * node["wins"] / node["n"] * action["logp_ref"]
                     pairs += 1
                     if state["gap"] >= gap:
                         regressed += 1
-                        loss += 0.5 * (action["adv"] / 0.5) ** 2  # log-ratio: 0
+                        loss += node["draws"] * 0.5 * (action["adv"] / 0.5) ** 2  # log-ratio: 0
         assert nll > 0 and 0 < regressed <= pairs and (regressed < pairs) == (gap > 0)
         assert f"B.1: {regressed} pairs of" in said
         assert f"; {pairs - regressed} pairs more for the likelihood" in said
