@@ -45,6 +45,8 @@ def local_world() -> int:
 
 def join(offload: bool = False):
     """Meet the other processes; offload: a group of one, which CPUOffloadPolicy needs too."""
+    if offload and not torch.cuda.is_available() and rank() == 0:
+        print("--offload: there is no GPU here, so it saves nothing")
     if dist.is_initialized() or (world() == 1 and not offload):
         return
     if offload:

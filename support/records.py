@@ -119,7 +119,9 @@ def problem_fault(record: dict) -> str | None:
     """Of a line of problems.jsonl: a prompt, and an answer or tests."""
     prompt, answer, tests = (record.get(name) for name in ("prompt", "answer", "tests"))
     fault = None
-    if not (isinstance(prompt, str) and prompt):
+    if "id" not in record:
+        fault = "no id"
+    elif not (isinstance(prompt, str) and prompt):
         fault = "no prompt"
     elif tests and not are_tests(tests):
         fault = "no usable tests"
@@ -247,9 +249,9 @@ def each_record(
             where = f"{path}:{number}"
             record = parsed(line, where)
             name = record.get("id")
-            wrong = (
-                "no id" if type(name) not in (str, int) or name == "" else fault and fault(record)
-            )
+            wrong = fault and fault(record)
+            if not wrong and (type(name) not in (str, int) or name == ""):
+                wrong = "no id"
             if wrong:
                 found = ", ".join(record) or "no JSON object"
                 raise UserError(f"{where}: {wrong} (found: {found}); is this the right file?")
