@@ -57,13 +57,14 @@ def load_lm(
     model, why = None, ""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        config = transformers.AutoConfig.from_pretrained(path).get_text_config()
+        whole = transformers.AutoConfig.from_pretrained(path)
+        config = whole.get_text_config()
         if weights:
             kind = torch.float32 if train else getattr(torch, dtype)
             read = lambda: read_weights(path, kind, device)
             # Several processes would fill the host's memory with copies that are on cards soon.
             many = device == "cuda" and world() > 1
-            model, why = in_turns(read, loaders(config)) if many else read()
+            model, why = in_turns(read, loaders(whole)) if many else read()
             config, generation = model.config.get_text_config(), model.generation_config
         else:
             generation = read_generation_config(path, config)
@@ -84,18 +85,25 @@ def load_lm(
 def read_weights(path, dtype: torch.dtype, device: str):
     """(the Hugging Face model, why it does not take support/attention.py's attention or "").
 
+    Of a checkpoint that reads images too it is the whole model, of which the text part is used.
     Raises ValueError where a weight is missing: it would be random.
     """
     register()  # not on import: it takes seconds, and a complete stage should say so at once
-    options = {"dtype": dtype, "output_loading_info": True}
-    read, why = transformers.AutoModelForCausalLM.from_pretrained, ""
-    try:
-        model, report = read(path, attn_implementation=NAME, **options)
-    except Exception:  # noqa: BLE001  if the folder is broken, it is so without that attention too
-        model, report = read(path, **options)
-        why = "it has attention of its own"
+    text, images = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
+    ours = {"attn_implementation": NAME}
+    for kind, attention in ((text, ours), (images, ours), (text, {})):
+        try:
+            model, report = kind.from_pretrained(
+                path, dtype=dtype, output_loading_info=True, **attention
+            )
+            break
+        except Exception as e:  # noqa: BLE001  a model of another kind raises all kinds
+            error = e
+    else:
+        raise error
     if report["missing_keys"]:
         raise ValueError(f"no {min(report['missing_keys'])} in the weights")
+    why = "" if attention else "its attention is written into it"
     return model.to(device).eval(), why
 
 

@@ -276,9 +276,11 @@ def _block_mask(end: torch.Tensor, pos: torch.Tensor, rule=None):
 
 
 @functools.cache
-def _capped(softcap: float):
-    """What flex_attention does to each score."""
-    return lambda score, b, h, i, j: softcap * torch.tanh(score / softcap)
+def _capped(softcap: float, device):
+    """What flex_attention does to each score. A tensor, since torch cannot compile it with a number that
+    it takes for a size that may change."""
+    cap = torch.tensor(softcap, device=device)
+    return lambda score, b, h, i, j: cap * torch.tanh(score / cap)
 
 
 def flex_tree_attention(query, key, value, block_mask, scaling, softcap=None, sinks=None):
@@ -297,7 +299,7 @@ def flex_tree_attention(query, key, value, block_mask, scaling, softcap=None, si
     options = {"scale": scaling, "enable_gqa": True}
     options["kernel_options"] = {"FORCE_USE_FLEX_ATTENTION": True}
     if softcap is not None:
-        options["score_mod"] = _capped(softcap)
+        options["score_mod"] = _capped(softcap, query.device)
     if sinks is not None:
         from torch.nn.attention.flex_attention import AuxRequest
 

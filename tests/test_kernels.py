@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -296,13 +297,16 @@ def test_flex_casts_what_rotary_positions_leave_in_float32(monkeypatch):
     assert seen == [(torch.bfloat16,) * 3] and out.shape == query.shape
 
 
-def dense(query, key, value, block_mask, scale, **_):
+def dense(query, key, value, block_mask, scale, score_mod=None, return_aux=None, **_):
     """A stand-in for flex_attention that has a backward pass on the CPU."""
     repeat = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-    return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=block_mask, scale=scale
-    )
+    scores = query @ key.transpose(-1, -2) * scale
+    if score_mod is not None:
+        scores = score_mod(scores, 0, 0, 0, 0)
+    scores = scores.masked_fill(~block_mask, -torch.inf)
+    out = scores.softmax(-1) @ value
+    return out if return_aux is None else (out, SimpleNamespace(lse=scores.logsumexp(-1)))
 
 
 def dense_mask(rule, b, h, rows, columns, device):
@@ -331,6 +335,41 @@ def test_flex_is_used_only_where_it_agrees(models, monkeypatch, capsys):
         assert line.startswith(
             f"warning: {lm.path}: flex_attention is not used, a slower and larger form is ("
         )
+
+
+def window(row, head, i, j):
+    """As transformers writes it."""
+    return (j > i - 70) & (j <= i)
+
+
+# (query heads, key/value heads, size of a key, of a value, soft-cap, sinks, mask), as LM.shapes has them.
+SHAPES = [(4, 2, 16, 16, 1.5, False, window), (4, 4, 16, 8, None, True, None)]
+
+
+def test_both_forms_of_windows_soft_caps_and_sinks_agree(monkeypatch, capsys):
+    """Each switched off in one form only is noticed."""
+    lm = SimpleNamespace(in_bfloat16=False, device="cpu", path="M", shapes=SHAPES)
+    monkeypatch.setattr(support.attention, "_flex", lambda: (dense, dense_mask))
+    assert support.attention.flex_agrees(lm) and capsys.readouterr().err == ""
+    wrong = [("score_mod", None), ("block_mask", torch.ones(1).bool()), ("sinks", None)]
+    for name, instead in wrong:
+        with monkeypatch.context() as patch:
+            if name == "sinks":
+                patch.setattr(torch, "sigmoid", torch.ones_like)
+            else:
+                less = lambda *x, **more: dense(
+                    *x, **{**more, **({name: instead} if name in more else {})}
+                )  # noqa: B023
+                patch.setattr(support.attention, "_flex", lambda: (less, dense_mask))  # noqa: B023
+            assert not support.attention.flex_agrees(lm)
+
+
+def test_the_real_flex_takes_windows_soft_caps_and_sinks(flex):
+    from transformers.masking_utils import sliding_window_causal_mask_function as sliding
+
+    shapes = [(4, 2, 16, 16, 1.5, False, sliding(70)), SHAPES[1]]
+    lm = SimpleNamespace(in_bfloat16=False, device="cpu", path="M", shapes=shapes)
+    assert support.attention.flex_agrees(lm)
 
 
 def test_flex_is_tried_by_the_first_pack_and_not_by_the_sampler(models, monkeypatch):
@@ -881,11 +920,15 @@ def test_step_advantages_equals_loops(rng):
 # ---------------------------------------------------------------- models and their configs
 
 
-def test_logits_that_are_no_product_are_refused(build):
-    """Llama does not read this field, so by it the logits would be wrong."""
-    place = build(hf.LlamaConfig, {"num_key_value_heads": 2, "logits_scaling": 4.0})
-    with pytest.raises(UserError, match="llama scales its logits"):
-        load_lm(place, device="cpu")
+def test_what_a_model_does_to_its_logits_is_found_out(build):
+    """Llama does not read this field; of BERT's head the product is the last part alone."""
+    lm = load_lm(
+        build(hf.LlamaConfig, {"num_key_value_heads": 2, "logits_scaling": 4.0}), device="cpu"
+    )
+    assert lm.scale == 1.0
+    sizes = {k: x for k, x in SIZES.items() if k != "attention_dropout"}
+    with pytest.raises(UserError, match="bert is not supported: its logits are no product"):
+        load_lm(build(hf.BertConfig, {"is_decoder": True}, sizes), device="cpu")
 
 
 @pytest.mark.parametrize("kind", [hf.MistralConfig, hf.Qwen2Config])
