@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOP = {path.stem for path in ROOT.glob("*.py")}
 ORDER = ["model", "reward", "prepare sample label_steps train_critic train_actor evaluate", "run"]
 FROM_A_STAGE = {  # what one stage takes from another
-    ("train_actor", "train_critic"): {"load_critic", "tree_values"},
+    ("train_actor", "train_critic"): {"load_critic", "print_unknown", "tree_values"},
     ("evaluate", "train_critic"): {"load_critic", "tree_values"},
     ("evaluate", "sample"): {"respond"},
 }

@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -346,6 +347,11 @@ def window(row, head, i, j):
 SHAPES = [(4, 2, 16, 16, 1.5, False, window), (4, 4, 16, 8, None, True, None)]
 
 
+def without(name, instead, *inputs, **options):
+    """`dense` with one option replaced, where it is given."""
+    return dense(*inputs, **{**options, **({name: instead} if name in options else {})})
+
+
 def test_both_forms_of_windows_soft_caps_and_sinks_agree(monkeypatch, capsys):
     """Each switched off in one form only is noticed."""
     lm = SimpleNamespace(in_bfloat16=False, device="cpu", path="M", shapes=SHAPES)
@@ -357,10 +363,8 @@ def test_both_forms_of_windows_soft_caps_and_sinks_agree(monkeypatch, capsys):
             if name == "sinks":
                 patch.setattr(torch, "sigmoid", torch.ones_like)
             else:
-                less = lambda *x, **more: dense(
-                    *x, **{**more, **({name: instead} if name in more else {})}
-                )  # noqa: B023
-                patch.setattr(support.attention, "_flex", lambda: (less, dense_mask))  # noqa: B023
+                less = partial(without, name, instead)
+                patch.setattr(support.attention, "_flex", partial(tuple, (less, dense_mask)))
             assert not support.attention.flex_agrees(lm)
 
 
