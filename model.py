@@ -130,10 +130,12 @@ class LM:
         self.tokenizer, self.config, self.generation = tokenizer, config, generation
         self.model = model
         self.decoder = None if model is None else decoder_of(model)
-        # What load_lm finds out: logits are softcap * tanh(scale * product / softcap);
+        # What load_lm finds out. Logits are softcap * tanh(scale * product / softcap).
         self.scale, self.softcap = 1.0, None
-        # trees are computed path by path, since a tree mask does not hold; shapes of the layers' heads.
-        self.paths, self.shapes = False, set()
+        # Trees are computed path by path, since a tree mask does not hold.
+        self.paths = False
+        # Of the layers: the shapes of their heads, and how many of the last tokens each sees.
+        self.shapes, self.windows = set(), []
         self.codec = Codec(tokenizer, path, generation.eos_token_id, config.vocab_size)
         self.eos, self.own_eos = self.codec.eos, self.codec.own_eos
         self.step = "line"  # what a step is (`step_ends`)

@@ -4,6 +4,7 @@
   logprobs       linear_logprobs at the sizes of a 0.5B and a 7B model, against its rivals
   tree, sampler  tree packing and the sampler on a 0.5B model with random weights, against their rivals
   big            a 7B model: decoding, a training pass by flex_attention and by the gathered form, memory
+  architectures  the table of tests/test_architectures.py, wider: packed or per path, error, speed against Llama
   training       `fit` of a 1.5B model, checkpointed, with --offload, and not checkpointed: seconds a step, memory against support.memory.memory
   pipeline       run.sh with a random 0.5B model
   demo           run.sh as it is, only where it is named
@@ -30,7 +31,7 @@ import support.attention
 import support.distributed
 import support.memory
 import support.training
-from support.architectures import checkpoint_layers
+from support.architectures import checkpoint_layers, own_attention
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "--tiny" in sys.argv
@@ -106,15 +107,18 @@ def scores(lm, trees, double=False):
     """(log-probs, gradient of their mean square); double: computed in float64."""
     if double:
         lm.model.double()
-    packs = bench.pack_trees(trees, 2048)
+    lm.model.zero_grad()
+    packs = bench.pack_trees(trees, 2048, paths=lm.paths)
     logp = torch.cat([bench.step_logprobs(lm, pack) for pack in packs])
     logp.square().mean().backward()
-    gradient = torch.cat([p.grad.flatten() for p in lm.model.parameters()])
+    owner = [node for pack in packs for node in pack.owner]
+    logp = logp[sorted(range(len(owner)), key=lambda k: owner[k])]  # by tree and node
+    gradient = torch.cat([p.grad.flatten() for p in lm.model.parameters() if p.grad is not None])
     return logp.detach().double().cpu(), gradient.double().cpu()
 
 
-def random_tree(rng, nodes):
-    ids = [[rng.randrange(512) for _ in range(rng.randint(1, 24))] for _ in range(nodes)]
+def random_tree(rng, nodes, vocabulary=512):
+    ids = [[rng.randrange(vocabulary) for _ in range(rng.randint(1, 24))] for _ in range(nodes)]
     parent = [-1] + [rng.randrange(max(0, v - 4), v) for v in range(1, nodes)]
     return bench.Tree(ids, parent, [True] * nodes)
 
@@ -251,6 +255,36 @@ def big():
         print(f"  computed beside them: {sum(list(found.values())[2:]):.1f} GB")
 
 
+def architectures():
+    """A line per architecture: how trees are computed, how far its log-probs are from the CPU's by one
+    path at a time, and a training pass against that of a Llama of the same width and depth."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import test_architectures as table
+
+    tokenizer = bench.embedded_tokenizer()
+    rng, wide = random.Random(0), {"hidden_size": 128, "n_embd": 128, "intermediate_size": 256}
+    trees = [random_tree(rng, 24, len(tokenizer)) for _ in range(2)]
+    seconds = {}
+    print(
+        "| architecture | trees | largest difference of a step's log-prob | speed, Llama is 1 |\n| --- | --- | --- | --- |"
+    )
+    for name in (*table.PACKED, *table.PATHS):
+        with tempfile.TemporaryDirectory() as folder:
+            fields = (table.PACKED | table.PATHS)[name]
+            wider = {k: x for k, x in wide.items() if isinstance(fields.get(k), int)}
+            wider |= {"head_dim": 32} if fields.get("head_dim") == 8 else {}
+            table.build(Path(folder, "m"), name, tokenizer, wider)
+            exact = bench.load_lm(f"{folder}/m", train=True, device="cpu", dtype="float32")
+            own_attention(exact.model)
+            exact.paths = True
+            exact, _ = scores(exact, trees)
+            lm = bench.load_lm(f"{folder}/m", train=True, device=bench.DEVICE, dtype="float32")
+            far = float((scores(lm, trees)[0] - exact).abs().max())
+            seconds[name] = min(bench.seconds(lambda lm=lm: scores(lm, trees), 1) for _ in range(3))
+        how, speed = "per path" if lm.paths else "packed", seconds["Llama"] / seconds[name]
+        print(f"| {name} | {how} | {far:.0e} | {speed:.2f} |", flush=True)
+
+
 def training():
     """`fit` of a 1.5B model on packs of 8,192 tokens, two a step; losses must be the same thrice."""
     for how in ("checkpointed", "offload", "kept"):  # kept: every layer's activations
@@ -319,7 +353,7 @@ def demo():
         run_sh(folder, {"ITERATIONS": "1"} if TINY else {})
 
 
-PARTS = (correctness, logprobs, tree, sampler, big, training, pipeline)
+PARTS = (correctness, logprobs, tree, sampler, big, architectures, training, pipeline)
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["heads"]:

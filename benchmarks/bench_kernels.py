@@ -18,11 +18,10 @@ from pathlib import Path
 
 import torch
 
-import support.embedded
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import transformers as hf
 
+import support.embedded
 from model import linear_logprobs, load_lm, step_logprobs
 from support.packing import Tree, pack_trees
 from support.sampler import Row, Sampler, draw_key
@@ -132,12 +131,14 @@ SMALL = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
 
 
+def embedded_tokenizer():
+    demos = support.embedded.demonstrations(support.embedded.TASKS["math"], 0, 200, True)
+    return support.embedded.build_tokenizer([d[k] for d in demos for k in ("prompt", "response")])
+
+
 def random_model(folder, sizes=SMALL):
     """Random weights in bfloat16 where they will be computed in it, and the embedded tokenizer."""
-    demos = support.embedded.demonstrations(support.embedded.TASKS["math"], 0, 200, True)
-    tokenizer = support.embedded.build_tokenizer(
-        [d[k] for d in demos for k in ("prompt", "response")]
-    )
+    tokenizer = embedded_tokenizer()
     eos = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
     sizes = {"vocab_size": len(tokenizer), "tie_word_embeddings": True, **eos, **sizes}
     torch.manual_seed(0)

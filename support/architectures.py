@@ -9,7 +9,7 @@ import sys
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from support.attention import NAME, TreeView, forward_pack
+from support.attention import NAME, TreeView, forward_pack, is_window, windows_of
 from support.cli import UserError, first_line
 from support.distributed import decoder_layers, rank
 from support.packing import Tree, pack_trees
@@ -37,6 +37,8 @@ def choose_form(lm, why: str = ""):
             if len(view.layers) != layers:
                 why = f"{layers - len(view.layers)} of its {layers} layers have no attention"
             lm.shapes = view.shapes
+            for rule, window in zip(view.rules, windows_of(lm.config)):
+                lm.windows.append(window if is_window(rule, window, lm.device) else None)
         own_attention(lm.model)
     lm.paths = True
     apart = forward_pack(lm, pack)

@@ -130,6 +130,7 @@ class TreeView:
     def __init__(self, pack: Pack, device: str, remember: bool = False, flex: bool = False):
         self.pack, self.device, self.flex = pack, device, flex
         self.layers = [] if remember else None  # (key, value) of a layer, (G, N, D) and (G, N, E)
+        self.rules = []  # of the layers
         self.shapes = set()  # of the layers' heads, for `flex_agrees`
 
     def of_kind(self, rule):
@@ -143,6 +144,7 @@ class TreeView:
     def _attend(self, form, mask, rule, layer, query, key, value, scaling, softcap, sinks):
         if self.layers is not None:
             self.layers.append((key[0].detach(), value[0].detach()))
+        self.rules.append(rule)
         sizes = query.shape[1], key.shape[1], key.shape[3], value.shape[3]
         self.shapes.add((*sizes, softcap, sinks is not None, rule))
         return form(query, key, value, mask, scaling, softcap, sinks)
@@ -196,23 +198,34 @@ def gathered_attention(query, key, value, keys, scaling, softcap, sinks):
     return out.permute(1, 2, 0, 3, 4).reshape(1, -1, tokens, value.shape[3])
 
 
-class CacheView:
-    """Keys and values of B rows, allocated once; row b has written columns 0 .. length[b] - 1.
+def newest(last: torch.Tensor, columns: int, width: int) -> torch.Tensor:
+    """Which position column c of a row holds, (B, width), where position p is written to column p %
+    columns and `last` (B, 1) is the last one; negative: none yet."""
+    column = torch.arange(width, device=last.device)
+    return column + torch.div(last - column, columns, rounding_mode="floor") * columns
 
-    keys, values: one per layer, of prefixes, (G, tokens, D) and (G, tokens, E).
+
+class CacheView:
+    """Keys and values of B rows, allocated once; row b has written positions 0 .. length[b] - 1.
+
+    keys, values: one per layer, of prefixes, (G, tokens, D) and (G, tokens, E). columns: of the longest
+    row; windows: per layer how many of the last positions it sees, None: all. Of a layer with a window
+    no more are kept.
     """
 
-    def __init__(self, keys: list, values: list, rows: int, columns: int):
-        columns += -columns % 8  # CUDA's fused kernels want such widths
-
-        def empty(x):  # (B, G, T, D)
+    def __init__(self, keys: list, values: list, rows: int, columns: int, windows: list):
+        def empty(x, window):  # (B, G, T, D)
+            kept = min(columns, window or columns)
+            kept += -kept % 8  # CUDA's fused kernels want such widths
             # Zeros: a masked column counts 0 times its value, which for a NaN left in memory is NaN.
-            return x.new_zeros(rows, len(x), columns, x.shape[-1])
+            return x.new_zeros(rows, len(x), kept, x.shape[-1])
 
-        self.keys, self.values = [empty(x) for x in keys], [empty(x) for x in values]
+        self.keys = [empty(x, window) for x, window in zip(keys, windows)]
+        self.values = [empty(x, window) for x, window in zip(values, windows)]
+        self.columns = columns + -columns % 8
 
     def at(self, length: torch.Tensor, width: int):
-        """The next token of a row goes to column `length` and sees columns 0 .. length < width."""
+        """The next token of a row is at position `length` and sees positions 0 .. length < width."""
         if on_cuda(length):
             width += -width % 8
         self.rows = torch.arange(len(length), device=length.device)
@@ -221,19 +234,27 @@ class CacheView:
 
     def of_kind(self, rule):
         """The attention of the layers whose own mask is `rule` (see `layer_mask`)."""
-        length, column = self.length[:, None], torch.arange(self.width, device=self.length.device)
-        unseen = column > length
+        return functools.partial(self._attend, rule, {})
+
+    def _bias(self, rule, columns: int) -> torch.Tensor:
+        """(B, 1, 1, T) 0, or -inf for what a row does not see."""
+        length = self.length[:, None]
+        position = newest(length, columns, min(self.width, columns))
+        unseen = position < 0
         if rule is not None:
             zero = torch.zeros((), dtype=torch.long, device=length.device)
-            unseen |= ~rule(zero, zero, length, column)
+            unseen |= ~rule(zero, zero, length, position)
         bias = torch.zeros(unseen.shape, dtype=self.keys[0].dtype, device=length.device)
-        bias = bias.masked_fill_(unseen, -torch.inf)[:, None, None]  # (B, 1, 1, T)
-        return functools.partial(self._attend, bias)
+        return bias.masked_fill_(unseen, -torch.inf)[:, None, None]
 
-    def _attend(self, bias, layer, query, key, value, scaling, softcap, sinks):
+    def _attend(self, rule, biases, layer, query, key, value, scaling, softcap, sinks):
         k, v = self.keys[layer], self.values[layer]
-        k[self.rows, :, self.length] = key[:, :, 0].to(k.dtype)
-        v[self.rows, :, self.length] = value[:, :, 0].to(v.dtype)
+        columns = k.shape[2]
+        if columns not in biases:
+            biases[columns] = self._bias(rule, columns)
+        bias, column = biases[columns], self.length % columns
+        k[self.rows, :, column] = key[:, :, 0].to(k.dtype)
+        v[self.rows, :, column] = value[:, :, 0].to(v.dtype)
         k, v = k[: len(query), :, : self.width], v[: len(query), :, : self.width]
         # (B, G, R, D): the heads of a group share keys, as if they were R queries of one head.
         q = query.view(len(query), k.shape[1], -1, query.shape[-1])
@@ -368,16 +389,38 @@ def flex_agrees(lm) -> bool:
 
 
 def head_sizes(config) -> tuple[int, int, int]:
-    """(query heads, key/value heads, size of a head) by a model's config."""
-    heads = config.num_attention_heads
+    """(query heads, key/value heads, size of a head) by a model's config; zeros without attention."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        return 0, 0, 0
     groups = getattr(config, "num_key_value_heads", None) or heads
     return heads, groups, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+def windows_of(config) -> list[int | None]:
+    """Per layer the window that a model's config gives it, None: it sees whole paths."""
+    window = getattr(config, "sliding_window", None)
+    if not getattr(config, "use_sliding_window", True):
+        window = None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def is_window(rule, window: int | None, device: str) -> bool:
+    """Does a layer's own mask hide just what is `window` or more positions back?"""
+    if rule is None or not window:
+        return False
+    zero, i = torch.zeros((), dtype=torch.long), torch.tensor([1, 2, 3]) * window
+    zero, i = zero.to(device), i.to(device)
+    hidden, seen = rule(zero, zero, i, i - window), rule(zero, zero, i, i - window + 1)
+    return bool(seen.all() and not hidden.any())
 
 
 def row_bytes(config, columns: int, itemsize: int) -> int:
     """Bytes of the keys and values of one row of `columns` tokens, all layers."""
     _, groups, size = head_sizes(config)
-    return 2 * config.num_hidden_layers * groups * size * columns * itemsize
+    kept = sum(min(columns, window or columns) for window in windows_of(config))
+    return 2 * kept * groups * size * itemsize
 
 
 def pack_hidden(lm, pack: Pack, view: TreeView | None = None) -> torch.Tensor:

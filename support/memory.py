@@ -7,6 +7,7 @@ It knows nothing of the algorithm: how many tokens are drawn and trained on, it 
 
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,11 +97,10 @@ def memory(
 
 def empty_model(config) -> torch.nn.Module:
     """The model of a config, without memory for its weights."""
-    try:
-        with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config)
-    except ValueError as e:
-        raise UserError(f"{config.model_type}: no language model with a decoder alone") from e
+    for kind in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+        with suppress(ValueError), torch.device("meta"):
+            return kind.from_config(config)
+    raise UserError(f"{config.model_type}: no language model with a decoder alone")
 
 
 def pinned_bytes(shape, cards: int) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from support.attention import CacheView, TreeView, pack_hidden, row_bytes
+from support.attention import CacheView, TreeView, newest, pack_hidden, row_bytes
 from support.cli import UserError, first_line
 from support.distributed import world
 from support.packing import BLOCK, Tree, pack_trees, path_to
@@ -149,7 +149,7 @@ class Decoder:
         self.size = size
         self.width = 0  # columns of the cache that the longest row may have written
         longest = max(len(prefixes.path[row.tree, row.node]) + row.max_new for row in rows)
-        self.cache = CacheView(prefixes.keys, prefixes.values, size, longest)
+        self.cache = CacheView(prefixes.keys, prefixes.values, size, longest, lm.windows)
         self.slots = Slots.free(size, max(row.max_new for row in rows), lm.device)
         # (V + 1,) does this token end a response: EOS do, and V, which is drawn where a logit is NaN.
         self.ends = torch.zeros(max(len(lm.head), max(lm.eos)) + 1, dtype=torch.bool)
@@ -175,20 +175,24 @@ class Decoder:
         for i, path in enumerate(paths):
             index[i, : len(path)] = path
         index = torch.from_numpy(index).to(device)
+
+        def tensor(values):
+            return torch.tensor(values, dtype=torch.long, device=device)
+
+        length = tensor([len(path) for path in paths])
         for stores, sources in (
             (self.cache.keys, self.prefixes.keys),
             (self.cache.values, self.prefixes.values),
         ):
             for store, source in zip(stores, sources):
-                store[free, :, : index.shape[1]] = source[:, index].transpose(0, 1)
-
-        def tensor(values):
-            return torch.tensor(values, dtype=torch.long, device=device)
+                columns, width = store.shape[2], min(store.shape[2], index.shape[1])
+                position = newest(length[:, None] - 1, columns, width).clamp(min=0)
+                store[free, :, :width] = source[:, index.gather(1, position)].transpose(0, 1)
 
         slots.row[free], slots.alive[free], slots.count[free] = tensor(numbers), True, 0
         slots.key[free] = tensor([row.key for row in rows])
         slots.max_new[free] = tensor([row.max_new for row in rows])
-        slots.length[free] = tensor([len(path) for path in paths])
+        slots.length[free] = length
         last = tensor([path[-1] for path in paths])
         self._draw(free, _at_least_16(self.lm.logits, self.prefixes.hidden[last]))
 
@@ -210,7 +214,7 @@ class Decoder:
         captured once as a CUDA graph and then replayed, until a row outgrows the columns that the
         graph reads: each serves COLUMNS widths, since columns behind a row's end are masked.
         """
-        columns = self.cache.keys[0].shape[2]
+        columns = self.cache.columns
         self.width = min(self.width + 1, columns)
         if not self.lm.may_capture:
             self.step_of_width(self.width)

@@ -104,15 +104,17 @@ def tokenizer(folder):
     return hf.AutoTokenizer.from_pretrained(folder)
 
 
-def build(place, name: str, tokenizer):
-    """A folder with a random model."""
+def build(place, name: str, tokenizer, more=None):
+    """A folder with a random model; more: other sizes."""
     kind = getattr(hf, f"{name.split(',')[0]}Config", None)
     if kind is None:
         pytest.skip(f"this transformers has no {name}")
     eos = tokenizer.eos_token_id
     special = {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": eos}
     torch.manual_seed(0)
-    config = kind(**{"vocab_size": len(tokenizer), **(PACKED | PATHS)[name], **special})
+    config = kind(
+        **{"vocab_size": len(tokenizer), **(PACKED | PATHS)[name], **special, **(more or {})}
+    )
     random_model = hf.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # biases, norms and sinks start as zeros and ones, which would hide them
         for p in random_model.parameters():

@@ -5,7 +5,6 @@ import json
 import random
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -347,25 +346,24 @@ def window(row, head, i, j):
 SHAPES = [(4, 2, 16, 16, 1.5, False, window), (4, 4, 16, 8, None, True, None)]
 
 
-def without(name, instead, *inputs, **options):
-    """`dense` with one option replaced, where it is given."""
-    return dense(*inputs, **{**options, **({name: instead} if name in options else {})})
-
-
 def test_both_forms_of_windows_soft_caps_and_sinks_agree(monkeypatch, capsys):
     """Each switched off in one form only is noticed."""
     lm = SimpleNamespace(in_bfloat16=False, device="cpu", path="M", shapes=SHAPES)
     monkeypatch.setattr(support.attention, "_flex", lambda: (dense, dense_mask))
     assert support.attention.flex_agrees(lm) and capsys.readouterr().err == ""
-    wrong = [("score_mod", None), ("block_mask", torch.ones(1).bool()), ("sinks", None)]
-    for name, instead in wrong:
-        with monkeypatch.context() as patch:
-            if name == "sinks":
-                patch.setattr(torch, "sigmoid", torch.ones_like)
-            else:
-                less = partial(without, name, instead)
-                patch.setattr(support.attention, "_flex", partial(tuple, (less, dense_mask)))
-            assert not support.attention.flex_agrees(lm)
+
+    def without(name, instead):
+        def attention(*inputs, **flags):
+            return dense(*inputs, **{k: instead if k == name else x for k, x in flags.items()})
+
+        return attention, dense_mask
+
+    for wrong in (without("score_mod", None), without("block_mask", torch.ones(1).bool())):
+        monkeypatch.setattr(support.attention, "_flex", lambda wrong=wrong: wrong)
+        assert not support.attention.flex_agrees(lm)
+    monkeypatch.setattr(support.attention, "_flex", lambda: (dense, dense_mask))
+    monkeypatch.setattr(torch, "sigmoid", torch.ones_like)  # no sink
+    assert not support.attention.flex_agrees(lm)
 
 
 def test_the_real_flex_takes_windows_soft_caps_and_sinks(flex):
@@ -498,7 +496,7 @@ def test_a_decoded_token_by_the_fused_kernel_is_the_cpu_s(monkeypatch, heads, gr
     query, key, value = [torch.randn(5, n, 1, 8) for n in (heads, groups, groups)]
     length = torch.tensor([3, 9, 0, 12, 7])
     kept = [torch.zeros(groups, 9, 8)]
-    cache = support.attention.CacheView(kept, kept, 5, 16)
+    cache = support.attention.CacheView(kept, kept, 5, 16, [None])
     cache.keys[0].normal_()
     cache.values[0].normal_()
     want = cache.at(length, 13).of_kind(None)(0, query, key, value, 0.4, None, None)
