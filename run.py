@@ -10,7 +10,7 @@ The same command goes on where it stopped. Each stage is printed as one can type
 writes plain files, so that any of them may be run by hand. Flags of a stage go into one string, and
 change just what they name:
 
-    python run.py --run runs/beta --actor "--beta 0.2" --label "--m 8"
+    python run.py --run runs/beta --actor "--beta 0.2" --label "--m 8" --critic=--offload
 
 On a CPU without --launch all stages run in this process; elsewhere each is a process of its own.
 """

@@ -92,13 +92,18 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (default: %(default)s)" if shown else action.help
 
 
-def parse(settings_class, doc: str, words: list[str], script: str):
-    """The Settings that these words of a command line give; UserError where they give none."""
+def without_limits(settings_class):
+    """The same dataclass with the help alone as metadata, which is all that HfArgumentParser bears."""
     types, flags = get_type_hints(settings_class), []
-    for f in fields(settings_class):  # HfArgumentParser knows no metadata but the help
+    for f in fields(settings_class):
         only_help = field(default=f.default, metadata={"help": f.metadata["help"]})
         flags.append((f.name, types[f.name], only_help))
-    plain = make_dataclass(settings_class.__name__, flags)
+    return make_dataclass(settings_class.__name__, flags)
+
+
+def parse(settings_class, doc: str, words: list[str], script: str):
+    """The Settings that these words of a command line give; UserError where they give none."""
+    plain = without_limits(settings_class)
     parser = HfArgumentParser(plain, description=doc, formatter_class=Help, allow_abbrev=False)
 
     def refuse(message):

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from support.attention import head_sizes, row_bytes
-from support.cli import Help, UserError, first_line, flag
+from support.cli import Help, UserError, first_line, flag, without_limits
 from support.distributed import PINNED_EXACTLY, decoder_layers, local_world, pin_exactly, world
 from support.scoring import ROUND
 
@@ -240,7 +240,9 @@ def hours(parameters: int, cards: int, offload: bool, work: Work) -> dict[str, f
 
 def print_table(arguments: list[str]):
     """The memory of every stage, and the hours of an iteration, for one model and machine."""
-    parser = transformers.HfArgumentParser(Work, description=__doc__, formatter_class=Help)
+    parser = transformers.HfArgumentParser(
+        without_limits(Work), description=__doc__, formatter_class=Help
+    )
     parser.add_argument("model", help="a folder or hub id; only its config is read")
     parser.add_argument("--cards", type=int, default=1, help="of one machine, that train together")
     parser.add_argument("--memory", type=float, default=80.0, help="GB of one card")

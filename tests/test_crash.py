@@ -157,7 +157,12 @@ def test_small_disk(alone, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("signals", "ends"), [("9", -9), ("2", 130), ("2, 2", -2)], ids=["SIGKILL", "Ctrl-C", "twice"]
+    ("signals", "ends"),
+    [
+        pytest.param("9", -9, id="SIGKILL", marks=pytest.mark.slow),
+        pytest.param("2", 130, id="Ctrl-C"),
+        pytest.param("2, 2", -2, id="twice", marks=pytest.mark.slow),
+    ],
 )
 def test_as_a_user_would(signals, ends, alone, tmp_path):
     """The real command line: stopped in the middle of a line, then started again."""

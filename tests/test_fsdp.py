@@ -175,6 +175,7 @@ def test_offloaded_training_is_the_same(both, name, script, tmp_path):
         same_weights(load_file(folder / "run" / name / file), load_file(one / "run" / name / file))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim, processes", [(0, 2), (1, 3)])
 def test_a_killed_process_ends_all_and_the_run_goes_on(both, victim, processes, tmp_path):
     """Also with another number of processes: the same weights as without the kill."""

@@ -10,6 +10,7 @@ import torch
 import transformers as hf
 
 import support.attention
+import support.cli
 import support.distributed
 import support.memory
 import support.training
@@ -53,7 +54,8 @@ def test_the_table_is_what_a_small_model_takes(path, tmp_path):
 
     lm = load_lm(path, device="cpu", dtype="bfloat16")
     assert plan["sampling"]["weights"] == pytest.approx(size(lm.model.parameters()), rel=0.1)
-    cache = support.attention.CacheView(6, (rows, 2, columns, 16), torch.bfloat16, "cpu")
+    prefixes = [torch.zeros(2, 1, 16, dtype=torch.bfloat16)] * 6  # a layer each, (G, tokens, D)
+    cache = support.attention.CacheView(prefixes, prefixes, rows, columns, [None] * 6)
     taken = size([*cache.keys, *cache.values])
     assert plan["sampling"]["key/value cache"] == pytest.approx(taken, rel=0.1)
 
@@ -278,9 +280,9 @@ def test_hours_by_hand():
     )
     assert len(rows) == 7
     for billions, flags, said in rows:
-        (told,) = hf.HfArgumentParser(support.memory.Work).parse_args_into_dataclasses(
-            flags.split()
-        )
+        (told,) = hf.HfArgumentParser(
+            support.cli.without_limits(support.memory.Work)
+        ).parse_args_into_dataclasses(flags.split())
         found = support.memory.hours(float(billions) * 1e9, 8, False, told)
         assert sum(found.values()) == pytest.approx(float(said), abs=0.06), flags
     smaller = support.memory.hours(3.8e9, 1, False, work)

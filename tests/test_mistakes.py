@@ -280,7 +280,7 @@ TABLE = [
     (S, SAMPLE, "--actor half", "error: half: "),
     (S, SAMPLE, "--actor misshapen", "misshapen"),
     (S, SAMPLE, "--actor lacking", "lacking"),
-    (S, SAMPLE, "--actor nan", "nan: its log-probs are NaN"),
+    (S, SAMPLE, "--actor nan", "nan: its logits are NaN"),
     (S, SAMPLE, "--actor no_eos", "EOS"),
     (S, SAMPLE, "--actor no_break", "line break"),
     # data sets

@@ -1,4 +1,4 @@
-"""The whole method on a tiny random model, stage by stage as run.sh calls it, and what README says of it."""
+"""The whole method on a tiny random model, stage by stage as run.py calls it, and what README says of it."""
 
 import json
 import re
@@ -6,7 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -54,7 +54,7 @@ def run(module, *flags):
 
 
 def iterate(run_folder, base, critic_base, i=1, kappa="4", gap=0.0):
-    """One iteration of run.sh with the smallest numbers that leave work for every stage."""
+    """One iteration of run.py with the smallest numbers that leave work for every stage."""
     it, train = run_folder / f"iter{i}", run_folder / "train.jsonl"
     actor = ["--actor", base]
     draws = ["--max_new", 24, "--batch", 64]
@@ -335,55 +335,33 @@ def blocks(kind):
 MODULES = {
     m.__name__: m for m in (prepare, sample, label_steps, train_critic, train_actor, evaluate)
 }
-NOT_RUN = {  # what a README's command holds, and why no test runs it; its flags are looked up
-    "bash run.sh": "minutes or days; this file runs its stages, test_report.py its lines",
-}
 
 
 def commands(text: str) -> list[list[str]]:
     """The commands of a block as the shell would run them, variables filled in."""
     spy = "python() { printf '%q ' python \"$@\"; echo; }; bash() { printf '%q ' bash \"$@\"; echo; }\n"
-    spy += "pip() { :; }\n"
+    spy += "pip() { :; }; cp() { :; }\n"
     ran = subprocess.run(["bash", "-c", spy + text], capture_output=True, text=True, check=True)
     return [shlex.split(line) for line in ran.stdout.splitlines()]
 
 
-def test_readme_commands_run(demo, folder, tmp_path, monkeypatch):
-    """Those that reuse a finished run are run on one; of the others the flags are parsed."""
-    shutil.copytree(demo, tmp_path / "runs" / "demo")
-    shutil.copytree(folder, tmp_path / "runs" / "demo" / "base")
+def test_every_command_of_the_readme_can_be_typed(tmp_path, monkeypatch):
+    """Each flag is known and each value fits; run.py plans its sequence, in which every stage's are, too."""
     monkeypatch.chdir(tmp_path)
-    ran = 0
+    seen = Counter()
     for block in blocks("bash"):
         for command in commands(block):
-            line = " ".join(command)
             name = command[1].removesuffix(".py")
-            why = next((why for part, why in NOT_RUN.items() if part in line), None)
-            if why is None and name in MODULES:
-                if name == "train_critic":  # the fixture has too few problems to hold some out
-                    command += ["--held_out", "runs/demo/iter1/trees.jsonl"]
-                if name == "label_steps":  # as the fixture's samples were drawn
-                    command += ["--max_new", "24"]
-                if name == "train_actor":  # the fixture's random model solves nothing
-                    command += ["--gap", "0"]
-                run(MODULES[name], *command[2:])
-                ran += 1
+            seen[name] += 1
+            if name == "run":
+                code, said, err = toy.stage("run.py", [*command[2:], "--dry_run"])
+                assert code == 0 and "train_actor.py" in said, err
+            elif name in MODULES:
+                module = MODULES[name]
+                support.cli.parse(module.Settings, module.__doc__, command[2:], command[1])
             else:
-                assert why or line == "python -m pytest -q" or command[1] == "model.py", line
-    assert ran == 8
-    assert Path("runs/demo/eq12/summary.json").exists()
-    variables = set(re.findall(r"\$\{(\w+)", (ROOT / "run.sh").read_text()))
-    stages = {"PREPARE": prepare, "CRITIC": train_critic, "ACTOR": train_actor}
-    for block in blocks("bash"):
-        for line in block.replace("\\\n", " ").splitlines():
-            if "bash run.sh" in line:
-                assert set(re.findall(r"\b([A-Z_]{3,})=", line)) <= variables, line
-                for word in shlex.split(line):
-                    name, _, flags = word.partition("=")
-                    if name in stages:
-                        known = {f"--{f.name}" for f in fields(stages[name].Settings)}
-                        assert set(re.findall(r"--\w+", flags)) <= known, line
-    subprocess.run(["bash", "-n", ROOT / "run.sh"], check=True)
+                assert command[1:] == ["-m", "pytest", "-q"], command
+    assert seen["run"] >= 8 and seen["evaluate"] >= 2 and seen["train_actor"] == 1, seen
 
 
 def test_readme_sample_lines_have_the_keys_of_the_files(demo):

@@ -80,6 +80,7 @@ def begun(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------- torn and broken files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RECORDS)
 def test_cut_at_every_byte(kind, begun, capsys):
     path, whole, records = begun(kind)

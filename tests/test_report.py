@@ -250,7 +250,7 @@ def test_compare_pairs_each_row_with_the_first(tmp_path, capsys):
             stage(Settings(compare=[str(first), str(other)]))
     with pytest.raises(support.cli.UserError, match="no iter.*pass a run folder"):
         stage(Settings(compare=[str(first), str(tmp_path)]))
-    with pytest.raises(support.cli.UserError, match="wanted reward"):
+    with pytest.raises(support.cli.UserError, match="wrong reward"):
         write(tmp_path / "eval.jsonl", [{"id": 1, "correct": True}])
         stage(Settings(compare=[str(tmp_path / "eval.jsonl")]))
 
