@@ -283,6 +283,11 @@ def architectures():
             seconds[name] = min(bench.seconds(lambda lm=lm: scores(lm, trees), 1) for _ in range(3))
         how, speed = "per path" if lm.paths else "packed", seconds["Llama"] / seconds[name]
         print(f"| {name} | {how} | {far:.0e} | {speed:.2f} |", flush=True)
+        if name == "Llama":  # what packs are worth
+            own_attention(lm.model)
+            lm.paths = True
+            took = min(bench.seconds(lambda lm=lm: scores(lm, trees), 1) for _ in range(3))
+            print(f"| Llama, path by path | per path | | {seconds[name] / took:.2f} |", flush=True)
 
 
 def training():

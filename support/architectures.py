@@ -53,11 +53,11 @@ def choose_form(lm, why: str = ""):
         lm.model.set_attn_implementation(NAME)
         lm.paths = False
     elif rank() == 0:
-        kind, slower = lm.config.model_type, "each path is computed by itself, several times slower"
-        print(
-            f"warning: {lm.path}: no trees in one pass for {kind} ({why}); {slower}",
-            file=sys.stderr,
+        what = f"{lm.config.model_type} cannot take a tree in one pass ({why})"
+        slower = (
+            "each path is computed by itself, 2 to 10 times slower (benchmarks/architectures.md)"
         )
+        print(f"warning: {lm.path}: {what}; {slower}", file=sys.stderr)
 
 
 def choose_logits(lm, ids, hidden):
@@ -71,13 +71,11 @@ def choose_logits(lm, ids, hidden):
     lm.softcap = field("final_logit_softcapping") or field("logits_soft_cap")
     lm.softcap = lm.softcap or field("output_logit_soft_cap")
     factor = field("logit_scale") or field("lm_head_multiplier") or 1.0
-    divisor, errors = field("logits_scaling") or 1.0, {}
-    for lm.scale in (
-        factor / divisor,
-        factor * divisor,
-        1.0,
-    ):  # HyperCLOVA X multiplies by "scaling"
-        errors.setdefault(lm.scale, float((own - lm.logits(hidden)).abs().max()))
+    scaling, errors = field("logits_scaling") or 1.0, {}
+    # Granite divides by "logits_scaling", HyperCLOVA X multiplies by it, Llama does not read it.
+    for scale in (factor / scaling, factor * scaling, 1.0):
+        lm.scale = scale
+        errors[scale] = float((own - lm.logits(hidden)).abs().max())
     lm.scale = min(errors, key=errors.get)
     if errors[lm.scale] > (0.1 if lm.in_bfloat16 else 1e-3) * own.abs().max():
         wrong = "its logits are no product of its last hidden states and its head"

@@ -54,10 +54,15 @@ def test_the_table_is_what_a_small_model_takes(path, tmp_path):
 
     lm = load_lm(path, device="cpu", dtype="bfloat16")
     assert plan["sampling"]["weights"] == pytest.approx(size(lm.model.parameters()), rel=0.1)
-    prefixes = [torch.zeros(2, 1, 16, dtype=torch.bfloat16)] * 6  # a layer each, (G, tokens, D)
-    cache = support.attention.CacheView(prefixes, prefixes, rows, columns, [None] * 6)
-    taken = size([*cache.keys, *cache.values])
-    assert plan["sampling"]["key/value cache"] == pytest.approx(taken, rel=0.1)
+    prefix = [torch.zeros(2, 1, 16, dtype=torch.bfloat16)] * 6
+    for window in (None, 16):  # where a layer sees the last 16 tokens no more are kept
+        windows = [None, window] * 3
+        cache = support.attention.CacheView(prefix, prefix, rows, columns, windows)
+        taken = size([*cache.keys, *cache.values])
+        kinds = ["sliding_attention" if w else "full_attention" for w in windows]
+        config.layer_types, config.sliding_window = kinds, window
+        plan = support.memory.memory(config, columns, tokens, rows, 1, False)
+        assert plan["sampling"]["key/value cache"] == pytest.approx(taken, rel=0.1)
 
     lm = load_lm(path, train=True, device="cpu", dtype="bfloat16")
     checkpoint_layers(lm.model)
