@@ -236,3 +236,56 @@ def test_an_architecture(name, tokenizer, tmp_path, capsys):
     ids = torch.tensor([path_ids(trees[0], 4)])
     with torch.no_grad():
         assert torch.equal(again(ids).logits, plain(ids).logits)
+
+
+EYES = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+EYES |= {"image_size": 28, "patch_size": 14}
+QWEN_EYES = {
+    "depth": 1,
+    "hidden_size": 16,
+    "num_heads": 2,
+    "intermediate_size": 16,
+    "out_hidden_size": 32,
+}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+SEEING = {  # text config, vision config, more
+    "Gemma3": (EIGHT | {"sliding_window": 5}, EYES, {"mm_tokens_per_image": 4}),
+    "Qwen2_5_VL": (EIGHT | {"rope_parameters": ROPE}, QWEN_EYES | {"patch_size": 14}, {}),
+    "Qwen3VL": (
+        EIGHT | {"rope_parameters": ROPE},
+        QWEN_EYES | {"deepstack_visual_indexes": [0]},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_a_checkpoint_that_reads_images_too_works_by_its_text_part(name, tokenizer, tmp_path):
+    text, vision, more = SEEING[name]
+    special = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    text = text | special | {"bos_token_id": None, "pad_token_id": tokenizer.eos_token_id}
+    config = getattr(hf, f"{name}Config")(text_config=text, vision_config=vision, **more)
+    torch.manual_seed(0)
+    getattr(hf, f"{name}ForConditionalGeneration")(config).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    lm = load_lm(tmp_path / "m", train=True, device="cpu")
+    assert not lm.paths
+    trees = forest(len(tokenizer))
+    with torch.no_grad():
+        logp = {k: x for p in pack_trees(trees, 250) for k, x in zip(p.owner, step_logprobs(lm, p))}
+    lm.save(tmp_path / "saved")  # the whole model, for whoever serves it
+    plain = hf.AutoModelForImageTextToText.from_pretrained(tmp_path / "saved").eval()
+    for (t, v), found in logp.items():
+        ids = torch.tensor(path_ids(trees[t], v))
+        first = max(len(ids) - len(trees[t].ids[v]), 1)
+        with torch.no_grad():
+            each = plain(input_ids=ids[None]).logits[0, first - 1 : -1].log_softmax(-1)
+        assert float(found) == pytest.approx(
+            float(each.gather(1, ids[first:, None]).sum()), abs=1e-3
+        )
+    assert len(Sampler(lm).draw(trees, [Row(0, 0, 1, 3)])[0]) > 0
