@@ -264,30 +264,40 @@ def architectures():
     tokenizer = bench.embedded_tokenizer()
     rng, wide = random.Random(0), {"hidden_size": 128, "n_embd": 128, "intermediate_size": 256}
     trees = [random_tree(rng, 24, len(tokenizer)) for _ in range(2)]
-    seconds = {}
-    print(
-        "| architecture | trees | largest difference of a step's log-prob | speed, Llama is 1 |\n| --- | --- | --- | --- |"
-    )
-    for name in (*table.PACKED, *table.PATHS):
-        with tempfile.TemporaryDirectory() as folder:
-            fields = (table.PACKED | table.PATHS)[name]
+    folder = tempfile.TemporaryDirectory()
+
+    def load(name: str, device=bench.DEVICE):
+        place, fields = Path(folder.name, name), (table.PACKED | table.PATHS)[name]
+        if not place.exists():
             wider = {k: x for k, x in wide.items() if isinstance(fields.get(k), int)}
             wider |= {"head_dim": 32} if fields.get("head_dim") == 8 else {}
-            table.build(Path(folder, "m"), name, tokenizer, wider)
-            exact = bench.load_lm(f"{folder}/m", train=True, device="cpu", dtype="float32")
-            own_attention(exact.model)
-            exact.paths = True
-            exact, _ = scores(exact, trees)
-            lm = bench.load_lm(f"{folder}/m", train=True, device=bench.DEVICE, dtype="float32")
-            far = float((scores(lm, trees)[0] - exact).abs().max())
-            seconds[name] = min(bench.seconds(lambda lm=lm: scores(lm, trees), 1) for _ in range(3))
-        how, speed = "per path" if lm.paths else "packed", seconds["Llama"] / seconds[name]
-        print(f"| {name} | {how} | {far:.0e} | {speed:.2f} |", flush=True)
-        if name == "Llama":  # what packs are worth
-            own_attention(lm.model)
-            lm.paths = True
-            took = min(bench.seconds(lambda lm=lm: scores(lm, trees), 1) for _ in range(3))
-            print(f"| Llama, path by path | per path | | {seconds[name] / took:.2f} |", flush=True)
+            table.build(place, name, tokenizer, wider)
+        return bench.load_lm(place, train=True, device=device, dtype="float32")
+
+    def path_by_path(lm):
+        own_attention(lm.model)
+        lm.paths = True
+        return lm
+
+    def print_row(name: str, lm, how: str):
+        """Llama is timed beside each, since other work on the machine changes."""
+        exact = scores(path_by_path(load(name.split(": ")[0], "cpu")), trees)[0]
+        far = float((scores(lm, trees)[0] - exact).abs().max())
+        times = [], []
+        for _ in range(4):
+            for one, kept in zip((llama, lm), times):
+                kept.append(bench.seconds(lambda one=one: scores(one, trees), 1, 0))
+        speed = min(times[0]) / min(times[1])
+        print(f"| {name} | {how} | {far:.0e} | {speed:.2g} |", flush=True)
+
+    llama = load("Llama")
+    print("| architecture | trees | largest difference of a step's log-prob | speed, Llama is 1 |")
+    print("| --- | --- | --- | --- |")
+    print_row("Llama: path by path", path_by_path(load("Llama")), "per path")
+    for name in (*table.PACKED, *table.PATHS):
+        lm = load(name)
+        print_row(name, lm, "per path" if lm.paths else "packed")
+    folder.cleanup()
 
 
 def training():

@@ -54,9 +54,7 @@ def choose_form(lm, why: str = ""):
         lm.paths = False
     elif rank() == 0:
         what = f"{lm.config.model_type} cannot take a tree in one pass ({why})"
-        slower = (
-            "each path is computed by itself, 2 to 10 times slower (benchmarks/architectures.md)"
-        )
+        slower = "each path is computed by itself, at half the speed or less (benchmarks/architectures.md)"
         print(f"warning: {lm.path}: {what}; {slower}", file=sys.stderr)
 
 

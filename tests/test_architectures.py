@@ -201,7 +201,7 @@ def test_an_architecture(name, tokenizer, tmp_path, capsys):
     said = capsys.readouterr().err
     assert lm.paths is (name in PATHS)
     if lm.paths:
-        assert said.startswith("warning: ") and said.count("\n") == 1 and "slower" in said
+        assert said.startswith("warning: ") and said.count("\n") == 1 and "half the speed" in said
     else:
         assert said == ""
     plain = hf.AutoModelForCausalLM.from_pretrained(place).eval()
