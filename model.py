@@ -176,6 +176,7 @@ class LM:
           - `ids` may be the rest of a response from a step's end on, since a completion begins at a
             state. The rest must be cut as it is cut within the whole, so where a step ends may depend
             on the tokens since the step before, but not on their place in the response.
+          - An EOS should end the step before it: a step of EOS alone costs m completions for nothing.
 
         lm.step, the unit that sample.py --step chose:
         "line": a step ends after a token whose text has a line break. A step of white space alone

@@ -16,7 +16,8 @@ problem with `tests` asks for a program, and support/sandbox.py runs it. Tests a
                                                                             does not count
     {"kind": "assert", "entry": "f", "code": "assert f(1, 2) == 3"}         sees what f returns
 
-Two rewards that forks often want. A bonus for a short response:
+Two rewards that forks often want. A bonus for a response that is shorter than most (choose the length
+by your own responses; right then means right and short):
 
     def reward(problem, text, unsafe=False):
         verdict, _ = grade(problem, text, unsafe)
@@ -114,5 +115,6 @@ def checked(value, problem_id) -> float:
     """A reward as files have it, 0 and 1 as integers; UserError if it is no number from 0 to 1."""
     if not (isinstance(value, int | float) and 0 <= value <= 1):
         wrong = f"reward() gave {value!r} for problem {problem_id}"
-        raise UserError(f"reward.py: {wrong}; a number from 0 to 1 is wanted")
-    return int(value) if value in (0, 1) else float(value)
+        raise UserError(f"reward.py: {wrong}; a Python number from 0 to 1 is wanted")
+    value = round(float(value), 9)  # .7 + .2 + .1 is 0.9999999999999999, and right is 1
+    return int(value) if value in (0, 1) else value

@@ -14,7 +14,8 @@ numbers.
 
 Departures from the paper, by default:
  1. A batch holds whole problems (their trees pack best), so that all actions of a state share a
-    batch as in appendix F.1.
+    batch as in appendix F.1. They need not share a pack: a tree above --budget is cut, so a loss over
+    siblings has to raise --budget above the largest tree.
 
 Beyond the paper, off by default (their code stands under a heading of its own):
  2. --kappa K takes Q = (wins + K V) / (n + K): the completions' counts, with the critic as a prior

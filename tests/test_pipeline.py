@@ -340,7 +340,7 @@ MODULES = {
 def commands(text: str) -> list[list[str]]:
     """The commands of a block as the shell would run them, variables filled in."""
     spy = "python() { printf '%q ' python \"$@\"; echo; }; bash() { printf '%q ' bash \"$@\"; echo; }\n"
-    spy += "pip() { :; }; cp() { :; }\n"
+    spy += "pip() { :; }; cp() { :; }; rm() { :; }\n"
     ran = subprocess.run(["bash", "-c", spy + text], capture_output=True, text=True, check=True)
     return [shlex.split(line) for line in ran.stdout.splitlines()]
 
