@@ -68,6 +68,7 @@ RECIPES = {
         "actor": {
             "kappa": 4,
             "value_draws": 1,
+            "by_draws": True,
             "likelihood": 4,
             "gap": 0.05,
             "may_stay": True,
