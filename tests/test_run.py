@@ -165,12 +165,11 @@ def test_force_starts_over_from_a_stage(finished, monkeypatch):
 def test_stages_as_processes_make_the_same_bytes(finished, monkeypatch):
     folder, _ = finished
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     code, _, err = toy.stage("run.py", ["--run", "many", "--launch", sys.executable, *TOY])
     assert code == 0, err
     one, many = toy.hashes(folder / "one"), toy.hashes(folder / "many")
-    weights = [name for name in one if name.endswith((".safetensors", "s.jsonl", "eval.jsonl"))]
-    assert len(weights) == 3 * 2 + 3 * 2 + 3 and all(one[name] == many[name] for name in weights)
+    made = [name for name in one if name.endswith((".safetensors", ".jsonl"))]
+    assert len(made) > 15 and [name for name in made if one[name] != many.get(name)] == []
 
 
 @pytest.mark.parametrize("ending, code", [("sys.exit(2)", 2), ("os.kill(os.getpid(), 9)", 137)])
