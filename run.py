@@ -33,65 +33,65 @@ from support.engine import Engine
 from support.records import read_jsonl
 from support.stage import read_manifest
 
-# What each recipe passes to the stages; what is not here is the stage's default, the paper's value.
-RECIPES = {
-    "demo": {
-        "about": "the paper's Algorithm 1; only its numbers are those of a tiny model",
-        "iterations": 2,  # as the paper's tables 4 and 10
-        "problems": 500,  # new ones per iteration: the embedded 2,000 last for four iterations
-        "replay": 1,  # the critic trains on this iteration's trees
-        "draw": {"max_new": 64, "batch": 512},  # no right solution is longer than 60 tokens
-        "sample": {
-            "n1": 8,
-            "n": 4,
-        },  # the paper: 32 and 6. A base that is right in 40 % needs fewer
-        "label": {"m": 4},  # the paper: 16. A critic averages over states that look alike
-        "critic": {"lr": 1e-3, "passes": 8, "batch": 128},  # 0.5M parameters bear a higher rate
-        "actor": {
-            "beta": 0.1,  # a step's log-ratio is to reach A / 0.1, that is -7 to +7: see README
-            "lr": 1.5e-4,
-            "passes": 4,
-            "batch": 256,
-        },
-        "evaluate": {"samples": 8},
+# What each recipe passes to the stages. What is not named here is the stage's default, the paper's value.
+# fmt: off
+DEMO = {
+    "about": "the paper's Algorithm 1; only the numbers are those of a tiny model",
+    "iterations": 2,  # as in the paper's tables 4 and 10
+    "problems": 500,  # new ones per iteration; the 2,000 embedded ones last for four
+    "replay": 1,  # the critic trains on the trees of this iteration alone
+    "draw": {"max_new": 64, "batch": 512},  # no right solution is longer
+    "sample": {"n1": 8, "n": 4},  # the paper: 32 and 6; where 40 % are right 8 hold both kinds
+    "label": {"m": 4},  # the paper: 16; a critic averages over states that look alike
+    "critic": {"lr": 1e-3, "passes": 8, "batch": 128},  # a rate for 0.5M parameters
+    "actor": {
+        "beta": 0.1,  # asks for log-ratios A / 0.1, from about -7 to +7; 0.05 and 0.2 do worse
+        "lr": 1.5e-4, "passes": 4, "batch": 256,  # about 30 optimiser steps
     },
-    "frugal": {
+    "evaluate": {"samples": 8},
+}
+RECIPES = {
+    "demo": DEMO,
+    "frugal": DEMO | {
         "about": "leaves the paper to save tokens: no completions (the samples are the tree), Q of counts "
-        "and critic, V(s) in the mean of eq. 13, the likelihood of right steps beside eq. 12",
-        "iterations": 4,
-        "problems": 25,  # small rounds: every actor draws the next samples
+                 "and critic, V(s) in the mean of eq. 13, right steps' likelihood beside eq. 12",
+        "iterations": 4, "problems": 25,  # small rounds: each draws from a better actor
         "replay": 4,  # so few problems teach a critic little
-        "draw": {"max_new": 64, "batch": 512},
         "sample": {"n1": 4, "n": 4},
         "label": {"whole_draws": True, "m": 0},
         "critic": {"states": "all", "token_share": 0.5, "lr": 1e-3, "passes": 2, "batch": 128},
-        "actor": {
-            "kappa": 4,
-            "value_draws": 1,
-            "by_draws": True,
-            "likelihood": 4,
-            "gap": 0.05,
-            "may_stay": True,
-            "beta": 0.05,
-            "lr": 2e-4,
-            "passes": 4,
-            "batch": 64,
-        },
-        "evaluate": {"samples": 8},
+        "actor": {"kappa": 4, "value_draws": 1, "by_draws": True, "likelihood": 4, "gap": 0.05, "may_stay": True,
+                  "beta": 0.05, "lr": 2e-4, "passes": 4, "batch": 64},
+    },
+    "outcome": DEMO | {
+        "about": "a baseline without steps: eq. 12 on whole responses, outcome minus mean outcome",
+        "sample": {"step": "response", "n1": 16, "n": 16},  # about as many tokens as the demo
+        "label": {"whole_draws": True, "m": 0},
+        "critic": None,  # the outcome is known
+        "actor": {"kappa": 0, "beta": 0.05, "lr": 2e-4, "passes": 4, "batch": 256},
+    },
+    "rejection": DEMO | {
+        "about": "a baseline that imitates: the likelihood of right responses, without eq. 12",
+        "sample": {"step": "response", "n1": 16, "n": 16},
+        "label": {"whole_draws": True, "m": 0},
+        "critic": None,
+        "actor": {"kappa": 0, "gap": 2, "likelihood": 1, "lr": 4e-4, "passes": 2, "batch": 64},
     },
     "paper": {
         "about": "the paper's Algorithm 1 with the paper's numbers, for a model of 7B or 8B",
-        "iterations": 1,
-        "problems": 0,  # all in every iteration
-        "replay": 1,
-        "draw": {},
-        "sample": {},
-        "label": {},
-        "critic": {},
-        "actor": {},
-        "evaluate": {},
+        "iterations": 1, "problems": 0, "replay": 1,  # problems 0: all, in every iteration
     },
 }
+# fmt: on
+# The stages, and what their flags are called here; those that draw from the actor have --draw's too.
+FLAGS_OF = {
+    "prepare": "prepare",
+    "sample": "sample",
+    "label_steps": "label",
+    "train_critic": "critic",
+}
+FLAGS_OF |= {"train_actor": "actor", "evaluate": "evaluate"}
+DRAWING = ("sample", "label_steps", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -135,15 +135,25 @@ class Step(NamedTuple):
     place: str  # "iter1/sample": what --force calls it
     title: str
     words: list[str]
-    draws_from: str = ""  # the actor that a server would serve for it
-    on_all_cards: bool = False  # --launch starts it
 
     @property
     def script(self) -> str:
         return self.place.rpartition("/")[2]
 
-    def command(self, s: "Settings") -> list[str]:
-        launch = split(s.launch) if s.launch and self.on_all_cards else ["python"]
+    def value(self, name: str) -> str:
+        """Of a flag, "" if it is not there."""
+        return self.words[self.words.index(name) + 1] if name in self.words else ""
+
+    @property
+    def served(self) -> str:
+        """The actor that a server would serve for this stage."""
+        return self.value("--actor") if self.script in DRAWING else ""
+
+    def command(self, s: Settings) -> list[str]:
+        """As one can type it. What trains is started by --launch, and evaluation without a server."""
+        trains = "--demos" in self.words or self.script.startswith("train")
+        evaluates = self.script == "evaluate" and self.served and not self.value("--server")
+        launch = split(s.launch) if s.launch and (trains or evaluates) else ["python"]
         return [*launch, f"{self.script}.py", *self.words]
 
 
@@ -151,61 +161,66 @@ class Step(NamedTuple):
 
 
 def algorithm_1(s: Settings, run: Path, recipe: dict) -> Iterator[Step]:
-    """The sequence of stages, with all of their flags."""
+    """The stages in order, with all of their flags."""
 
-    server = s.server or (f"http://127.0.0.1:{s.port}" if s.engine else "")
+    def step(place: str, title: str, **flags) -> Step:
+        return Step(place, title, words_of(place.rpartition("/")[2], flags, s, recipe))
 
-    def words(stage: str, mine: str, **paths) -> list[str]:
-        """Flags of a stage: its files, what the recipe says, and --STAGE and --draw, which go last."""
-        given, flags = split(mine), paths | recipe.get(stage, {})
-        if stage in ("sample", "label", "evaluate"):
-            given = split(s.draw) + given
-            flags |= recipe["draw"] | {"server": server}
-        named, found = {word.partition("=")[0] for word in given}, []
-        for name, value in flags.items():
-            if value not in ("", None) and f"--{name}" not in named:
-                found += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-        return found + given
-
-    def evaluation(i: int, actor) -> Step:
-        here, first = run / f"iter{i}", run / "iter0" / "eval.jsonl"
-        against = first if i else ""
-        paths = {"actor": actor, "problems": run / "test.jsonl", "out": here / "eval.jsonl"}
-        flags = words("evaluate", s.evaluate, **paths, against=against)
-        many = not (s.server or s.engine)
-        title = f"Iteration {i}: evaluate" if i else "Evaluate the base model"
-        return Step(f"iter{i}/evaluate", title, flags, str(actor), on_all_cards=many)
-
-    flags = {"out": run, "seed": s.seed, "task": s.task if not s.train else ""}
-    flags |= {"train": s.train, "test": s.test, "no_make_base": True if s.base else ""}
-    demos = "--demos" in split(s.prepare)
-    prepared = words("prepare", s.prepare, **flags)
-    yield Step("prepare", "Problems and base model", prepared, on_all_cards=demos)
+    yield step(
+        "prepare", "Problems and base model", out=run, seed=s.seed, task="" if s.train else s.task,
+        train=s.train, test=s.test, no_make_base=bool(s.base),
+    )  # fmt: skip
+    problems, test = run / "train.jsonl", run / "test.jsonl"
     actor = s.base or run / "base"
-    critic, trees = s.critic_model or actor, []
-    yield evaluation(0, actor)
+    critic, every_tree = s.critic_model or actor, []
+    with_critic = recipe.get("critic", {}) is not None
+    base_eval = run / "iter0" / "eval.jsonl"
+    yield step("iter0/evaluate", "The base model", actor=actor, problems=test, out=base_eval)
     for i in range(1, s.iterations + 1):
-        it, seed = run / f"iter{i}", 1000 * s.seed + i
-        problems, samples = run / "train.jsonl", it / "samples.jsonl"
-        trees = [*trees, it / "trees.jsonl"][-recipe["replay"] :]
-        drawn = {"actor": actor, "problems": problems, "seed": seed}
-        some = {"first": (i - 1) * s.problems or "", "limit": s.problems or ""}
-        flags = words("sample", s.sample, **drawn, out=samples, **some)
-        yield Step(f"iter{i}/sample", f"Iteration {i}, A.1: sample responses", flags, str(actor))
-        flags = words("label", s.label, **drawn, samples=samples, out=trees[-1])
-        yield Step(f"iter{i}/label_steps", f"Iteration {i}, A.2: label steps", flags, str(actor))
-        several, trained = ",".join(map(str, trees)), {"out": it / "critic", "seed": s.seed}
-        flags = words("critic", s.critic, trees=several, critic_model=critic, **trained)
-        title = f"Iteration {i}, A.3: train the critic"
-        yield Step(f"iter{i}/train_critic", title, flags, on_all_cards=True)
-        critic = it / "critic"
-        trained = {"critic": critic, "out": it / "actor", "seed": s.seed}
-        flags = words("actor", s.actor, actor=actor, trees=trees[-1], **trained)
-        title = f"Iteration {i}, B: advantages, then the actor"
-        yield Step(f"iter{i}/train_actor", title, flags, on_all_cards=True)
-        actor = it / "actor"  # the next pi_ref and generator
-        yield evaluation(i, actor)
+        name, it, seed = f"Iteration {i}", run / f"iter{i}", 1000 * s.seed + i
+        samples, trees = it / "samples.jsonl", it / "trees.jsonl"
+        yield step(
+            f"iter{i}/sample", f"{name}, A.1: sample responses", actor=actor, problems=problems,
+            out=samples, first=(i - 1) * s.problems or "", limit=s.problems or "", seed=seed,
+        )  # fmt: skip
+        yield step(
+            f"iter{i}/label_steps", f"{name}, A.2: completions from every state", actor=actor,
+            problems=problems, samples=samples, out=trees, seed=seed,
+        )  # fmt: skip
+        every_tree.append(str(trees))
+        if with_critic:
+            yield step(
+                f"iter{i}/train_critic", f"{name}, A.3: train the critic", critic_model=critic,
+                trees=",".join(every_tree[-recipe["replay"] :]), out=it / "critic", seed=s.seed,
+            )  # fmt: skip
+            critic = it / "critic"
+        yield step(
+            f"iter{i}/train_actor", f"{name}, B: advantages, then the actor", actor=actor,
+            trees=trees, critic=critic if with_critic else "",
+            out=it / "actor", seed=s.seed,
+        )  # fmt: skip
+        actor = it / "actor"  # the next policy to improve, pi_ref, and the generator
+        yield step(
+            f"iter{i}/evaluate", f"{name}: evaluate", actor=actor, problems=test,
+            out=it / "eval.jsonl", against=base_eval,
+        )  # fmt: skip
     yield Step("report/evaluate", "The run in one page", ["--report", str(run)])
+
+
+def words_of(script: str, flags: dict, s: Settings, recipe: dict) -> list[str]:
+    """The words of a stage's command: its files, what the recipe says, then the user's own, which take
+    the place of the recipe's."""
+    name = FLAGS_OF[script]
+    own, flags = split(getattr(s, name)), flags | (recipe.get(name) or {})
+    if script in DRAWING:
+        own = split(s.draw) + own
+        server = s.server or (f"http://127.0.0.1:{s.port}" if s.engine else "")
+        flags |= recipe.get("draw", {}) | {"server": server}
+    named, words = {word.partition("=")[0] for word in own}, []
+    for flag_name, value in flags.items():
+        if value is not False and value != "" and f"--{flag_name}" not in named:
+            words += [f"--{flag_name}"] if value is True else [f"--{flag_name}", str(value)]
+    return words + own
 
 
 # ------------------------------------------------------------ before anything runs
@@ -272,9 +287,9 @@ def stage(s: Settings):
     with Engine(s.engine, s.port, run / "engine.log") as engine:
         for step in steps:
             print(f"\n== {step.title}\n$ {shlex.join(step.command(s))}", flush=True)
-            if s.engine and step.draws_from and not is_complete(step):
-                engine.serve(step.draws_from)
-            elif not step.draws_from:
+            if s.engine and step.served and not is_complete(step):
+                engine.serve(step.served)
+            elif not step.served:
                 engine.stop()  # training needs the memory
             do(step, s)
             if step.place == "prepare":
@@ -286,18 +301,17 @@ def shell_lines(steps: list[Step], s: Settings) -> Iterator[str]:
     served = ""
     for step in steps:
         yield f"# {step.title}"
-        if s.engine and step.draws_from not in ("", served):
-            yield f"{s.engine} {shlex.quote(step.draws_from)} --port {s.port} &  # until it answers"
-        if served and step.draws_from != served:
+        if s.engine and step.served not in ("", served):
+            yield f"{s.engine} {shlex.quote(step.served)} --port {s.port} &  # until it answers"
+        if served and step.served != served:
             yield "kill %%; wait"
-        served = step.draws_from if s.engine else ""
+        served = step.served if s.engine else ""
         yield shlex.join(step.command(s))
 
 
 def is_complete(step: Step) -> bool:
     """Is there nothing to do for a server?"""
-    out = step.words[step.words.index("--out") + 1]
-    return "output" in read_manifest(Path(out)) and "--force" not in step.words
+    return "output" in read_manifest(Path(step.value("--out"))) and "--force" not in step.words
 
 
 def do(step: Step, s: Settings):

@@ -46,7 +46,9 @@ def test_the_sequence_is_algorithm_1():
         assert value(critic, "--critic_model") == start
         assert value(evaluate, "--actor") == f"r/iter{i}/actor"
         assert value(evaluate, "--against") == "r/iter0/eval.jsonl"
-    replayed = planned(recipe="frugal", run="r", iterations=6)["iter6/train_critic"]
+    frugal = planned(recipe="frugal", run="r", iterations=6)
+    replayed, label = frugal["iter6/train_critic"], frugal["iter1/label_steps"]
+    assert value(label, "--m") == "0" and "--whole_draws" in label and "True" not in label
     assert value(replayed, "--trees") == ",".join(f"r/iter{i}/trees.jsonl" for i in (3, 4, 5, 6))
 
 
@@ -75,7 +77,7 @@ def test_a_flag_changes_one_thing_of_the_recipe():
 @pytest.mark.parametrize(
     "flags, said",
     [
-        ("--recipe papr", "wanted demo or frugal or paper"),
+        ("--recipe papr", "wanted demo or frugal or outcome"),
         ("--iterations abc", "invalid int value: 'abc'"),
         ("--iterations -1", "--iterations -1"),
         ('--actor "--betta 0.2"', "train_actor.py: unrecognized arguments: --betta"),
