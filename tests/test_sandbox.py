@@ -704,6 +704,25 @@ SIGNATURE = 'from typing import List\n\n\ndef f(x: int) -> int:\n    """Double x
         ("", "```python\ndef g(x): return 1\n```\nThen:\n```python\ndef f(x): return g(x)\n```",
          "def g(x): return 1\ndef f(x): return g(x)\n"),
         ("", "```python\ndef g(x): return 1\nprint(g(2))\n```\n```python\ndef f(x): return 3\n```", "def f(x): return 3\n"),
+        # more of each kind
+        ("", '```python\ndef f(x):\n    """Doc\n\n    ```python\n    f(1)\n    ```\n    """\n    return 1\n```',
+         'def f(x):\n    """Doc\n\n    ```python\n    f(1)\n    ```\n    """\n    return 1\n'),
+        ("", "Answer: ```python def f(x): return x```", "def f(x): return x\n"),
+        ("", "```python\ndef f(x): return x\n```\n```python\nresult = f(2)\nprint(result)\n```", "def f(x): return x\n"),
+        ("", "```python\ndef f(x): return x\n```\n```python\nfrom solution import f\nassert f(1) == 1\n```", "def f(x): return x\n"),
+        ("", "```python\nprint(int(input()) * 2)\n```\nFor 3 it is\n```python\nprint(6)\n```", "print(int(input()) * 2)\n"),
+        ("", "```python\ndef solve():\n    print(int(input()))\n```\nRun it:\n```python\nif __name__ == '__main__':\n    solve()\n```",
+         "def solve():\n    print(int(input()))\nif __name__ == '__main__':\n    solve()\n"),
+        ("", "```python\nMOD = pow(10, 9) + 7\n```\n```python\ndef f(x): return x % MOD\n```", "MOD = pow(10, 9) + 7\ndef f(x): return x % MOD\n"),
+        ("", "<think>```python\ndef f(x): return 0\n```</think>\ndef f(x): return 1\n", "def f(x): return 1\n"),
+        ("", "def f(x):\n    return x\n\nThis function returns x.", "def f(x):\n    return x\n\n"),
+        ("", "def f(x):\n    return x\n\nBut better:\ndef f(x: return 2", "def f(x):\n    return x\n\nBut better:\ndef f(x: return 2"),
+        (SIGNATURE, "    return 2 * x\n```\nThat is it.", SIGNATURE + "    return 2 * x\n"),
+        (SIGNATURE, "```\ny = 2 * x\n    return y\n```", SIGNATURE + "    y = 2 * x\n    return y\n"),
+        (SIGNATURE, "```\n    return 2 * x\n```\nOutput:\n```\n4\n```", SIGNATURE + "    return 2 * x\n"),
+        (SIGNATURE, "```python\n    return 2 * x\n\nprint(f(2))\n```", SIGNATURE + "    return 2 * x\n\n"),
+        (SIGNATURE, "```python\n    return 2 * x\n```\n```python\nassert f(2) == 4\n```", SIGNATURE + "    return 2 * x\n"),
+        (SIGNATURE, "    return g(x)\n\ndef g(x):\n    return 2 * x\n", "def g(x):\n    return 2 * x\n" + SIGNATURE + "    return g(x)\n\n"),
         # as Llama 2 begins a response: the space is no indentation, but of a body it is
         ("", " def f(x):\n    return 1\n\ndef g(): pass", "def f(x):\n    return 1\n\ndef g(): pass"),
         ("", " n = int(input())\nprint(n)", "n = int(input())\nprint(n)"),
@@ -721,6 +740,22 @@ def test_the_function_that_is_tested_says_which_block_is_the_program():
     assert extract_program("", text).endswith("def show(y): print(y)\n")
     leetcode = "```python\nclass Solution:\n    def f(self, x): return x\n```\n```python\ns = Solution()\nclass T: pass\n```"
     assert extract_program("", leetcode, "f").startswith("class Solution")
+
+
+def test_no_response_takes_long_to_read():
+    """CPU time grows as the text does, not as its square."""
+    chain = "".join(f"```python\ndef f{i}(x):\n    return f{i + 1}(x)\n```\n" for i in range(300))
+    for text in (
+        "```\n" * 20_000,
+        "```python\n" * 5_000,
+        '"""\n```\n' * 3_000,
+        "(" * 100_000,
+        chain,
+    ):
+        for setup, entry in (("", "f"), (SIGNATURE, None)):
+            begin = time.thread_time()
+            extract_program(setup, text, entry)
+            assert time.thread_time() - begin < 10, text[:20]
 
 
 def test_deep_recursion_and_long_integers():
