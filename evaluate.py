@@ -48,7 +48,7 @@ from support.report import (
 )
 from support.sampler import Sampler, require_single_process
 from support.server import Server
-from support.stage import Output, actor_facts, read_manifest, stated_by, tokenizer_facts
+from support.stage import Output, actor_provenance, read_manifest, stated_by, tokenizer_provenance
 from support.stats import majority, paired, pass_at, wilson
 from train_critic import load_critic, tree_values
 
@@ -196,7 +196,11 @@ def stage(s: Settings):
         by_server = s.server and Server(s.server, lm, s.workers, s.engines)
         sampler = by_server or Sampler(lm, s.batch)
         critic = load_critic(s.critic, dtype=s.dtype) if s.critic else None
-        if critic and tokenizer_facts(critic[0])["tokenizer"] != tokenizer_facts(lm)["tokenizer"]:
+        if (
+            critic
+            and tokenizer_provenance(critic[0])["tokenizer"]
+            != tokenizer_provenance(lm)["tokenizer"]
+        ):
             raise UserError(f"{s.critic}: its tokenizer is not the actor's; pass one that has it")
 
         def process(chunk: list[dict], progress) -> list[dict]:
@@ -205,7 +209,7 @@ def stage(s: Settings):
             answered = {line["id"]: line for line in all_gather(mine)}
             return [answered[p["id"]] for p in chunk]
 
-        with output.open({**actor_facts(lm, s.max_new), **sampler.provenance}) as out:
+        with output.open({**actor_provenance(lm, s.max_new), **sampler.provenance}) as out:
             todo = [p for p in problems if p["id"] not in out.done]
             with Progress("evaluate", len(todo)) as bar:
                 sampler.work_through(todo, process, bar.add, out.append)

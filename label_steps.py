@@ -41,7 +41,7 @@ from support.packing import record_tree
 from support.records import each_sample, read_problems, sha256
 from support.sampler import Row, Sampler, draw_key, require_single_process
 from support.server import Server
-from support.stage import Output, actor_facts, read_manifest, stated_by
+from support.stage import Output, actor_provenance, read_manifest, stated_by
 
 
 @dataclass(frozen=True)
@@ -116,14 +116,13 @@ class StepTree:
     def count_draw(self, v: int, ids: list[int], split_steps, reward: float):
         """Count one draw at node v, a completion or response, and at every state that it passes.
 
-        split_steps: LM.step_ends. A blank line joins the step before it, so where "a\\n" and "a\\n\\n" are both
-        states, a draw "a\\n\\nb" passes both, though its own steps take the second alone. It counts at
-        both: only if every draw counts at each state whose tokens begin it, is it an unbiased one
-        there. New states are made along the draw's own steps only.
+        split_steps: LM.step_ends. A blank line joins the step before it, so where "a\\n" and
+        "a\\n\\n" are both states, a draw "a\\n\\nb" passes both, though its own steps take the second
+        alone. It counts at both: only if every draw counts at each state whose tokens begin it, is
+        it an unbiased one there. New states are made along the draw's own steps only.
         """
-        waiting = [
-            (v, ids, True)
-        ]  # node, what is drawn from there, did the draw's own steps lead there
+        # Of each: a node, what is drawn from there, and did the draw's own steps lead there?
+        waiting = [(v, ids, True)]
         while waiting:
             v, ids, by_own_steps = waiting.pop()
             self._count(v, reward)
@@ -322,8 +321,8 @@ def stage(s: Settings):
             progress(0, unshared=sum(len(record["responses"][k]["ends"]) for k in record["kept"]))
         return [tree.record(lm, problem) for tree, problem in zip(trees, owners)]
 
-    facts = {**actor_facts(lm, s.max_new), "problems": sha256(s.problems)}
-    with output.open(facts | sampler.provenance, expects=facts, count=counted) as out:
+    provenance = {**actor_provenance(lm, s.max_new), "problems": sha256(s.problems)}
+    with output.open(provenance | sampler.provenance, expects=provenance, count=counted) as out:
         todo = (r for r in each_sample(s.samples) if usable(r) and r["id"] not in out.done)
         with Progress("label_steps", sampled - len(out.done)) as bar:
             sampler.work_through(todo, process, bar.add, out.append)

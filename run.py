@@ -89,8 +89,9 @@ FLAGS_OF = {
     "sample": "sample",
     "label_steps": "label",
     "train_critic": "critic",
+    "train_actor": "actor",
+    "evaluate": "evaluate",
 }
-FLAGS_OF |= {"train_actor": "actor", "evaluate": "evaluate"}
 DRAWING = ("sample", "label_steps", "evaluate")
 
 
@@ -129,44 +130,44 @@ def split(flags: str) -> list[str]:
         raise UserError(f"{flags}: {str(e).lower()}; quote it as for a shell") from e
 
 
-class Step(NamedTuple):
-    """One command of the sequence: `python SCRIPT.py WORDS`."""
+class Command(NamedTuple):
+    """One command of the sequence: `python SCRIPT.py ARGS`."""
 
-    place: str  # "iter1/sample": what --force calls it
+    name: str  # "iter1/sample": what --force calls it
     title: str
-    words: list[str]
+    args: list[str]
 
     @property
     def script(self) -> str:
-        return self.place.rpartition("/")[2]
+        return self.name.rpartition("/")[2]
 
-    def value(self, name: str) -> str:
+    def value(self, flag_name: str) -> str:
         """Of a flag, "" if it is not there."""
-        return self.words[self.words.index(name) + 1] if name in self.words else ""
+        return self.args[self.args.index(flag_name) + 1] if flag_name in self.args else ""
 
     @property
     def served(self) -> str:
         """The actor that a server would serve for this stage."""
         return self.value("--actor") if self.script in DRAWING else ""
 
-    def command(self, s: Settings) -> list[str]:
+    def typed(self, s: Settings) -> list[str]:
         """As one can type it. What trains is started by --launch, and evaluation without a server."""
-        trains = "--demos" in self.words or self.script.startswith("train")
+        trains = "--demos" in self.args or self.script.startswith("train")
         evaluates = self.script == "evaluate" and self.served and not self.value("--server")
         launch = split(s.launch) if s.launch and (trains or evaluates) else ["python"]
-        return [*launch, f"{self.script}.py", *self.words]
+        return [*launch, f"{self.script}.py", *self.args]
 
 
 # ------------------------------------------------------------ Algorithm 1
 
 
-def algorithm_1(s: Settings, run: Path, recipe: dict) -> Iterator[Step]:
+def algorithm_1(s: Settings, run: Path, recipe: dict) -> Iterator[Command]:
     """The stages in order, with all of their flags."""
 
-    def step(place: str, title: str, **flags) -> Step:
-        return Step(place, title, words_of(place.rpartition("/")[2], flags, s, recipe))
+    def command(name: str, title: str, **flags) -> Command:
+        return Command(name, title, args_of(name.rpartition("/")[2], flags, s, recipe))
 
-    yield step(
+    yield command(
         "prepare", "Problems and base model", out=run, seed=s.seed, task="" if s.train else s.task,
         train=s.train, test=s.test, no_make_base=bool(s.base),
     )  # fmt: skip
@@ -175,52 +176,52 @@ def algorithm_1(s: Settings, run: Path, recipe: dict) -> Iterator[Step]:
     critic, every_tree = s.critic_model or actor, []
     with_critic = recipe.get("critic", {}) is not None
     base_eval = run / "iter0" / "eval.jsonl"
-    yield step("iter0/evaluate", "The base model", actor=actor, problems=test, out=base_eval)
+    yield command("iter0/evaluate", "The base model", actor=actor, problems=test, out=base_eval)
     for i in range(1, s.iterations + 1):
         name, it, seed = f"Iteration {i}", run / f"iter{i}", 1000 * s.seed + i
         samples, trees = it / "samples.jsonl", it / "trees.jsonl"
-        yield step(
+        yield command(
             f"iter{i}/sample", f"{name}, A.1: sample responses", actor=actor, problems=problems,
             out=samples, first=(i - 1) * s.problems or "", limit=s.problems or "", seed=seed,
         )  # fmt: skip
-        yield step(
+        yield command(
             f"iter{i}/label_steps", f"{name}, A.2: completions from every state", actor=actor,
             problems=problems, samples=samples, out=trees, seed=seed,
         )  # fmt: skip
         every_tree.append(str(trees))
         if with_critic:
-            yield step(
+            yield command(
                 f"iter{i}/train_critic", f"{name}, A.3: train the critic", critic_model=critic,
                 trees=",".join(every_tree[-recipe["replay"] :]), out=it / "critic", seed=s.seed,
             )  # fmt: skip
             critic = it / "critic"
-        yield step(
+        yield command(
             f"iter{i}/train_actor", f"{name}, B: advantages, then the actor", actor=actor,
             trees=trees, critic=critic if with_critic else "",
             out=it / "actor", seed=s.seed,
         )  # fmt: skip
         actor = it / "actor"  # the next policy to improve, pi_ref, and the generator
-        yield step(
+        yield command(
             f"iter{i}/evaluate", f"{name}: evaluate", actor=actor, problems=test,
             out=it / "eval.jsonl", against=base_eval,
         )  # fmt: skip
-    yield Step("report/evaluate", "The run in one page", ["--report", str(run)])
+    yield Command("report/evaluate", "The run in one page", ["--report", str(run)])
 
 
-def words_of(script: str, flags: dict, s: Settings, recipe: dict) -> list[str]:
-    """The words of a stage's command: its files, what the recipe says, then the user's own, which take
-    the place of the recipe's."""
+def args_of(script: str, flags: dict, s: Settings, recipe: dict) -> list[str]:
+    """A stage's arguments: its files, what the recipe says, then the user's own, which take the
+    place of the recipe's."""
     name = FLAGS_OF[script]
     own, flags = split(getattr(s, name)), flags | (recipe.get(name) or {})
     if script in DRAWING:
         own = split(s.draw) + own
         server = s.server or (f"http://127.0.0.1:{s.port}" if s.engine else "")
         flags |= recipe.get("draw", {}) | {"server": server}
-    named, words = {word.partition("=")[0] for word in own}, []
+    named, args = {word.partition("=")[0] for word in own}, []
     for flag_name, value in flags.items():
         if value is not False and value != "" and f"--{flag_name}" not in named:
-            words += [f"--{flag_name}"] if value is True else [f"--{flag_name}", str(value)]
-    return words + own
+            args += [f"--{flag_name}"] if value is True else [f"--{flag_name}", str(value)]
+    return args + own
 
 
 # ------------------------------------------------------------ before anything runs
@@ -243,10 +244,11 @@ def completed(s: Settings) -> tuple[Settings, Path, dict]:
     return replace(s, **numbers), Path(s.run or f"runs/{name}"), recipe
 
 
-def parsed(step: Step):
-    """(module, its Settings) of a step; UserError where a flag is misspelt or a number is wrong."""
-    module = importlib.import_module(step.script)
-    return module, cli.parse(module.Settings, module.__doc__, step.words, f"{step.script}.py")
+def parsed(command: Command):
+    """(module, its Settings) of a command; UserError where a flag is misspelt or a number is wrong."""
+    module = importlib.import_module(command.script)
+    name = f"{command.script}.py"
+    return module, cli.parse(module.Settings, module.__doc__, command.args, name)
 
 
 def require_problems(there: int, s: Settings, where):
@@ -257,15 +259,14 @@ def require_problems(there: int, s: Settings, where):
         raise UserError(f"{where}: {there} training problems, {wanted} are asked for; {mend}")
 
 
-def forced(steps: list[Step], place: str) -> list[Step]:
-    """The steps with --force from the one that --force names."""
-    places = [step.place for step in steps]
-    named = [place, f"iter1/{place}"]
-    begin = next((places.index(p) for p in named if p in places), None)
+def forced(commands: list[Command], name: str) -> list[Command]:
+    """The commands with --force from the one that --force names."""
+    names = [command.name for command in commands]
+    begin = next((names.index(n) for n in (name, f"iter1/{name}") if n in names), None)
     if begin is None:
-        raise UserError(f"--force {place}: no such stage; there are {', '.join(places)}")
-    again = [step._replace(words=[*step.words, "--force"]) for step in steps[begin:-1]]
-    return [*steps[:begin], *again, steps[-1]]  # the report is drawn each time
+        raise UserError(f"--force {name}: no such stage; there are {', '.join(names)}")
+    again = [c._replace(args=[*c.args, "--force"]) for c in commands[begin:-1]]
+    return [*commands[:begin], *again, commands[-1]]  # the report is drawn each time
 
 
 # ------------------------------------------------------------ the run
@@ -273,56 +274,56 @@ def forced(steps: list[Step], place: str) -> list[Step]:
 
 def stage(s: Settings):
     s, run, recipe = completed(s)
-    steps = list(algorithm_1(s, run, recipe))
+    commands = list(algorithm_1(s, run, recipe))
     if s.force:
-        steps = forced(steps, s.force)
-    checked = [settings for _, settings in map(parsed, steps)]
+        commands = forced(commands, s.force)
+    checked = [settings for _, settings in map(parsed, commands)]
     if not s.train:
         require_problems(checked[0].train_size, s, "--train_size")
     if s.dry_run:
-        return print("\n".join(shell_lines(steps, s)))
+        return print("\n".join(shell_lines(commands, s)))
     print(f"{run}: {recipe['about']}")
     # A server on this machine is asked directly, whatever proxy the box has for other machines.
     os.environ["no_proxy"] = f"{os.environ.get('no_proxy', '')},127.0.0.1,localhost"
     with Engine(s.engine, s.port, run / "engine.log") as engine:
-        for step in steps:
-            print(f"\n== {step.title}\n$ {shlex.join(step.command(s))}", flush=True)
-            if s.engine and step.served and not is_complete(step):
-                engine.serve(step.served)
-            elif not step.served:
+        for command in commands:
+            print(f"\n== {command.title}\n$ {shlex.join(command.typed(s))}", flush=True)
+            if s.engine and command.served and not is_complete(command):
+                engine.serve(command.served)
+            elif not command.served:
                 engine.stop()  # training needs the memory
-            do(step, s)
-            if step.place == "prepare":
+            do(command, s)
+            if command.name == "prepare":
                 require_problems(len(read_jsonl(run / "train.jsonl")), s, run / "train.jsonl")
 
 
-def shell_lines(steps: list[Step], s: Settings) -> Iterator[str]:
+def shell_lines(commands: list[Command], s: Settings) -> Iterator[str]:
     """The sequence as a shell script."""
     served = ""
-    for step in steps:
-        yield f"# {step.title}"
-        if s.engine and step.served not in ("", served):
-            yield f"{s.engine} {shlex.quote(step.served)} --port {s.port} &  # until it answers"
-        if served and step.served != served:
+    for command in commands:
+        yield f"# {command.title}"
+        if s.engine and command.served not in ("", served):
+            yield f"{s.engine} {shlex.quote(command.served)} --port {s.port} &  # until it answers"
+        if served and command.served != served:
             yield "kill %%; wait"
-        served = step.served if s.engine else ""
-        yield shlex.join(step.command(s))
+        served = command.served if s.engine else ""
+        yield shlex.join(command.typed(s))
 
 
-def is_complete(step: Step) -> bool:
+def is_complete(command: Command) -> bool:
     """Is there nothing to do for a server?"""
-    return "output" in read_manifest(Path(step.value("--out"))) and "--force" not in step.words
+    return "output" in read_manifest(Path(command.value("--out"))) and "--force" not in command.args
 
 
-def do(step: Step, s: Settings):
+def do(command: Command, s: Settings):
     """Run a stage: on a CPU in this process, which saves the import of torch; elsewhere in its own,
     since only a process that ends gives a GPU's memory back."""
     if not s.launch and not torch.cuda.is_available():
-        module, settings = parsed(step)
+        module, settings = parsed(command)
         return module.stage(settings)
-    script = str(Path(__file__).with_name(f"{step.script}.py"))  # wherever run.py was started
-    words = [sys.executable if word == "python" else word for word in step.command(s)]
-    process = subprocess.Popen([script if word == f"{step.script}.py" else word for word in words])
+    script = str(Path(__file__).with_name(f"{command.script}.py"))  # wherever run.py was started
+    actual = {"python": sys.executable, f"{command.script}.py": script}
+    process = subprocess.Popen([actual.get(word, word) for word in command.typed(s)])
     try:
         code = process.wait()
     except KeyboardInterrupt:
@@ -330,7 +331,7 @@ def do(step: Step, s: Settings):
     if code < 0:
         hint = " (9: perhaps for want of memory)"
         print(
-            f"error: signal {-code} ended {step.script}.py{hint}; the same command goes on",
+            f"error: signal {-code} ended {command.script}.py{hint}; the same command goes on",
             file=sys.stderr,
         )
     if code:

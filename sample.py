@@ -33,7 +33,7 @@ from support.packing import Tree
 from support.records import read_problems, sha256
 from support.sampler import Row, Sampler, draw_key, require_single_process
 from support.server import Server
-from support.stage import Output, actor_facts
+from support.stage import Output, actor_provenance
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,12 @@ def stage(s: Settings):
             records.append(sample_record(lm, problem, prompt_ids, responses, s))
         return records
 
-    facts = {**actor_facts(lm, s.max_new), "problems": sha256(s.problems), **sampler.provenance}
-    with output.open(facts, count=counted) as out:
+    provenance = {
+        **actor_provenance(lm, s.max_new),
+        "problems": sha256(s.problems),
+        **sampler.provenance,
+    }
+    with output.open(provenance, count=counted) as out:
         todo = [p for p in problems if p["id"] not in out.done]
         with Progress("sample", len(todo)) as bar:
             sampler.work_through(todo, process, bar.add, out.append)

@@ -46,7 +46,7 @@ from support.packing import BLOCK, pack_trees, record_tree
 from support.records import digest, dump, each_record, read_trees, replace, sha256
 from support.report import actor_words, pairs_words, problem_words, trained_tree
 from support.scoring import Results, score_trees
-from support.stage import Output, fingerprint, read_manifest, stated_by, tokenizer_facts
+from support.stage import Output, fingerprint, read_manifest, stated_by, tokenizer_provenance
 from support.training import fit, whole_batches
 from train_critic import load_critic, print_unknown, tree_values
 
@@ -347,11 +347,11 @@ def stage(s: Settings):
     processes = require_memory(s.actor, s.budget, s.offload, records)
     tokenizer = load_lm(s.actor, weights=False)
     tokenizer.codec.date = output.date
-    facts = tokenizer_facts(tokenizer)
-    expects = {"actor": fingerprint(s.actor), **facts}
+    provenance = tokenizer_provenance(tokenizer)
+    expects = {"actor": fingerprint(s.actor), **provenance}
     expects |= {"step": stated_by(s.trees, "step", "line")}
     of_trees = {"trees": sha256(Path(s.trees))}  # which the critic was trained on
-    with output.open(facts, expects, prefers=of_trees) as out:
+    with output.open(provenance, expects, prefers=of_trees) as out:
         # B.1, unless an earlier start came to its end
         table, lines = Path(f"{s.out}.advantages.jsonl"), None
         known = read_manifest(s.out).get("advantages")
@@ -363,7 +363,7 @@ def stage(s: Settings):
         if lines is None and s.kappa > 0:
             critic, value_head = load_critic(s.critic, dtype=s.dtype)
             critic.codec.date = out.date
-            retokenise = tokenizer_facts(critic)["tokenizer"] != facts["tokenizer"]
+            retokenise = tokenizer_provenance(critic)["tokenizer"] != provenance["tokenizer"]
             if retokenise:
                 print_unknown(critic, records)
             by = {"critic": inputs["critic"], "date": out.date if retokenise else None}

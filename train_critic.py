@@ -50,7 +50,7 @@ from support.packing import pack_trees, record_tree
 from support.records import read_trees, replace, sha256
 from support.report import critic_words
 from support.scoring import score_trees
-from support.stage import Output, stated_by, tokenizer_facts
+from support.stage import Output, stated_by, tokenizer_provenance
 from support.stats import auc, calibration, siblings
 from support.training import fit, whole_batches
 
@@ -280,7 +280,7 @@ def stage(s: Settings):
         if others or not tokenizer:
             wrong = "no manifest beside it, or made with different tokenizers or different --step"
             raise UserError(f"{s.trees}: {wrong}")
-        retokenise = tokenizer != tokenizer_facts(lm)["tokenizer"]
+        retokenise = tokenizer != tokenizer_provenance(lm)["tokenizer"]
         if retokenise:
             print_unknown(lm, records)
         if s.held_out:

@@ -1,13 +1,15 @@
 """README's table of results, by hand (a DAPO run of two iterations takes about four minutes of one core):
 
-    python benchmarks/bench_methods.py --methods demo rejection --tasks math parity code --seeds 0 1 2
+    python benchmarks/bench_methods.py --methods demo outcome rejection grpo --seeds 0 1 2 3 4
     python benchmarks/bench_methods.py --table
+    python benchmarks/bench_methods.py --trials --methods outcome grpo --tasks math parity
 
 Every row of --out is one actor: method, task, seed, iteration, sampled tokens, and what evaluate.py says of it on 500 test
 problems with four responses each at temperature 1 (rights: how many of the four are right, a digit per problem, for
 paired tests; reasoned: the same of parity's reasoning). A row that is there is not made again. The methods are run.py's
 recipes of these names, and grpo, which is here. The base models of a task share one clean model (--clean_seed 1); the
-seed fixes what they misread, the problems and all draws.
+seed fixes what they misread, the problems and all draws. --trials is how the settings were chosen: one iteration per row
+of TRIALS, on seed 10, which no table reports, and the validation problems.
 """
 
 import argparse
@@ -31,7 +33,37 @@ from support.report import sampled_tokens
 from support.sampler import Row, Sampler, draw_key
 from support.stats import paired
 
-GRPO = {"prompts": 16, "group": 8, "lr": 4e-4}  # of five trials on a seed that is not reported
+# Of each method five settings; the first one is what runs, run.py's recipe or GRPO's setting here.
+TRIALS = {
+    "demo": [
+        "--beta 0.1 --lr 1.5e-4 --passes 4",
+        "--beta 0.1 --lr 3e-4 --passes 4",
+        "--beta 0.07 --lr 2e-4 --passes 4",
+        "--beta 0.15 --lr 2e-4 --passes 4",
+        "--beta 0.1 --lr 2e-4 --passes 8",
+    ],
+    "outcome": [
+        "--beta 0.05 --lr 2e-4 --passes 4 --batch 256",
+        "--beta 0.1 --lr 2e-4 --passes 4 --batch 256",
+        "--beta 0.2 --lr 2e-4 --passes 4 --batch 256",
+        "--beta 0.1 --lr 4e-4 --passes 4 --batch 256",
+        "--beta 0.05 --lr 4e-4 --passes 4 --batch 128",
+    ],
+    "rejection": [
+        "--lr 4e-4 --passes 2 --batch 64",
+        "--lr 2e-4 --passes 4 --batch 64",
+        "--lr 1e-3 --passes 2 --batch 64",
+        "--lr 2e-4 --passes 2 --batch 256",
+        "--lr 4e-4 --passes 4 --batch 256",
+    ],
+    "grpo": [
+        "--lr 4e-4 --prompts 16 --group 8",
+        "--lr 2e-4 --prompts 16 --group 8",
+        "--lr 4e-4 --prompts 32 --group 8",
+        "--lr 2e-4 --prompts 8 --group 8",
+        "--lr 6e-4 --prompts 32 --group 16",
+    ],
+}
 NAMES = {
     "demo": "DAPO",
     "outcome": "outcome advantages",
@@ -40,25 +72,32 @@ NAMES = {
 }
 
 
-def recipe_run(method: str, task: str, seed: int, runs: Path):
-    """Run a recipe; yields (iteration, tokens sampled so far, its eval.jsonl)."""
-    folder = runs / f"{method}-{task}-{seed}"
-    prepared = f"--clean_seed 1 --clean {runs / 'clean'}"
-    flags = {"task": task, "seed": seed, "prepare": prepared, "evaluate": "--samples 4"}
+def recipe_run(method: str, task: str, seed: int, runs: Path, trial: str | None):
+    """Run a recipe; yields (iteration, tokens sampled so far, its eval.jsonl). A trial ends after one iteration."""
+    folder, base = runs / f"{method}-{task}-{seed}", runs / f"demo-{task}-{seed}" / "base"
+    flags = {"task": task, "seed": seed, "evaluate": "--samples 4"}
+    flags["prepare"] = f"--clean_seed 1 --clean {runs / 'clean'}"
+    if method != "demo" and base.exists():
+        flags["base"] = str(base)  # the same one, without making it again
+    if trial is not None:
+        flags |= {"actor": trial, "iterations": 1}
+        flags["evaluate"] += f" --problems {folder / 'valid.jsonl'}"
+        flags["force"] = "train_actor" if (folder / "iter1" / "actor").exists() else ""
     run.stage(run.Settings(run=str(folder), recipe=method, **flags))
     tokens = 0
-    for i in range(run.RECIPES[method]["iterations"] + 1):
+    for i in range(flags.get("iterations", run.RECIPES[method]["iterations"]) + 1):
         tokens += sampled_tokens(folder / f"iter{i}") if i else 0
         yield i, tokens, folder / f"iter{i}" / "eval.jsonl"
 
 
-def grpo_run(task: str, seed: int, runs: Path, budgets: list[int]):
+def grpo_run(task: str, seed: int, runs: Path, budgets: list[int], trial: str | None):
     """Online GRPO up to each number of tokens: policy gradient on rewards normalised within the group of a problem's
     responses, no KL, one optimiser step per iteration of a few problems."""
-    base = runs / f"demo-{task}-{seed}"
-    lm, sampler = load_lm(base / "base", train=True), None
-    optimiser = torch.optim.AdamW(lm.model.parameters(), GRPO["lr"], (0.9, 0.95), weight_decay=0.0)
-    problems, prompts, group = read_jsonl(base / "train.jsonl"), GRPO["prompts"], GRPO["group"]
+    base, words = runs / f"demo-{task}-{seed}", (trial or TRIALS["grpo"][0]).split()
+    lr, prompts, group = float(words[1]), int(words[3]), int(words[5])
+    lm = load_lm(base / "base", train=True)
+    optimiser = torch.optim.AdamW(lm.model.parameters(), lr, (0.9, 0.95), weight_decay=0.0)
+    problems = read_jsonl(base / "train.jsonl")
     tokens, reached, iteration = 0, 0, 0
     while reached < len(budgets):
         chunk = [problems[(iteration * prompts + i) % len(problems)] for i in range(prompts)]
@@ -67,8 +106,7 @@ def grpo_run(task: str, seed: int, runs: Path, budgets: list[int]):
             keys = [draw_key("online", seed, iteration, j, i) for i in range(group)]
             rows += [Row(j, 0, key, 64) for key in keys]
         asked = [lm.prompt_ids(problem["prompt"]) for problem in chunk]
-        sampler = Sampler(lm, 512)
-        drawn = sampler.draw([Tree([ids], [-1], [True]) for ids in asked], rows, 1.0)
+        drawn = Sampler(lm, 512).draw([Tree([ids], [-1], [True]) for ids in asked], rows, 1.0)
         tokens += sum(map(len, drawn))
         graded = grade_ids(lm, [chunk[row.tree] for row in rows], drawn, unsafe=False)
         reward = torch.tensor([float(g["reward"]) for g in graded]).view(prompts, group)
@@ -90,15 +128,9 @@ def grpo_run(task: str, seed: int, runs: Path, budgets: list[int]):
             reached += 1
             out = runs / f"grpo-{task}-{seed}" / f"iter{reached}"
             replace(out / "actor", lm.save)
-            words = [
-                "--actor",
-                out / "actor",
-                "--problems",
-                base / "test.jsonl",
-                "--out",
-                out / "eval.jsonl",
-            ]
-            words = [*map(str, words), *["--samples", "4", "--max_new", "64", "--batch", "512"]]
+            tested = base / ("valid.jsonl" if trial else "test.jsonl")
+            words = f"--actor {out / 'actor'} --problems {tested} --out {out / 'eval.jsonl'}"
+            words = f"{words} --samples 4 --max_new 64 --batch 512 --force".split()
             evaluate.stage(cli.parse(evaluate.Settings, evaluate.__doc__, words, "evaluate.py"))
             yield reached, tokens, out / "eval.jsonl"
 
@@ -157,25 +189,27 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--runs", type=Path, default=Path("runs/methods"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "methods.jsonl")
-    parser.add_argument(
-        "--table", action="store_true", help="print the table of --out and run nothing"
-    )
+    parser.add_argument("--table", action="store_true", help="print --out's table, run nothing")
+    parser.add_argument("--trials", action="store_true", help="how the settings were chosen")
     s = parser.parse_args()
     rows = [json.loads(line) for line in s.out.open()] if s.out.exists() else []
     if s.table:
-        return table(rows)
-    for seed, task, method in [(a, b, c) for a in s.seeds for b in s.tasks for c in s.methods]:
-        there = [r for r in rows if (r["method"], r["task"], r["seed"]) == (method, task, seed)]
-        if there:
+        return table([row for row in rows if "trial" not in row])
+    jobs = [(c, b, a, None) for a in s.seeds for b in s.tasks for c in s.methods]
+    if s.trials:
+        jobs = [(c, b, 10, trial) for b in s.tasks for c in s.methods for trial in TRIALS[c]]
+    for method, task, seed, trial in jobs:
+        about = {"method": method, "task": task, "seed": seed} | ({"trial": trial} if trial else {})
+        if any(about.items() <= row.items() for row in rows):
             continue
         if method == "grpo":  # as many tokens as DAPO's iterations took
-            ours = [r for r in rows if (r["method"], r["task"], r["seed"]) == ("demo", task, seed)]
-            made = grpo_run(task, seed, s.runs, [r["tokens"] for r in ours if r["iteration"]])
+            ours = {"method": "demo", "task": task, "seed": seed}
+            budgets = {r["tokens"] for r in rows if ours.items() <= r.items() and r["iteration"]}
+            made = grpo_run(task, seed, s.runs, sorted(budgets), trial)
         else:
-            made = recipe_run(method, task, seed, s.runs)
+            made = recipe_run(method, task, seed, s.runs, trial)
         for i, tokens, path in made:
-            row = {"method": method, "task": task, "seed": seed, "iteration": i, "tokens": tokens}
-            rows.append(row | figures(path))
+            rows.append(about | {"iteration": i, "tokens": tokens} | figures(path))
             with s.out.open("a") as f:
                 f.write(json.dumps(rows[-1]) + "\n")
 

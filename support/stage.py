@@ -92,28 +92,32 @@ def differences(old: dict, new: dict, defaults: dict) -> list[str]:
     return found
 
 
-def disagreement(made: dict, new: dict, expects: dict) -> tuple[str, bool] | None:
+def disagreement(manifest: dict, new: dict, expects: dict) -> tuple[str, bool] | None:
     """How the manifest of an input does not fit: the first fact of `expects` that it states otherwise.
 
     -> (what is wrong, is it another file that was meant), or None if all agree or are not stated.
     """
     for fact, wanted in expects.items():
-        stated = made.get("facts", {}).get(fact, wanted)
+        stated = manifest.get("facts", {}).get(fact, wanted)
         if stated == wanted:
             continue
-        name = next((name for name, x in made["inputs"].items() if x == stated), fact)
-        old, now = origin(made, name), origin(new, fact)
-        if name in made["paths"] and fact in new["paths"]:
+        name = next((name for name, x in manifest["inputs"].items() if x == stated), fact)
+        old, now = origin(manifest, name), origin(new, fact)
+        if name in manifest["paths"] and fact in new["paths"]:
             return of_other_files(old, now), old != now
-        is_hash = re.fullmatch("[0-9a-f]{16,}", stated)
-        other = f"another {fact}" if is_hash else f"{fact} {stated}, this run has {wanted}"
+        other = f"another {fact}" if is_hash(stated) else f"{fact} {stated}, this run has {wanted}"
         return f"made with {other}", False
     return None
 
 
 def origin(manifest: dict, name: str) -> str:
     """Where an input lay; its hash or its name on the hub if that is not stated."""
-    return manifest["paths"].get(name) or manifest["inputs"].get(name, "nothing")[:16]
+    known = manifest["paths"].get(name) or manifest["inputs"].get(name, "nothing")
+    return known[:16] if is_hash(known) else known
+
+
+def is_hash(text: str) -> bool:
+    return bool(re.fullmatch("[0-9a-f]{16,}", text))
 
 
 def of_other_files(old: str, new: str) -> str:
@@ -158,11 +162,11 @@ def changed_files(old: dict, new: dict) -> list[str]:
 told = set()  # of which changed files this process has said so
 
 
-def tell_of_changed_code(path, made: dict, new: dict):
+def tell_of_changed_code(path, manifest: dict, new: dict):
     """Say once, not of every file of a run, that what decides a reward or a step is not as it was."""
     # A stage that does not import reward.py makes no rewards that could differ from these.
-    both = deciding_files() & made.get("code", {}).keys() & new["code"].keys()
-    changed = tuple(name for name in changed_files(made, new) if name in both)
+    both = deciding_files() & manifest.get("code", {}).keys() & new["code"].keys()
+    changed = tuple(name for name in changed_files(manifest, new) if name in both)
     if changed and changed not in told:
         told.add(changed)
         taken = "all rewards and steps made by it are taken as they are"
@@ -295,18 +299,18 @@ class Output:
 
     def _check_inputs(self, expects: dict, prefers: dict):
         for path in self.inputs.values():
-            made = read_manifest(path)
-            if not made:
+            manifest = read_manifest(path)
+            if not manifest:
                 continue
-            if found := disagreement(made, self.manifest, expects):
+            if found := disagreement(manifest, self.manifest, expects):
                 raise UserError(f"{path}: {found[0]}; pass the same, or make this again")
-            if found := disagreement(made, self.manifest, prefers):
+            if found := disagreement(manifest, self.manifest, prefers):
                 wrong, is_meant = found
                 if not is_meant:
                     raise UserError(f"{path}: {wrong}; pass the same, or make this again")
                 print(f"warning: {path}: {wrong}; taken as it is")
-            if made["stage"] in ("sample", "label_steps"):  # critics and actors hold no rewards
-                tell_of_changed_code(path, made, self.manifest)
+            if manifest["stage"] in ("sample", "label_steps"):  # critics and actors hold no rewards
+                tell_of_changed_code(path, manifest, self.manifest)
 
     def _clean(self):
         """Make what is there fit to go on from: without a torn last line; with --force nothing."""
@@ -384,11 +388,11 @@ def checked_input(name: str, path: str) -> str:
             require_on_hub(path)
             return path
         raise UserError(f"{path}: no such file; check the path, or run the stage that writes it")
-    found, made = sha256(path), read_manifest(path)
-    if made and "output" not in made:
-        raise UserError(f"{path}: unfinished; run {made['stage']}.py again with the same flags")
-    if made and made["output"] != found:
-        change = f"changed since {made['stage']}.py wrote it"
+    found, manifest = sha256(path), read_manifest(path)
+    if manifest and "output" not in manifest:
+        raise UserError(f"{path}: unfinished; run {manifest['stage']}.py again with the same flags")
+    if manifest and manifest["output"] != found:
+        change = f"changed since {manifest['stage']}.py wrote it"
         raise UserError(f"{path}: {change}; restore it, or make it again with --force")
     return found
 
@@ -415,19 +419,19 @@ def fingerprint(model: str) -> str:
     return digest("".join(sha256(file) for file in weights))
 
 
-def tokenizer_facts(lm) -> dict:
+def tokenizer_provenance(lm) -> dict:
     """Hashes of the vocabulary, of the chat template and of a prompt: records made with others do
     not fit. And the date, if prompts have it (set lm.codec.date first)."""
     vocabulary = json.dumps(sorted(lm.tokenizer.get_vocab().items()))
     template = str(lm.tokenizer.chat_template)
     prompt = str(lm.prompt_ids("What is 2 + 3?"))
     hashes = {"tokenizer": vocabulary, "template": template, "prompt": prompt}
-    facts = {name: digest(text)[:16] for name, text in hashes.items()}
-    return facts | ({"date": lm.codec.date} if lm.codec.asks_for_date else {})
+    provenance = {name: digest(text)[:16] for name, text in hashes.items()}
+    return provenance | ({"date": lm.codec.date} if lm.codec.asks_for_date else {})
 
 
-def actor_facts(lm, max_new: int) -> dict:
+def actor_provenance(lm, max_new: int) -> dict:
     """What two stages must agree on if one's responses are to fit the other's."""
-    facts = {"actor": fingerprint(lm.path), "eos": str(lm.eos), "max_new": str(max_new)}
-    facts |= {"grader": version("math-verify"), "step": lm.step}
-    return {**facts, **tokenizer_facts(lm)}
+    provenance = {"actor": fingerprint(lm.path), "eos": str(lm.eos), "max_new": str(max_new)}
+    provenance |= {"grader": version("math-verify"), "step": lm.step}
+    return {**provenance, **tokenizer_provenance(lm)}

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-import support.embedded
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported, so set before
+
+import support.embedded  # noqa: E402
 
 
 def pytest_addoption(parser):

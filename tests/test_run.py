@@ -22,7 +22,7 @@ OWN = {"train": "math:a", "test": "math500:b", "base": "model"}
 def planned(**settings) -> dict[str, list[str]]:
     """{place: words} of the whole sequence."""
     s, folder, recipe = run.completed(run.Settings(**settings))
-    return {step.place: step.words for step in run.algorithm_1(s, folder, recipe)}
+    return {command.name: command.args for command in run.algorithm_1(s, folder, recipe)}
 
 
 def value(words: list[str], name: str) -> str:
@@ -176,12 +176,12 @@ def test_stages_as_processes_make_the_same_bytes(finished, monkeypatch):
 
 @pytest.mark.parametrize("ending, code", [("sys.exit(2)", 2), ("os.kill(os.getpid(), 9)", 137)])
 def test_a_stage_that_fails_ends_the_run(ending, code, monkeypatch, capfd):
-    step = run.Step("iter1/sample", "", [])
+    command = run.Command("iter1/sample", "", [])
     monkeypatch.setattr(
-        run.Step, "command", lambda *_: ["python", "-c", f"import os, sys; {ending}"]
+        run.Command, "typed", lambda *_: ["python", "-c", f"import os, sys; {ending}"]
     )
     with pytest.raises(SystemExit) as stopped:
-        run.do(step, run.Settings(launch="x"))
+        run.do(command, run.Settings(launch="x"))
     assert stopped.value.code == code
     said = "signal 9 ended sample.py (9: perhaps for want of memory); the same command goes on"
     assert (said in capfd.readouterr().err) == (code == 137)
