@@ -21,6 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -373,11 +374,8 @@ class Server:
                 self._send_next(items, pipe, waiting)
             while any(waiting.values()):
                 for pipe in multiprocessing.connection.wait([p for p in waiting if waiting[p]]):
-                    try:
+                    with self._alive():
                         kind, what = pipe.recv()
-                    except EOFError:
-                        wrong = "a process that asks has been killed, perhaps for want of memory"
-                        raise ConnectionError(f"--workers {self.workers}: {wrong}") from None
                     if kind == "error":
                         raise what
                     if kind == "progress":
@@ -393,10 +391,19 @@ class Server:
             for child, _ in children:
                 child.join()
 
-    @staticmethod
-    def _send_next(items, pipe, waiting: dict):
+    @contextmanager
+    def _alive(self):
+        """What is said to or heard from a process that is gone is an error in words."""
+        try:
+            yield
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            wrong = "a process that asks has been killed, perhaps for want of memory"
+            raise ConnectionError(f"--workers {self.workers}: {wrong}") from None
+
+    def _send_next(self, items, pipe, waiting: dict):
         for item in islice(items, 1):
-            pipe.send(item)
+            with self._alive():
+                pipe.send(item)
             waiting[pipe] += 1
 
     def _work(self, pipe, process: Callable):
@@ -423,5 +430,5 @@ class Server:
             while True:
                 try:
                     pool.submit(answer, pipe.recv())
-                except EOFError:  # the first process is gone
+                except (EOFError, ConnectionResetError):  # the first process is gone
                     os._exit(1)

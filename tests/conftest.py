@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported, so set before
 
-import support.embedded  # noqa: E402
+import support.embedded
 
 
 def pytest_addoption(parser):

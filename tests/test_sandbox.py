@@ -34,7 +34,7 @@ CHECK = SQUARE | {
 }
 TRUE = SQUARE | {"outputs": [True, True]}
 HIDDEN = SQUARE | {"outputs": [NEEDLE, NEEDLE], "seconds": 5, "megabytes": 512}
-LARGE = {"megabytes": 1024, "seconds": 4}
+LARGE = {"megabytes": 1024, "seconds": 12}
 
 GOOD = "def f(x): return x * x\n"
 BAD = "def f(x): return 3\n"

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import sys
@@ -31,18 +32,37 @@ FAULTS += ["no list"]
 
 
 class Stub(ThreadingHTTPServer):
-    """An OpenAI-compatible server of `lm`; faults: what goes wrong with the next completions."""
+    """An OpenAI-compatible server of `lm`; faults: what goes wrong with the next completions.
+
+    It draws every token alike, about as the toy's random model does; exact: as `lm` itself, slowly.
+    """
 
     daemon_threads = True
 
     context = None  # tokens that it takes and draws at most; None: it does not say
 
-    def __init__(self, lm, name, faults=(), always=None):
+    def __init__(self, lm, name, faults=(), always=None, exact=False):
         super().__init__(("127.0.0.1", 0), Handler)
         self.lm, self.name, self.faults, self.always = lm, name, list(faults), always
+        self.exact = exact
         self.lock, self.asked, self.released = threading.Lock(), [], threading.Event()
         self.pages, self.ranks = {}, []  # what it says of itself; engines that it was asked for
         self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def draw(self, number: int, asked: dict) -> list[list[int]]:
+        """Token ids of the continuations that question `number` asks for."""
+        keys = [support.sampler.draw_key("stub", number, k) for k in range(asked["n"])]
+        if self.exact:
+            rows = [support.sampler.Row(0, 0, key, asked["max_tokens"]) for key in keys]
+            tree = Tree([asked["prompt"]], [-1], [True])
+            return support.sampler.Sampler(self.lm).draw([tree], rows, asked["temperature"])
+        drawn = []
+        for key in keys:
+            rng = random.Random(key if asked["temperature"] else str(asked["prompt"]))
+            ids = [rng.randrange(len(self.lm.tokenizer)) for _ in range(asked["max_tokens"])]
+            ends = [k for k, token in enumerate(ids) if token in self.lm.eos]
+            drawn.append(ids[: ends[0] + 1] if ends else ids)
+        return drawn
 
     def handle_error(self, *_):
         """A client that gave up waiting is not this server's concern."""
@@ -72,15 +92,7 @@ class Handler(BaseHTTPRequestHandler):
             stub.ranks.append((asked["prompt"], self.headers.get("X-data-parallel-rank")))
             check = len(stub.asked) == 1  # the stage's own question, whether this server will do
             fault = stub.always or (stub.faults.pop(0) if stub.faults and not check else None)
-            n = len(stub.asked)
-            rows = [
-                support.sampler.Row(
-                    0, 0, support.sampler.draw_key("stub", n, k), asked["max_tokens"]
-                )
-                for k in range(asked["n"])
-            ]
-            tree = Tree([asked["prompt"]], [-1], [True])
-            drawn = support.sampler.Sampler(stub.lm).draw([tree], rows, asked["temperature"])
+            drawn = stub.draw(len(stub.asked), asked)
         choices = []
         for ids in drawn:
             ended = ids[-1] in stub.lm.eos
@@ -206,7 +218,7 @@ def test_draws_come_from_the_model_s_distribution(work):
     prompts = [lm.prompt_ids(p["prompt"]) for p in lines("problems.jsonl")[:3]]
     trees = [Tree([ids], [-1], [True]) for ids in prompts]
     rows = [support.sampler.Row(t, 0, 0, 1 + t) for t in (2, 0, 1) for _ in range(200)]
-    with serving(Stub(lm, "tiny")) as url:
+    with serving(Stub(lm, "tiny", exact=True)) as url:
         drawn = support.server.Server(url, lm).draw(trees, rows)
     own = [row._replace(key=support.sampler.draw_key(i)) for i, row in enumerate(rows)]
     for t in range(3):
