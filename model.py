@@ -458,4 +458,4 @@ def step_advantages(q, parent, draws):
     mean = total / count
     high = q.new_full((states,), -torch.inf).scatter_reduce(0, parent, q, "amax")
     low = q.new_full((states,), torch.inf).scatter_reduce(0, parent, q, "amin")
-    return q - mean[parent], mean, high - low
+    return q - mean[parent], mean, high - low  # eq. 13, its mean, the gap

@@ -160,7 +160,7 @@ def counted(record: dict) -> dict:
     return {
         "problems": 1,
         "kept": int(bool(record["kept"])),  # problems of which a response is kept
-        "mixed": int(len({r["reward"] for r in responses}) > 1),  # with right and wrong responses
+        "mixed": int(len({r["reward"] for r in responses}) > 1),  # whose rewards differ
         "responses": len(responses),
         "tokens": sum(len(r["ids"]) for r in responses),
         "rewards": sum(r["reward"] for r in responses),

@@ -9,8 +9,7 @@ Writes: OUT.advantages.jsonl, a line per problem, then OUT, an ordinary Hugging 
     {"id": "demo/train/17", "states": [{"node": 0, "mean": 0.53, "gap": 0.41, "actions":
      [{"node": 1, "q": 0.66, "adv": 0.13, "logp_ref": -2.31}]}]}
 
-B.1 holds critic and reference one after the other; B.2 holds the actor alone, with the stored
-numbers.
+B.1 has the critic in memory first, then pi_ref; B.2 has the actor alone, and what B.1 stored.
 
 Departures from the paper, by default:
  1. A batch holds whole problems (their trees pack best), so that all actions of a state share a
@@ -57,7 +56,7 @@ class Settings:
     trees: str = flag("trees.jsonl from label_steps.py")
     out: str = flag("actor folder to write")
     critic: str = flag("critic folder; not needed with --kappa 0", "")
-    beta: float = flag("strength of the KL to pi_ref", 0.01)
+    beta: float = flag("of eq. 12, the pull to pi_ref: a smaller one asks for more", 0.01)
     gap: float = flag("eq. 12 leaves out states with max A - min A below this", 0.1, least=0)
     lr: float = flag("peak learning rate", 5e-7, most=1)
     passes: int = flag("passes over the pairs", 1)
@@ -222,9 +221,14 @@ def train(lm: LM, records: list[dict], lines: list[dict], s: Settings, work: Pat
             for t, v in pack.owner:
                 i = batch[t]
                 action, node = actions[i][v], records[i]["nodes"][v]
-                weight, trained = weight_of(node, s.by_draws) / total, float(v in in_regression[i])
-                numbers = action["adv"], action["logp_ref"], weight, trained, success_share(node)
-                pairs.append(Pair(*numbers))
+                pair = Pair(
+                    adv=action["adv"],
+                    logp_ref=action["logp_ref"],
+                    weight=weight_of(node, s.by_draws) / total,
+                    in_regression=float(v in in_regression[i]),
+                    success=success_share(node),
+                )
+                pairs.append(pair)
             items.append((pack, torch.tensor(pairs).T))
         return items
 

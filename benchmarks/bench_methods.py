@@ -57,8 +57,8 @@ TRIALS = {
         "--lr 4e-4 --passes 4 --batch 256",
     ],
     "grpo": [
-        "--lr 4e-4 --prompts 16 --group 8",
         "--lr 2e-4 --prompts 16 --group 8",
+        "--lr 4e-4 --prompts 16 --group 8",
         "--lr 4e-4 --prompts 32 --group 8",
         "--lr 2e-4 --prompts 8 --group 8",
         "--lr 6e-4 --prompts 32 --group 16",

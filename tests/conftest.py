@@ -10,6 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)
+if "PYTEST_XDIST_WORKER" in os.environ:  # -n: as many processes as cores, so a thread in each
+    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported, so set before
 
 import support.embedded

@@ -366,6 +366,7 @@ def test_both_forms_of_windows_soft_caps_and_sinks_agree(monkeypatch, capsys):
     assert not support.attention.flex_agrees(lm)
 
 
+@pytest.mark.slow
 def test_the_real_flex_takes_windows_soft_caps_and_sinks(flex):
     from transformers.masking_utils import sliding_window_causal_mask_function as sliding
 

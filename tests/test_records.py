@@ -98,11 +98,12 @@ def test_cut_at_every_byte(kind, begun, capsys):
         )
 
 
+@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", RECORDS)
-def test_broken_byte_in_the_middle(kind, begun):
+def test_broken_byte_in_the_middle(kind, stride, begun):
     path, whole, _ = begun(kind)
     line = len(whole) // 3  # the second of three
-    for at in range(line + 2, 2 * line - 2):
+    for at in range(line + 2, 2 * line - 2, stride):
         broken = whole[:at] + b"\xff" + whole[at + 1 :]
         path.write_bytes(broken)
         output = Output(S, path, Settings(str(path)), {})
