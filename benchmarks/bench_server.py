@@ -5,7 +5,7 @@
 A stub server in a process of its own answers label_steps.py's requests with ready texts of about 200
 tokens, so that what is measured is the client: it asks, checks, decodes, grades, counts and writes.
 Printed for each number of workers: completions per second, and milliseconds of CPU per completion
-of the client's processes together. --latency: seconds per request, to see what waiting for levels
+of the process that writes (one worker: it does all) and of those that ask. --latency: seconds per request, to see what waiting for levels
 costs; --all_wait: label level by level. Needs no GPU and no network but loopback.
 """
 
@@ -128,13 +128,10 @@ def serve(model: str, latency: float, pipe):
     server.serve_forever()
 
 
-def used() -> float:
-    """Seconds of CPU of this process and its ended children."""
-    total = 0.0
-    for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
-        usage = resource.getrusage(who)
-        total += usage.ru_utime + usage.ru_stime
-    return total
+def used() -> tuple[float, float]:
+    """Seconds of CPU of this process, and of its ended children."""
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return tuple(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def main():
@@ -170,7 +167,8 @@ def main():
                 flags["workers"] = workers
             began, before = time.perf_counter(), used()
             label_steps.stage(label_steps.Settings(actor="model", **files, **flags))
-            wall, cpu = time.perf_counter() - began, used() - before
+            wall = time.perf_counter() - began
+            writer, asking = (after - start for after, start in zip(used(), before))
             trees = [
                 json.loads(line) for line in Path(f"trees{workers}.jsonl").read_text().splitlines()
             ]
@@ -179,7 +177,8 @@ def main():
             drawn = sum(n["n"] for t in trees for n in t["nodes"] if not n["labelled"])
             print(
                 f"workers {workers}: {drawn} completions, {drawn / wall:.0f} per second, "
-                f"{1000 * cpu / drawn:.2f} ms of CPU each, {tokens / drawn:.0f} tokens each, "
+                f"ms of CPU each: {1000 * writer / drawn:.2f} of the process that writes, "
+                f"{1000 * asking / drawn:.2f} of those that ask; {tokens / drawn:.0f} tokens each, "
                 f"{wall:.1f} s"
             )
         stub.terminate()
