@@ -1,4 +1,4 @@
-"""Every GPU figure, by hand: python tests/bench_gpu.py [PART ...]   (needs CUDA; `--tiny`: toy sizes on the CPU)
+"""Every GPU figure, by hand: python benchmarks/bench_gpu.py [PART ...]   (needs CUDA; `--tiny`: toy sizes on the CPU)
 
   correctness    every CUDA path against the CPU in float64, for several counts of heads: log-probs, gradients, draws
   logprobs       linear_logprobs at the sizes of a 0.5B and a 7B model, against its rivals
@@ -6,8 +6,8 @@
   big            a 7B model: decoding, a training pass by flex_attention and by the gathered form, memory
   architectures  the table of tests/test_architectures.py, wider: packed or per path, error, speed against Llama
   training       `fit` of a 1.5B model, checkpointed, with --offload, and not checkpointed: seconds a step, memory against support.memory.memory
-  pipeline       run.sh with a random 0.5B model
-  demo           run.sh as it is, only where it is named
+  pipeline       run.py with a random 0.5B model
+  demo           run.py as it is, only where it is named
 
 Shares are of what the machine can do, measured too: bfloat16 matrix products and copies.
 Parts run in this order, in about ten minutes on an H100; one that fails says so and the others go on. With `--tiny` the figures
@@ -346,26 +346,24 @@ def one_training(how: str):
 # ------------------------------------------------------------ the stages
 
 
-def run_sh(folder: str, recipe: dict):
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = {**os.environ, **recipe, "PATH": path, "RUN": f"{folder}/run"}
-    subprocess.run(["bash", ROOT / "run.sh"], check=True, env=env)
+def run_py(*words: str):
+    subprocess.run([sys.executable, ROOT / "run.py", *words], check=True)
 
 
 def pipeline():
-    """run.sh with a random model: every stage on this device."""
+    """run.py with a random model: every stage on this device."""
     with tempfile.TemporaryDirectory() as folder:
         bench.random_model(f"{folder}/model", HALF_B)
-        recipe = {"BASE": f"{folder}/model", "ITERATIONS": "1", "PROBLEMS": "64"}
-        recipe |= {"SAMPLE": "--n1 8 --n 2", "LABEL": "--m 4", "LENGTH": "--max_new 32"}
-        recipe |= {"CRITIC": "--lr 1e-5 --offload", "EVALUATE": "--samples 2"}
-        recipe |= {"ACTOR": "--gap 0 --lr 1e-6 --beta 0.1 --batch 256"}
-        run_sh(folder, recipe)
+        recipe = {"base": f"{folder}/model", "iterations": "1", "problems": "64"}
+        recipe |= {"sample": "--n1 8 --n 2", "label": "--m 4", "draw": "--max_new 32"}
+        recipe |= {"critic": "--lr 1e-5 --offload", "evaluate": "--samples 2"}
+        recipe |= {"actor": "--gap 0 --lr 1e-6 --beta 0.1 --batch 256"}
+        run_py(f"--run={folder}/run", *(f"--{name}={value}" for name, value in recipe.items()))
 
 
 def demo():
     with tempfile.TemporaryDirectory() as folder:
-        run_sh(folder, {"ITERATIONS": "1"} if TINY else {})
+        run_py(f"--run={folder}/run", *(["--iterations=1"] if TINY else []))
 
 
 PARTS = (correctness, logprobs, tree, sampler, big, architectures, training, pipeline)

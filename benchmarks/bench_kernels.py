@@ -1,6 +1,6 @@
-"""Speed and memory of the kernels against their rivals, by hand: python tests/bench_kernels.py [errors logprobs tree sampler]
+"""Speed and memory of the kernels against their rivals, by hand: python benchmarks/bench_kernels.py [errors logprobs tree sampler]
 
-The sampler on a model of yours at batch 64: python tests/bench_kernels.py model FOLDER bfloat16
+The sampler on a model of yours at batch 64: python benchmarks/bench_kernels.py model FOLDER bfloat16
 
 Every figure is a ratio against a rival timed in the same run, A B A B; the second timing of the same thing shows the
 noise. Peak memory is resident memory above what was there before the call, in a process of its own. CPU figures; a

@@ -1,4 +1,4 @@
-"""Fuzz what every stage reads, by hand: python tests/fuzz_readers.py SECONDS [SEED]
+"""Fuzz what every stage reads, by hand: python benchmarks/fuzz_readers.py SECONDS [SEED]
 
 Breaks one input file of a finished toy run in a random way (bytes, lines, JSON fields), takes away its manifest, so
 that nothing but the reader stands guard, and runs a stage on it. The stage must end with code 0, or with code 2 and
@@ -16,8 +16,11 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import toy
+
+from support.records import sha256
 
 REAL = "--out new --no_make_base --train {0}:data --test {0}:test_rows.jsonl"
 COUNTS = toy.ACTOR.replace("--critic run/critic --out run", "--out new").replace(
@@ -118,7 +121,7 @@ def main(seconds: float, seed: int) -> int:
         elif kept_manifest:  # which says what tokenizer made the trees
             made = json.loads(kept_manifest)
             del made["output"]
-            manifest.write_text(json.dumps(made | {"output": __import__("prepare").sha256(path)}))
+            manifest.write_text(json.dumps(made | {"output": sha256(path)}))
         try:
             code, _, err = toy.stage(script, flags)
             fine = code == 0 or (
