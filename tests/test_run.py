@@ -2,6 +2,7 @@
 many, and the server that --engine starts."""
 
 import shlex
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -234,6 +235,50 @@ def test_an_engine_serves_one_model_at_a_time_and_ends_with_its_workers(engine):
     assert [model for *_, model in started] == ["a", "b"]  # the log is appended to
     if Path("/proc/self/stat").exists():
         assert not any(is_alive(int(pid)) for _, pid, _ in started)
+
+
+# An engine of any folder; of one that is named "base.copy" it is told how well to read it.
+READER = """
+import http.server, json, sys
+folder, port, misread = sys.argv[-3], int(sys.argv[-1]), "misread" in sys.argv
+class Handler(http.server.BaseHTTPRequestHandler):
+    def say(self, answer):
+        body = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def do_GET(self):
+        self.say({"data": [{"id": "it", "root": folder}]})
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        first = 6 if misread and folder.endswith("base.copy") else 5
+        ids = [first] * asked["max_tokens"]
+        choice = {"token_ids": ids, "prompt_token_ids": asked["prompt"], "finish_reason": "length"}
+        self.say({"choices": [choice]})
+    def log_message(self, *_):
+        pass
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("how", ["", "misread"])
+def test_an_engine_must_read_what_is_saved_here_as_the_base_itself(how, engine, tmp_path):
+    toy.build(tmp_path)
+    (tmp_path / "run").mkdir()
+    shutil.copy(tmp_path / "problems.jsonl", tmp_path / "run" / "train.jsonl")
+    (tmp_path / "reader.py").write_text(READER)
+    engine.command = f"{sys.executable} {tmp_path}/reader.py {how}"
+    check = lambda: run.require_saved_folders_are_read(
+        engine, str(tmp_path / "tiny"), tmp_path / "run"
+    )
+    if how:
+        with pytest.raises(UserError, match=r"goes on .* with tokens \[5, .* with \[6, "):
+            check()
+    else:
+        check()
+        assert engine.model == str(tmp_path / "tiny")  # which is evaluated next
+    assert not (tmp_path / "run" / "base.copy").exists()
 
 
 def test_an_engine_that_does_not_come_up_says_why(engine, monkeypatch):
