@@ -117,9 +117,9 @@ LINES = b'{"prompt": "\xc3\xa9", "answer": "1"}\n\n{"prompt": "b", "answer": "2"
 FILES = [
     ("a.jsonl", LINES),
     ("a.jsonl", b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n") + b"\r\n"),
-    ("a.jsonl.gz", gzip.compress(LINES)),
+    ("a.jsonl.gz", gzip.compress(LINES, mtime=0)),
     ("a.json", json.dumps(TWO, indent=1).encode()),
-    ("a.json.gz", gzip.compress(json.dumps(TWO).encode())),
+    ("a.json.gz", gzip.compress(json.dumps(TWO).encode(), mtime=0)),
     ("a.json", json.dumps({"prompt": ["é", "b"], "answer": ["1", "2"]}).encode()),
 ]
 
@@ -135,7 +135,7 @@ BROKEN = [
     ("a.jsonl", b"prompt,answer\na,1\n", r"a\.jsonl:1: .*; one JSON object a line is wanted"),
     ("a.json", b'[\n{"prompt": "a",\n "answer" 1}]', r"a\.json:3: "),
     ("a.jsonl", b'{"prompt": "\xe9", "answer": "1"}\n', r"a\.jsonl: not UTF-8"),
-    ("a.jsonl.gz", gzip.compress(LINES)[:-9], r"a\.jsonl\.gz: not UTF-8"),
+    ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-9], r"a\.jsonl\.gz: not UTF-8"),
     ("a.jsonl.gz", LINES, r"a\.jsonl\.gz: not UTF-8"),
     ("a.jsonl", b"", r"a\.jsonl: no rows"),
     ("a.jsonl", b"[1, 2]\n", r"a\.jsonl: no rows, or"),
