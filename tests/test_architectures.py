@@ -194,7 +194,17 @@ def drawn_by_hand(plain, trees, rows, eos) -> list[list[int]]:
     return [drawn[r] for r in range(len(rows))]
 
 
-@pytest.mark.parametrize("name", [*PACKED, *PATHS])
+# One of each form of attention, of head and of recurrence; the others are run before a release.
+USUAL = {"Llama", "Qwen2", "Qwen3", "Qwen3Moe", "Mistral, a window of more than a block", "Gemma2"}
+USUAL |= {"Gemma3Text", "Phi", "Granite", "Cohere2", "GPT2", "OPT", "GptOss", "DeepseekV3"}
+USUAL |= {"Llama4Text", "Qwen3Next", "MiniMax", "Mamba", "Jamba", "Lfm2", "Bloom", "Falcon"}
+
+
+def marked(name: str):
+    return pytest.param(name, marks=[] if name in USUAL else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", map(marked, [*PACKED, *PATHS]))
 def test_an_architecture(name, tokenizer, tmp_path, capsys):
     place = build(tmp_path / "m", name, tokenizer)
     lm = load_lm(place, train=True, device="cpu")

@@ -360,7 +360,7 @@ def test_every_command_of_the_readme_can_be_typed(tmp_path, monkeypatch):
                 module = MODULES[name]
                 support.cli.parse(module.Settings, module.__doc__, command[2:], command[1])
             else:
-                assert command[1:] == ["-m", "pytest", "-q"], command
+                assert command[1:] == ["-m", "pytest", "-q", "-n", "auto"], command
     assert seen["run"] >= 8 and seen["evaluate"] >= 2 and seen["train_actor"] == 1, seen
 
 
