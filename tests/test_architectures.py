@@ -204,7 +204,7 @@ def marked(name: str):
     return pytest.param(name, marks=[] if name in USUAL else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", map(marked, [*PACKED, *PATHS]))
+@pytest.mark.parametrize("name", [marked(name) for name in (*PACKED, *PATHS)])
 def test_an_architecture(name, tokenizer, tmp_path, capsys):
     place = build(tmp_path / "m", name, tokenizer)
     lm = load_lm(place, train=True, device="cpu")
