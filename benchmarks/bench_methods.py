@@ -9,7 +9,7 @@ problems with four responses each at temperature 1 (rights: how many of the four
 paired tests; reasoned: the same of parity's reasoning). A row that is there is not made again. The methods are run.py's
 recipes of these names, and grpo, which is here. The base models of a task share one clean model (--clean_seed 1); the
 seed fixes what they misread, the problems and all draws. --trials is how the settings were chosen: one iteration per row
-of TRIALS, on seed 10, which no table reports, and the validation problems.
+of TRIALS (two of outcome advantages), on seed 10, which no table reports, and the validation problems.
 """
 
 import argparse
@@ -80,7 +80,8 @@ def recipe_run(method: str, task: str, seed: int, runs: Path, trial: str | None)
     if method != "demo" and base.exists():
         flags["base"] = str(base)  # the same one, without making it again
     if trial is not None:
-        flags |= {"actor": trial, "iterations": 1}
+        # Outcome advantages are chosen by their second iteration: what is best after one breaks in it.
+        flags |= {"actor": trial, "iterations": 2 if method == "outcome" else 1}
         flags["evaluate"] += f" --problems {folder / 'valid.jsonl'}"
         flags["force"] = "train_actor" if (folder / "iter1" / "actor").exists() else ""
     run.stage(run.Settings(run=str(folder), recipe=method, **flags))

@@ -35,16 +35,17 @@ class Stub(ThreadingHTTPServer):
     """An OpenAI-compatible server of `lm`; faults: what goes wrong with the next completions.
 
     It draws every token alike, about as the toy's random model does; exact: as `lm` itself, slowly.
+    after: an event that its completions wait for.
     """
 
     daemon_threads = True
 
     context = None  # tokens that it takes and draws at most; None: it does not say
 
-    def __init__(self, lm, name, faults=(), always=None, exact=False):
+    def __init__(self, lm, name, faults=(), always=None, exact=False, after=None):
         super().__init__(("127.0.0.1", 0), Handler)
         self.lm, self.name, self.faults, self.always = lm, name, list(faults), always
-        self.exact = exact
+        self.exact, self.after, self.failed = exact, after, threading.Event()
         self.lock, self.asked, self.released = threading.Lock(), [], threading.Event()
         self.pages, self.ranks = {}, []  # what it says of itself; engines that it was asked for
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -93,6 +94,10 @@ class Handler(BaseHTTPRequestHandler):
             check = len(stub.asked) == 1  # the stage's own question, whether this server will do
             fault = stub.always or (stub.faults.pop(0) if stub.faults and not check else None)
             drawn = stub.draw(len(stub.asked), asked)
+        if fault:
+            stub.failed.set()
+        if stub.after and not check:
+            stub.after.wait(60)
         choices = []
         for ids in drawn:
             ended = ids[-1] in stub.lm.eos
@@ -300,11 +305,12 @@ def test_a_fault_that_stays_is_one_line_and_the_same_command_goes_on(
 
 def test_work_goes_to_whoever_is_free_and_a_server_that_fails_is_left_out(work, capsys):
     lm = load_lm("tiny")
-    good, slow, bad = Stub(lm, "tiny"), Stub(lm, "tiny"), Stub(lm, "tiny", ["500"] * 9)
-    with serving(good, slow, bad) as urls:
+    bad = Stub(lm, "tiny", ["500"] * 9)
+    good, other = (Stub(lm, "tiny", after=bad.failed) for _ in range(2))
+    with serving(good, other, bad) as urls:  # four requests at once to each
         code, err = run(sample, f"{toy.SAMPLE} --limit 40 --server {urls}", capsys)
     assert code == 0 and not err
-    assert len(good.asked) > 5 and len(slow.asked) > 5 and len(bad.asked) >= 2
+    assert len(good.asked) > 4 and len(other.asked) > 4 and bad.failed.is_set()
     assert len(lines("run/samples.jsonl")) == 40
 
 
