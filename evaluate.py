@@ -46,8 +46,8 @@ from support.report import (
     table,
     table_row,
 )
-from support.sampler import Sampler, require_single_process
-from support.server import Server
+from support.sampler import require_single_process
+from support.server import sampler_for
 from support.stage import Output, actor_provenance, read_manifest, stated_by, tokenizer_provenance
 from support.stats import majority, paired, pass_at, wilson
 from train_critic import load_critic, tree_values
@@ -187,14 +187,12 @@ def stage(s: Settings):
     # --against is no setting of eval.jsonl: a finished evaluation is compared again at no cost
     output = Output("evaluate.py", s.out, dataclasses.replace(s, against=""), inputs)
     if not output.complete:
-        if s.server or s.critic:  # processes share out one pack's trees, here each has its own
-            flag = "--server" if s.server else "--critic"
-            require_single_process(f"evaluate.py {flag}")
+        if s.server or s.critic:  # one process asks; and a critic scores the trees of all problems
+            require_single_process(f"evaluate.py {'--server' if s.server else '--critic'}")
         join()
         lm = load_lm(s.actor, dtype=s.dtype, weights=not s.server)
         lm.step, lm.codec.date = stated_by(s.critic, "step", "line"), output.date
-        by_server = s.server and Server(s.server, lm, s.workers, s.engines)
-        sampler = by_server or Sampler(lm, s.batch)
+        sampler = sampler_for(lm, s)
         critic = load_critic(s.critic, dtype=s.dtype) if s.critic else None
         if (
             critic
@@ -230,7 +228,7 @@ def stage(s: Settings):
 
 
 def answer(lm: LM, sampler, critic, problems: list[dict], s: Settings, progress) -> list[dict]:
-    """A line of eval.jsonl per problem. A response that was cut off is not right in any case."""
+    """A line of eval.jsonl per problem. A response that was cut off is never right."""
     if not problems:
         return []
 

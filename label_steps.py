@@ -40,7 +40,7 @@ from support.cli import Progress, UserError, flag, main
 from support.packing import record_tree
 from support.records import each_sample, read_problems, sha256
 from support.sampler import Row, Sampler, draw_key, require_single_process
-from support.server import Server
+from support.server import sampler_for
 from support.stage import Output, actor_provenance, read_manifest, stated_by
 
 
@@ -90,7 +90,7 @@ class StepTree:
         self.followed.append(False)
         self.followed_below.append([])
 
-    def step(self, parent: int, ids: list[int], reward: float | None) -> int:
+    def child_by(self, parent: int, ids: list[int], reward: float | None) -> int:
         """The child of `parent` by the step `ids`, made if need be; reward None: it goes on."""
         v = self.child.setdefault((parent, tuple(ids)), len(self.nodes))
         if v == len(self.nodes):
@@ -102,7 +102,7 @@ class StepTree:
         v, begin = 0, 0
         for end in ends:
             last = end == ends[-1]
-            v, begin = self.step(v, ids[begin:end], reward if last else None), end
+            v, begin = self.child_by(v, ids[begin:end], reward if last else None), end
             if not last:
                 self.to_label[v] |= to_label
                 self._follow(v)
@@ -113,22 +113,22 @@ class StepTree:
             self.followed[v] = True
             self.followed_below[self.nodes[v]["parent"]].append(v)
 
-    def count_draw(self, v: int, ids: list[int], split_steps, reward: float):
+    def count_draw(self, v: int, ids: list[int], step_ends, reward: float):
         """Count one draw at node v, a completion or response, and at every state that it passes.
 
-        split_steps: LM.step_ends. A blank line joins the step before it, so where "a\\n" and
+        step_ends: LM.step_ends. A blank line joins the step before it, so where "a\\n" and
         "a\\n\\n" are both states, a draw "a\\n\\nb" passes both, though its own steps take the second
-        alone. It counts at both: only if every draw counts at each state whose tokens begin it, is
-        it an unbiased one there. New states are made along the draw's own steps only.
+        alone. It counts at both, since a state's share of right draws is unbiased only if every draw
+        that begins with the state's tokens counts there. New states are made along the draw's own steps only.
         """
         # Of each: a node, what is drawn from there, and did the draw's own steps lead there?
         waiting = [(v, ids, True)]
         while waiting:
             v, ids, by_own_steps = waiting.pop()
             self._count(v, reward)
-            end = split_steps(ids)[0]
+            end = step_ends(ids)[0]
             last = end == len(ids)
-            child = self.step(v, ids[:end], reward if last else None)
+            child = self.child_by(v, ids[:end], reward if last else None)
             self.nodes[child]["draws"] += 1
             if self.whole_draws and by_own_steps and not last:
                 self._follow(child)
@@ -218,15 +218,15 @@ def label(lm: LM, sampler, problems: list[dict], trees: list[StepTree], s: Setti
     for tree in trees:
         record = {"prompt_ids": tree.prompt_ids, "nodes": tree.nodes}
         prefix_trees.append(record_tree(record, list(tree.to_label)))
-    if len(trees) > 1 and not sampler.fits(prefix_trees):
+    if len(trees) > 1 and not sampler.fits(prefix_trees):  # the memory: one half after the other
         half = len(trees) // 2
         label(lm, sampler, problems[:half], trees[:half], s, progress)
         return label(lm, sampler, problems[half:], trees[half:], s, progress)
     levels = [tree.levels(sampler.all_wait) for tree in trees]
-    for depth in range(max(map(len, levels))):
+    for level in range(max(map(len, levels))):
         rows, share = [], 0.0  # of the work, in problems
         for t, tree in enumerate(trees):
-            for v in levels[t][depth] if depth < len(levels[t]) else ():
+            for v in levels[t][level] if level < len(levels[t]) else ():
                 max_new = s.max_new - tree.depth[v]
                 missing = max(0, s.m - tree.nodes[v]["n"])
                 for k in range(missing):
@@ -257,9 +257,9 @@ def label(lm: LM, sampler, problems: list[dict], trees: list[StepTree], s: Setti
 # ------------------------------------------------------------ beyond the paper (off by default)
 
 
-def tree_from_all_draws(sampled: dict, split_steps) -> StepTree:
+def tree_from_all_draws(sampled: dict, step_ends) -> StepTree:
     """--whole_draws: the tree of all responses, kept or not. They count, which is unbiased as long as
-    none is left out for its outcome; only the kept ones' states are completed. split_steps:
+    none is left out for its outcome; only the kept ones' states are completed. step_ends:
     LM.step_ends."""
     tree = StepTree(sampled["prompt_ids"], whole_draws=True)
     responses = [r for r in sampled["responses"] if r["ids"]]
@@ -268,7 +268,7 @@ def tree_from_all_draws(sampled: dict, split_steps) -> StepTree:
         is_kept = any(response is other for other in kept)
         tree.put_in(response["ids"], response["ends"], response["reward"], to_label=is_kept)
     for response in responses:
-        tree.count_draw(0, response["ids"], split_steps, response["reward"])
+        tree.count_draw(0, response["ids"], step_ends, response["reward"])
     return tree
 
 
@@ -303,15 +303,14 @@ def stage(s: Settings):
                 raise UserError(f"{s.samples}: {wrong}; pass the problems it was drawn from")
     lm = load_lm(s.actor, dtype=s.dtype, weights=s.m > 0 and not s.server)
     lm.step, lm.codec.date = stated_by(s.samples, "step", "line"), output.date
-    by_server = s.server and s.m and Server(s.server, lm, s.workers, s.engines)
-    sampler = by_server or Sampler(lm, s.batch)
+    sampler = sampler_for(lm, s) if s.m else Sampler(lm, s.batch)
 
     def process(chunk: list[dict], progress) -> list[dict]:
         for record in chunk:
             require_relative_split(lm, record)
         if s.whole_draws:
-            split_steps = partial(checked_step_ends, lm)
-            trees = [tree_from_all_draws(record, split_steps) for record in chunk]
+            step_ends = partial(checked_step_ends, lm)
+            trees = [tree_from_all_draws(record, step_ends) for record in chunk]
         else:
             trees = [tree_from_responses(record) for record in chunk]
         owners = [problems[record["id"]] for record in chunk]

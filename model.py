@@ -3,8 +3,9 @@
 Read from top to bottom:
   load_lm           reads a Hugging Face decoder with its tokenizer, checks both and hands over an LM
   LM                prompts, where steps end, hidden states, logits
+  step_advantages   A(s, a) of many steps at once, eq. 13
   linear_logprobs   log-probs from hidden states without holding [tokens, vocabulary]
-  step_logprobs, step_values, step_advantages   a number per step: log pi(a | s), V(s), A(s, a)
+  step_logprobs, step_values   log pi(a | s) and V(s) of many steps at once, by a model
 
 Sizes: N tokens of a pack (support/packing.py: trees of steps side by side in one row of tokens), M
 scored nodes, S states, K actions, B rows of a batch, T columns, V vocabulary, d width.
@@ -46,8 +47,8 @@ def load_lm(
     dtype: what it computes in, by default bfloat16 on CUDA and float32 on the CPU. train=True holds
     the weights in float32 all the same (bfloat16 cannot hold AdamW's updates at the paper's
     learning rates) and computes by autocast. weights=False reads tokenizer and config alone, for
-    stages whose draws come from a server. checkpointed: of a trained model on CUDA the layers are
-    computed twice, which saves memory. Raises UserError for what cannot work: no tokenizer, no EOS,
+    stages whose draws come from a server. checkpointed: gradient checkpointing where a model is
+    trained on CUDA. Raises UserError for what cannot work: no tokenizer, no EOS,
     no line break, attention that a tree mask would break.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -140,7 +141,7 @@ class LM:
         self.eos, self.own_eos = self.codec.eos, self.codec.own_eos
         self.step = "line"  # what a step is (`step_ends`)
         self.may_capture = device == "cuda"  # may sampling capture CUDA graphs (support/sampler.py)
-        # Whether flex_attention does what the gathered form does. None: it is tried at the first
+        # Whether flex_attention does what plain attention does. None: it is tried at the first
         # pack, so that stages which only draw need not wait until it is compiled.
         self.flex = None if model is not None and device == "cuda" else False
 
@@ -268,6 +269,27 @@ def require_step_unit(step: str):
     if step not in ("line", "paragraph", "response") and not re.fullmatch("[1-9][0-9]*", step):
         wanted = "wanted line, paragraph, response, or a number of tokens"
         raise UserError(f"--step {step}: {wanted}")
+
+
+# ------------------------------------------------------------ advantages (eq. 13)
+
+
+def step_advantages(q, parent, draws):
+    """Eq. 13, A(s, a) = Q(s, a) - 1/M sum_j Q(s, a_j), for every action of every state at once.
+
+    q (K,) value of each action, parent (K,) its state in 0 .. S-1, draws (K,) how often it was
+    drawn there: duplicates count in the mean, since it estimates E_{a ~ pi_ref} Q.
+    -> adv (K,), mean (S,), gap (S,) = max A - min A (appendix F.1).
+
+    One state, q = [1, 0, .5], draws [1, 2, 1]: mean = 1.5 / 4 = .375, adv = [.625, -.375, .125].
+    """
+    states = int(parent.max()) + 1
+    total = q.new_zeros(states).index_add(0, parent, q * draws)
+    count = q.new_zeros(states).index_add(0, parent, draws.to(q.dtype))
+    mean = total / count
+    high = q.new_full((states,), -torch.inf).scatter_reduce(0, parent, q, "amax")
+    low = q.new_full((states,), torch.inf).scatter_reduce(0, parent, q, "amin")
+    return q - mean[parent], mean, high - low  # eq. 13, its mean, the gap
 
 
 # ------------------------------------------------------------ log-probs and values
@@ -441,21 +463,3 @@ def step_logprobs(lm: LM, pack: Pack) -> torch.Tensor:
 def step_values(lm: LM, value_head: torch.nn.Linear, pack: Pack) -> torch.Tensor:
     """Logit of V(s) of every scored node, read at the state's last token (eq. 15). (M,)"""
     return value_head(pack_hidden(lm, pack)[pack.last.to(lm.device)].float())[:, 0]
-
-
-def step_advantages(q, parent, draws):
-    """Eq. 13, A(s, a) = Q(s, a) - 1/M sum_j Q(s, a_j), for every action of every state at once.
-
-    q (K,) value of each action, parent (K,) its state in 0 .. S-1, draws (K,) how often it was
-    drawn there: duplicates count in the mean, since it estimates E_{a ~ pi_ref} Q.
-    -> adv (K,), mean (S,), gap (S,) = max A - min A (appendix F.1).
-
-    One state, q = [1, 0, .5], draws [1, 2, 1]: mean = 1.5 / 4 = .375, adv = [.625, -.375, .125].
-    """
-    states = int(parent.max()) + 1
-    total = q.new_zeros(states).index_add(0, parent, q * draws)
-    count = q.new_zeros(states).index_add(0, parent, draws.to(q.dtype))
-    mean = total / count
-    high = q.new_full((states,), -torch.inf).scatter_reduce(0, parent, q, "amax")
-    low = q.new_full((states,), torch.inf).scatter_reduce(0, parent, q, "amin")
-    return q - mean[parent], mean, high - low  # eq. 13, its mean, the gap

@@ -1,4 +1,4 @@
-"""Stage 0: the problems and the base model. Also the records that every stage reads and writes.
+"""Stage 0: the problems and the base model.
 
     python prepare.py --out runs/demo    # embedded problems and base model
     python prepare.py --out runs/code --task code
@@ -10,8 +10,8 @@ Writes: train.jsonl, valid.jsonl, test.jsonl and, without --train or with --demo
      "answer": "9", "tests": null}
 
 The embedded problems are chains of relations ("Ben has twice as many as Ann."). A word-level model
-of 0.5M parameters learns to solve them, then, shortly, from demonstrations in which some phrases
-are misread more often than not ("twice as many" as + 2). So the base model fails in a way that is
+of 0.5M parameters learns to solve them, and is then trained briefly on demonstrations in which some
+phrases are misread more often than not ("twice as many" as + 2). So the base model fails in a way that is
 visible in its steps, and knows the right way well enough to find it by sampling. --task parity asks
 of the same chains whether the number is odd or even, so that half of all wrong reasoning is
 rewarded; --task code are small functions to write ("Let a be twice x."), graded by running them.
@@ -37,8 +37,8 @@ from support.embedded import (
     TASKS,
     Task,
     build_tokenizer,
-    demo_problems,
     demonstrations,
+    embedded_problems,
     new_model,
 )
 from support.memory import require_memory
@@ -49,10 +49,10 @@ from support.training import fit, whole_batches
 
 # ------------------------------------------------------------ fine-tuning on demonstrations
 
-DEMO_PACK = 8192  # tokens of a pack
+BUDGET = 8192  # tokens of a pack
 
 
-def demo_tree(lm: LM, demo: dict) -> Tree:
+def demonstration_tree(lm: LM, demo: dict) -> Tree:
     """A demonstration as a tree of two nodes, prompt and response, both scored."""
     ids = [lm.prompt_ids(demo["prompt"]), lm.response_ids(demo["response"])]
     return Tree(ids, [-1, 0], [True, True])
@@ -66,7 +66,7 @@ def fine_tune(lm: LM, trees: list[Tree], work: Path, lr, batch, passes, seed, pr
     def make_packs(rows):
         chosen = [trees[r] for r in rows]
         weight = sum(prompt_weight * len(t.ids[0]) + len(t.ids[1]) for t in chosen)
-        return [(pack, weight) for pack in pack_trees(chosen, DEMO_PACK, 1, world(), lm.paths)]
+        return [(pack, weight) for pack in pack_trees(chosen, BUDGET, 1, world(), lm.paths)]
 
     def loss(pack, weight):
         logp = step_logprobs(lm, pack)  # (M,)
@@ -103,7 +103,9 @@ class Settings:
     task: str = flag("which embedded problems: math, parity or code", "math")
     steps: str = flag("fewest and most steps of the embedded problems", "2-4")
     careless: float = flag(
-        "how careless the base reads: as if so many times, once wrong", 1.0, least=0
+        "how often the base misreads: 1 as usual, 2 as often as in two readings, 0 never",
+        1.0,
+        least=0,
     )
     wordings: int = flag("ways to word each line of an embedded solution, up to 64", 1)
     clean_size: int = flag("right solutions that the embedded base learns from first", 16000)
@@ -137,7 +139,7 @@ def stage(s: Settings):
     for split in sizes:
         outputs[split] = Output("prepare.py", folder / f"{split}.jsonl", s, inputs)
     if not all(output.complete for output in outputs.values()):
-        problems = real_problems(s) if s.train else demo_problems(task, s.seed, sizes, steps)
+        problems = real_problems(s) if s.train else embedded_problems(task, s.seed, sizes, steps)
     for split, output in outputs.items():
         if not output.complete:
             with output.open({"date": output.date}) as out:  # the run's: see Output.date
@@ -209,7 +211,7 @@ def real_problems(s: Settings) -> dict[str, list[dict]]:
         (valid if share < s.valid_share else train).append(p)
     train = without(train, valid, s)[: s.limit or None]
     if not train:
-        raise UserError(f"{s.train}: no training problem is left; see the table above")
+        raise UserError(f"{s.train}: no training problem is left; see the counts above")
     print(f"first prompt:\n{train[0]['prompt']}")
     return {"train": train, "valid": valid, "test": test}
 
@@ -236,10 +238,10 @@ def tune_base(out: Output, demos: list[dict], folder: Path, s: Settings):
     if not chosen:
         raise UserError(f"{s.demos}: no demonstration is left beside held-out questions; add some")
     print(f"{len(chosen)} demonstrations; {len(demos) - len(chosen)} are of held-out questions")
-    processes = require_memory(s.base, DEMO_PACK, s.offload)
+    processes = require_memory(s.base, BUDGET, s.offload)
     lm = load_lm(s.base, train=True, dtype=s.dtype)
     shard(lm, None, s.offload, processes)
-    trees = [demo_tree(lm, d) for d in chosen]
+    trees = [demonstration_tree(lm, d) for d in chosen]
     out.write_manifest()
     fine_tune(lm, trees, out.work, s.lr, batch=32, passes=s.passes, seed=s.seed, prompt_weight=0.0)
     out.save(lm.save)
@@ -250,7 +252,7 @@ def make_base(out: Output, task: Task, s: Settings):
     out.write_manifest()
     lm = clean_model(out.work, task, s)
     misread = demonstrations(task, s.seed, 3000, s.careless, steps_of(s), s.wordings)
-    trees = [demo_tree(lm, d) for d in misread]
+    trees = [demonstration_tree(lm, d) for d in misread]
     fine_tune(lm, trees, out.work / "misread", 6e-4, 16, passes=1, seed=s.seed, prompt_weight=0.2)
     out.save(lm.save)
 
@@ -262,13 +264,13 @@ def clean_model(work: Path, task: Task, s: Settings) -> LM:
     if s.clean and kept.exists():
         return load_lm(kept, train=True)
     clean = demonstrations(task, seed, s.clean_size, 0.0, steps_of(s), s.wordings)
-    # The misread ones are for their words alone.
+    # Of the misread ones only the words are needed, for the tokenizer.
     misread = demonstrations(task, seed, 3000, 1.0, steps_of(s), s.wordings)
     tokenizer = build_tokenizer([d[k] for d in clean + misread for k in ("prompt", "response")])
     model, start = new_model(tokenizer, seed), work / "random"
     replace(start, lambda p: (model.save_pretrained(p), tokenizer.save_pretrained(p)))
     lm = load_lm(start, train=True)
-    trees = [demo_tree(lm, d) for d in clean]
+    trees = [demonstration_tree(lm, d) for d in clean]
     fine_tune(lm, trees, work / "clean", 3e-3, 16, passes=1, seed=seed, prompt_weight=0.2)
     if s.clean:
         replace(kept, lm.save)

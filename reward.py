@@ -1,11 +1,11 @@
 r"""What is right: the reward of a response. Replace `reward` to train for something else.
 
-    reward(problem, text) -> float        from 0 (wrong) to 1 (right)
+    reward(problem, text, unsafe=False) -> float        from 0 (wrong) to 1 (right)
 
 The contract: the same arguments give the same number; it never raises, never hangs and never runs
 model text in this process; several threads call it. problem is a line of problems.jsonl, text the
-whole response. One that was cut off by the length has reward 0 and is not asked about. Right is
-reward 1, nothing less.
+whole response; unsafe matters only to rewards that run programs. A response that was cut off by the
+length has reward 0 and is not asked about. Accuracy counts reward 1 alone.
 
 A problem with an `answer` is graded by support/math_answers.py, whose docstring has the rules. A
 problem with `tests` asks for a program, and support/sandbox.py runs it. Tests are of three kinds
@@ -51,7 +51,8 @@ def reward(problem: dict, text: str, unsafe: bool = False) -> float:
 
 def grade(problem: dict, text: str, unsafe: bool = False) -> tuple[str, str | None]:
     """(verdict, prediction or None): right, wrong, no answer, timed out or error, and what was taken
-    for the answer; a program is its own prediction."""
+    for the answer; a program is its own prediction. This is left in `latest` too, so that `judged`
+    need not run a program twice."""
     if problem.get("tests"):
         program = prediction_of(problem, text)
         verdict, _ = sandbox(unsafe).run(problem["tests"], program)
@@ -72,6 +73,7 @@ def prediction_of(problem: dict, text: str) -> str | None:
 # ------------------------------------------------------------ how the stages call it
 
 graders = ThreadPoolExecutor(CPUS)
+# A forked worker has none of its parent's threads.
 os.register_at_fork(after_in_child=lambda: globals().update(graders=ThreadPoolExecutor(1)))
 latest = threading.local()  # .judgement: what `grade` found last in this thread
 

@@ -12,6 +12,7 @@ change just what they name:
 
     python run.py --run runs/beta --actor "--beta 0.2" --label "--m 8" --critic=--offload
 
+(One word that begins with -- needs the =, or it is taken for a flag of run.py.)
 On a CPU without --launch all stages run in this process; elsewhere each is a process of its own.
 """
 
@@ -49,7 +50,8 @@ DEMO = {
     "label": {"m": 4},  # the paper: 16; a critic averages over states that look alike
     "critic": {"lr": 1e-3, "passes": 8, "batch": 128},  # a rate for 0.5M parameters
     "actor": {
-        "beta": 0.1,  # asks for log-ratios A / 0.1, from about -7 to +7; 0.05 and 0.2 do worse
+        "beta": 0.1,  # the paper: 0.01. This asks for log-ratios A / 0.1, from about -7 to +7; with
+        # 0.05 only 71 % are right greedily after one iteration of 1,000 problems, with 0.1 99 %
         "lr": 1.5e-4, "passes": 4, "batch": 256,  # about 30 optimiser steps
     },
     "evaluate": {"samples": 8},
@@ -72,7 +74,7 @@ RECIPES = {
         "sample": {"step": "response", "n1": 16, "n": 16},  # about as many tokens as the demo
         "label": {"whole_draws": True, "m": 0},
         "critic": None,  # the outcome is known
-        "actor": {"kappa": 0, "beta": 0.05, "lr": 2e-4, "passes": 4, "batch": 256},
+        "actor": {"kappa": 0, "beta": 0.1, "lr": 2e-4, "passes": 4, "batch": 256},
     },
     "rejection": DEMO | {
         "about": "a baseline that imitates: the likelihood of right responses, without eq. 12",
@@ -83,7 +85,8 @@ RECIPES = {
     },
     "paper": {
         "about": "the paper's Algorithm 1 with the paper's numbers, for a model of 7B or 8B",
-        "iterations": 1, "problems": 0, "replay": 1,  # problems 0: all, in every iteration
+        "iterations": 1,  # the paper's tables 4 and 10 add a second: --iterations 2
+        "problems": 0, "replay": 1,  # problems 0: all, in every iteration
     },
 }
 # fmt: on
@@ -155,7 +158,7 @@ class Command(NamedTuple):
         return self.value("--actor") if self.script in DRAWING else ""
 
     def typed(self, s: Settings) -> list[str]:
-        """As one can type it. What trains is started by --launch, and evaluation without a server."""
+        """As one can type it. --launch starts training, and evaluation where no server draws."""
         trains = "--demos" in self.args or self.script.startswith("train")
         evaluates = self.script == "evaluate" and self.served and not self.value("--server")
         launch = split(s.launch) if s.launch and (trains or evaluates) else ["python"]
@@ -231,7 +234,7 @@ def args_of(script: str, flags: dict, s: Settings, recipe: dict) -> list[str]:
 # ------------------------------------------------------------ before anything runs
 
 
-def completed(s: Settings) -> tuple[Settings, Path, dict]:
+def with_recipe(s: Settings) -> tuple[Settings, Path, dict]:
     """The settings with the recipe's numbers in place of 0, the run's folder, and the recipe."""
     name = s.recipe or ("paper" if s.train else "demo")
     if name not in RECIPES:
@@ -277,7 +280,7 @@ def forced(commands: list[Command], name: str) -> list[Command]:
 
 
 def stage(s: Settings):
-    s, run, recipe = completed(s)
+    s, run, recipe = with_recipe(s)
     commands = list(algorithm_1(s, run, recipe))
     if s.force:
         commands = forced(commands, s.force)
@@ -328,10 +331,10 @@ def shell_lines(commands: list[Command], s: Settings) -> Iterator[str]:
     served = ""
     for command in commands:
         yield f"# {command.title}"
-        if s.engine and command.served not in ("", served):
-            yield f"{s.engine} {shlex.quote(command.served)} --port {s.port} &  # until it answers"
         if served and command.served != served:
             yield "kill %%; wait"
+        if s.engine and command.served not in ("", served):
+            yield f"{s.engine} {shlex.quote(command.served)} --port {s.port} &  # until it answers"
         served = command.served if s.engine else ""
         yield shlex.join(command.typed(s))
 

@@ -9,19 +9,18 @@ Writes: samples.jsonl, a line per problem; `ends` are token offsets one past eac
     {"id": "demo/train/17", "prompt_ids": [1, 9], "kept": [0, 4], "responses":
      [{"ids": [5, 9, 7, 0], "ends": [2, 4], "text": "..", "reward": 1, "finished": true}]}
 
-Departures from the paper:
+Departures from the paper, by default:
  1. Temperature-1 draws are from the whole distribution; the paper names no top-p or top-k.
  2. The balanced choice is n // 2 right and n - n // 2 wrong in the order drawn, filled up from the
     other kind if one runs short. A problem whose responses are all alike is kept too, since its
     steps may still differ in value; --mixed keeps none of its responses, and so spends no label on
     problems that the actor always or never solves.
- 3. --step paragraph, response or a number of tokens makes another unit of a step than the line. It travels
-    with the records. With --step response the only step is the whole response: then label_steps.py
-    --whole_draws --m 0 and train_actor.py --kappa 0 are outcome advantages, without steps or critic.
 
-Who draws is one variable for this stage, label_steps.py and evaluate.py: `support/sampler.py` by the
-model's weights, here, or `support/server.py` by a server (--server). Both have
-`draw(trees, rows, temperature, progress)`.
+Beyond the paper, off by default:
+ 3. --step paragraph, response or a number of tokens makes another unit of a step than the line; the
+    later stages read it from the manifest. With --step response the only step is the whole
+    response: then label_steps.py --whole_draws --m 0 and train_actor.py --kappa 0 are outcome
+    advantages, without steps or critic.
 """
 
 from dataclasses import dataclass
@@ -31,8 +30,8 @@ from reward import grade_ids
 from support.cli import Progress, UserError, flag, main
 from support.packing import Tree
 from support.records import read_problems, sha256
-from support.sampler import Row, Sampler, draw_key, require_single_process
-from support.server import Server
+from support.sampler import Row, draw_key, require_single_process
+from support.server import sampler_for
 from support.stage import Output, actor_provenance
 
 
@@ -63,7 +62,7 @@ def keep_balanced(rewards: list[float], n: int) -> list[int]:
 
     rewards [1, 0, 0, 0, 1, 0], n = 4 -> right [0, 4], wrong [1, 2] -> [0, 1, 2, 4]
 
-    With a reward that is a share, such as of the tests passed, this choice takes half or more for right.
+    A reward of 0.5 or more counts as right here, so that partial credit can be balanced too.
     """
     right = [i for i, reward in enumerate(rewards) if reward >= 0.5]
     wrong = [i for i, reward in enumerate(rewards) if reward < 0.5]
@@ -105,9 +104,8 @@ def stage(s: Settings):
     if output.complete:
         return
     lm = load_lm(s.actor, dtype=s.dtype, weights=not s.server)
-    lm.step, lm.codec.date = s.step, output.date
-    by_server = s.server and Server(s.server, lm, s.workers, s.engines)
-    sampler = by_server or Sampler(lm, s.batch)
+    lm.step, lm.codec.date = s.step, output.date  # some chat templates print the date
+    sampler = sampler_for(lm, s)
 
     def process(chunk: list[dict], progress) -> list[dict]:
         def ended(responses: int, tokens: int):

@@ -16,7 +16,7 @@ Departures from the paper, by default:
     batch as in appendix F.1. They need not share a pack: a tree above --budget is cut, so a loss over
     siblings has to raise --budget above the largest tree.
 
-Beyond the paper, off by default (their code stands under a heading of its own):
+Beyond the paper, off by default:
  2. --kappa K takes Q = (wins + K V) / (n + K): the completions' counts, with the critic as a prior
     that is worth K completions. The paper's Q = V is --kappa inf; --kappa 0 is raw Monte Carlo.
  3. --value_draws K counts V(s) as K more draws in the mean of eq. 13, so that a step has an
@@ -110,16 +110,14 @@ def advantage_states(
         adv, mean, gaps = value_in_the_mean(q[actions], parent, draws, baseline, value_draws)
     else:
         adv, mean, gaps = step_advantages(q[actions], parent, draws)  # eq. 13
-    lines = []
-    for state, state_mean, state_gap in zip(states, mean, gaps):
-        if passes_gap(state_gap, gap):
-            lines.append({"node": state, "mean": rounded(state_mean), "gap": rounded(state_gap)})
-            lines[-1]["actions"] = []
-    line_of = {line["node"]: line for line in lines}
+    passing = {}  # the states that pass the gap
+    for s, m, g in zip(states, mean, gaps):
+        if passes_gap(g, gap):
+            passing[s] = {"node": s, "mean": rounded(m), "gap": rounded(g), "actions": []}
     for v, a in zip(actions, adv):
-        if line := line_of.get(nodes[v]["parent"]):
-            line["actions"].append({"node": v, "q": rounded(q[v]), "adv": rounded(a)})
-    return lines
+        if state := passing.get(nodes[v]["parent"]):
+            state["actions"].append({"node": v, "q": rounded(q[v]), "adv": rounded(a)})
+    return list(passing.values())
 
 
 def passes_gap(gap, least: float) -> bool:
@@ -337,6 +335,32 @@ def is_trainable(records: dict[str, dict], lines: list[dict], s: Settings) -> bo
     return False
 
 
+def earlier_advantages(s: Settings) -> list[dict] | None:
+    """The lines of advantages.jsonl, where an earlier start of this command came to the end of B.1."""
+    table, known = Path(f"{s.out}.advantages.jsonl"), read_manifest(s.out).get("advantages")
+    if known and table.exists() and sha256(table) == known:
+        return list(each_record(table, may_be_empty=True))
+    return None
+
+
+def partial_results(out: Output, name: str, s: Settings, **made_from) -> Results:
+    """What an earlier start of B.1 had computed when it was stopped, if it was made from the same."""
+    made_from |= {"trees": out.manifest["inputs"]["trees"], "budget": s.budget, "dtype": s.dtype}
+    return Results(out.work / name, made_from)
+
+
+def critic_values(records: list[dict], s: Settings, out: Output, provenance: dict) -> list[list]:
+    """V of every node of every record. The critic is gone from memory when the actor comes."""
+    critic, value_head = load_critic(s.critic, dtype=s.dtype)
+    critic.codec.date = out.date
+    retokenise = tokenizer_provenance(critic)["tokenizer"] != provenance["tokenizer"]
+    if retokenise:
+        print_unknown(critic, records)
+    by = {"critic": out.manifest["inputs"]["critic"], "date": out.date if retokenise else None}
+    kept = partial_results(out, "values.jsonl", s, **by)
+    return tree_values(critic, value_head, records, retokenise, s.budget, kept)
+
+
 def stage(s: Settings):
     if s.kappa > 0 and not s.critic:
         raise UserError("--critic is missing; give one, or --kappa 0 for raw Monte Carlo values")
@@ -356,32 +380,20 @@ def stage(s: Settings):
     expects |= {"step": stated_by(s.trees, "step", "line")}
     of_trees = {"trees": sha256(Path(s.trees))}  # which the critic was trained on
     with output.open(provenance, expects, prefers=of_trees) as out:
-        # B.1, unless an earlier start came to its end
-        table, lines = Path(f"{s.out}.advantages.jsonl"), None
-        known = read_manifest(s.out).get("advantages")
-        if known and table.exists() and sha256(table) == known:
-            lines = list(each_record(table, may_be_empty=True))
-        inputs = out.manifest["inputs"]  # their hashes
-        made_from = {"trees": inputs["trees"], "budget": s.budget, "dtype": s.dtype}
+        # B.1
+        lines = earlier_advantages(s)
         values = [[None] * len(record["nodes"]) for record in records]
         if lines is None and s.kappa > 0:
-            critic, value_head = load_critic(s.critic, dtype=s.dtype)
-            critic.codec.date = out.date
-            retokenise = tokenizer_provenance(critic)["tokenizer"] != provenance["tokenizer"]
-            if retokenise:
-                print_unknown(critic, records)
-            by = {"critic": inputs["critic"], "date": out.date if retokenise else None}
-            kept = Results(out.work / "values.jsonl", made_from | by)
-            values = tree_values(critic, value_head, records, retokenise, s.budget, kept)
-            del critic, value_head  # memory holds the critic and the actor one after the other
+            values = critic_values(records, s, out, provenance)
         lm = load_lm(s.actor, train=True, dtype=s.dtype)
         shard(lm, None, s.offload, processes)
         of_id = {record["id"]: record for record in records}
+        table = Path(f"{s.out}.advantages.jsonl")
         if lines is None:
             lines = advantages(records, values, s)
             lines = lines if is_trainable(of_id, lines, s) else []
-            made_from |= {"actor": inputs["actor"], "pairs": digest(str(lines))}
-            kept = Results(out.work / "logp_ref.jsonl", made_from)
+            by = {"actor": out.manifest["inputs"]["actor"], "pairs": digest(str(lines))}
+            kept = partial_results(out, "logp_ref.jsonl", s, **by)
             reference_logprobs(lm, [of_id[line["id"]] for line in lines], lines, s.budget, kept)
             if rank() == 0:
                 replace(table, lambda p: p.write_bytes(b"".join(dump(line) for line in lines)))
@@ -395,9 +407,9 @@ def stage(s: Settings):
         if rank() == 0:
             steps = list(map(json.loads, (out.work / "metrics.jsonl").open()))
             print(f"B.2: {actor_words(steps, s.likelihood / s.beta)}")
-            known, trees = dict(zip(of_id, values)), []
+            values_of, trees = dict(zip(of_id, values)), []
             for line in lines:
-                value = known[line["id"]] if s.kappa == math.inf else ()  # then Q is V
+                value = values_of[line["id"]] if s.kappa == math.inf else ()  # only there Q is V
                 trees.append(trained_tree(of_id[line["id"]], line["states"], value))
             print("\n".join(problem_words(trees)))
         out.save(lm.save)

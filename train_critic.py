@@ -18,14 +18,13 @@ Departures from the paper, by default:
  2. A batch holds whole problems, whose states share their tokens' forward pass.
  3. The value head has a bias, which starts at the mean success: before the first step V is the
     constant predictor. --critic_model may be any language model; its own head is not used.
- 4. Small models need more than one pass over the states.
 
-Beyond the paper, off by default (their code stands under a heading of its own):
- 5. --states all trains on every node of the tree that goes on, leaves too, each weighted by its n: a
+Beyond the paper, off by default:
+ 4. --states all trains on every node of the tree that goes on, leaves too, each weighted by its n: a
     leaf's one completion is a noisy target but an unbiased one, and there are many. --batch counts
     the nodes that train: at the paper's settings a problem has about 900 nodes, 120 of them
     labelled states, so give --batch 4096 for as many labelled states per step.
- 6. --token_share 0.5 reads V at every token of a step for half of the loss: a small critic learns
+ 5. --token_share 0.5 reads V at every token of a step for half of the loss: a small critic learns
     from that what a step's last token alone teaches slowly.
 """
 
@@ -67,8 +66,8 @@ class Settings:
     )
     lr: float = flag("peak learning rate", 5e-6, most=1)
     passes: int = flag("passes over the states", 1)
-    batch: int = flag("trained nodes an optimiser step, in whole problems", 512)
-    budget: int = flag("tokens a pack", 8192, least=256, may_change=True)
+    batch: int = flag("trained nodes per optimiser step, in whole problems", 512)
+    budget: int = flag("tokens per pack", 8192, least=256, may_change=True)
     save_minutes: float = flag("minutes between checkpoints", 15.0, may_change=True)
     offload: bool = flag("hold weights, gradients and moments in the host's memory", False)
     dtype: str = flag("compute in bfloat16 or float32; default: bfloat16 on CUDA", "")

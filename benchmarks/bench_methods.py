@@ -43,8 +43,8 @@ TRIALS = {
         "--beta 0.1 --lr 2e-4 --passes 8",
     ],
     "outcome": [
-        "--beta 0.05 --lr 2e-4 --passes 4 --batch 256",
         "--beta 0.1 --lr 2e-4 --passes 4 --batch 256",
+        "--beta 0.05 --lr 2e-4 --passes 4 --batch 256",
         "--beta 0.2 --lr 2e-4 --passes 4 --batch 256",
         "--beta 0.1 --lr 4e-4 --passes 4 --batch 256",
         "--beta 0.05 --lr 4e-4 --passes 4 --batch 128",

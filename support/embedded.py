@@ -213,7 +213,7 @@ def split_of(skeleton) -> str:
     return "test" if bucket < 2 else "valid" if bucket < 4 else "train"
 
 
-def demo_problems(
+def embedded_problems(
     task: Task, seed: int, sizes: dict[str, int], steps: tuple[int, int] = (2, 4)
 ) -> dict[str, list[dict]]:
     """Problems of each split; the hash of a skeleton says which split.

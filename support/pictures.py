@@ -25,7 +25,7 @@ def plot_report(run: Path, rows: dict[str, dict]) -> Figure:
     critic.set(title="critic on held-out states", xlabel="V(s)", ylabel="MC(s), the success rate")
     pairs.set(title="advantages of the pairs", xlabel="A(s, a)", ylabel="pairs", yscale="log")
     pairs.set_xticks([-1, -0.5, 0, 0.5, 1])
-    loss.set(title="loss, 1 being that of doing nothing", xlabel="share of the training steps")
+    loss.set(title="loss, 1 being the unmoved actor's", xlabel="share of the training steps")
     loss.axhline(1, color="k", ls=":", lw=1)
     ratios.set(title="mean log-ratio (dashed: A ≤ 0)", xlabel="share of the training steps")
     ratios.axhline(0, color="k", ls=":", lw=1)

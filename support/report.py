@@ -187,9 +187,8 @@ def critic_words(metrics: dict) -> str:
     found = f"critic's AUC {metrics['auc']:.2f} on {states:,} held-out states (0.5 is chance)"
     found += f"; calibration error {metrics['calibration_error']:.2f} (0 is best)"
     if pairs:
-        found += (
-            f"; of {pairs:,} pairs of siblings {metrics['siblings']:.2f} in order (0.5 is chance)"
-        )
+        found += f"; of {pairs:,} pairs of steps from one state {metrics['siblings']:.2f} in order"
+        found += " (0.5 is chance)"
     return found
 
 
@@ -223,7 +222,9 @@ def actor_words(steps: list[dict], likelihood: float = 0.0) -> str:
     late, found = steps[-max(1, len(steps) // 4) :], []
     share = share_of_nothing(late, likelihood)
     if not math.isnan(share):
-        found.append(f"loss {share:.2f} of doing nothing's (1: nothing learned, 0: all of it)")
+        found.append(
+            f"loss {share:.2f} of the unmoved actor's (1: nothing learned, 0: all learned)"
+        )
     for kind, name in (("up", "better"), ("down", "worse")):
         if pairs := sum(step[f"pairs_{kind}"] for step in late):
             ratio = sum(step[f"ratio_{kind}"] for step in late) / pairs

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 
 from support.cli import UserError
 from support.packing import Tree
-from support.sampler import Row
+from support.sampler import Row, Sampler
 from support.stage import fingerprint
 
 
@@ -190,6 +190,13 @@ def judge(answer: dict, prompt: list[int], count: int, max_new: int, lm) -> list
 
 
 # ------------------------------------------------------------ who draws
+
+
+def sampler_for(lm, s):
+    """Who draws for a stage with settings `s`: the servers that --server names, or the model itself."""
+    if s.server:
+        return Server(s.server, lm, s.workers, s.engines)
+    return Sampler(lm, s.batch)
 
 
 class Server:

@@ -47,7 +47,7 @@ def test_a_problem_that_a_misreading_would_solve_is_lucky():
 
 def test_the_rule_against_luck_gives_way_where_it_would_leave_nothing(capsys):
     for steps, lucky in (((3, 3), False), ((12, 12), True)):
-        problems = support.embedded.demo_problems(MATH, 0, SIZES, steps)["train"]
+        problems = support.embedded.embedded_problems(MATH, 0, SIZES, steps)["train"]
         assert {p["prompt"].count(" has ") for p in problems} == {steps[0] + 1}
         assert ("100 of 100 problems can be solved by luck" in capsys.readouterr().out) == lucky
 
@@ -84,7 +84,7 @@ def test_a_more_careless_reader_misreads_more():
 
 
 def test_splits_share_no_skeleton_and_texts_come_back_from_their_tokens():
-    problems = support.embedded.demo_problems(CODE, 0, SIZES)
+    problems = support.embedded.embedded_problems(CODE, 0, SIZES)
     prompts = [p["prompt"] for split in problems.values() for p in split]
     assert len(set(prompts)) == len(prompts) == sum(SIZES.values())
     assert all(p["domain"] == "code" and p["answer"] is None for p in problems["train"])

@@ -486,8 +486,9 @@ def test_a_worker_that_dies_is_an_error_or_replaced():
     first.kill()
     first.wait()
     assert grade_math(r"3\sqrt2", r"#### \sqrt{18}", verifier)[0] == "right"
+    verifier.worker.send_signal(signal.SIGSTOP)  # so that it has not answered when it is killed
     threading.Timer(0.5, verifier.worker.kill).start()
-    assert grade_math("1", "#### 9^{9^{9^9}}", verifier)[0] == "error"
+    assert grade_math("2y", "#### y+y", verifier)[0] == "error"
     assert "error" not in verifier.known.values()
     assert grade_math(r"2\sqrt2", r"#### \sqrt8", verifier)[0] == "right"
     verifier.close()
@@ -502,9 +503,10 @@ def test_a_worker_that_cannot_start_is_an_error(monkeypatch):
 def test_ctrl_c_leaves_no_reply_for_the_next_question():
     verifier = MathVerifier()
     assert grade_math("2x", "#### x+x", verifier)[0] == "right"
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    verifier.worker.send_signal(signal.SIGSTOP)  # so that it has not answered before
     with pytest.raises(KeyboardInterrupt):
-        grade_math("1", "#### 9^{9^{9^9}}", verifier)
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        grade_math("2y", "#### y+y", verifier)
     assert grade_math("2x", "#### x+1", verifier)[0] == "wrong"
     verifier.close()
 

@@ -364,6 +364,12 @@ def test_every_command_of_the_readme_can_be_typed(tmp_path, monkeypatch):
     assert seen["run"] >= 8 and seen["evaluate"] >= 2 and seen["train_actor"] == 1, seen
 
 
+def test_readme_shows_what_dry_run_prints():
+    (shown,) = [block for block in blocks("bash") if "python sample.py" in block]
+    code, printed, _ = toy.stage("run.py", ["--dry_run"])
+    assert code == 0 and " ".join(shown.replace("\\\n", " ").split()) in " ".join(printed.split())
+
+
 def test_readme_sample_lines_have_the_keys_of_the_files(demo):
     files = {
         "problems": demo / "train.jsonl",

@@ -215,7 +215,7 @@ def test_reports_of_less(tmp_path, capsys):
     rows = {"iter1": json.loads((run / "iter1" / "summary.json").read_text())["sets"]["all"]}
     axes = plot_report(run, rows).axes
     assert len(axes[1].lines) == 2  # its critic beside the diagonal
-    assert axes[3].lines[1].get_ydata().tolist() == [0.25] * 3  # its loss, of doing nothing's
+    assert axes[3].lines[1].get_ydata().tolist() == [0.25] * 3  # its loss, of the unmoved actor's
     for name in ("train.jsonl", "test.jsonl", "iter0/eval.jsonl"):
         (run / name).unlink()
     assert report(run).count("details") == 10  # the trees have their prompts
@@ -298,7 +298,7 @@ def test_stages_say_in_words_what_they_found():
     found = {"auc": 0.912, "states": 784, "calibration_error": 0.031, "siblings": 0.868, "sibling_pairs": 90}  # fmt: skip
     assert critic_words(found) == (
         "critic's AUC 0.91 on 784 held-out states (0.5 is chance); calibration error 0.03 (0 is best); "
-        "of 90 pairs of siblings 0.87 in order (0.5 is chance)"
+        "of 90 pairs of steps from one state 0.87 in order (0.5 is chance)"
     )
     assert critic_words(found | {"siblings": None, "sibling_pairs": 0}).endswith("(0 is best)")
     states = [{"actions": [pair(1, 0.9, 0.3), pair(2, 0.3, -0.3)]}] * 2
@@ -311,7 +311,7 @@ def test_stages_say_in_words_what_they_found():
     late = {"loss": 3.0, "do_nothing": 4.0, "nll": 1.0, "ratio_up": 3.0, "pairs_up": 2.0, "ratio_down": -8.0, "pairs_down": 4.0}  # fmt: skip
     said = actor_words([early] * 6 + [late] * 2, likelihood=1.0)
     assert said == (
-        "loss 0.50 of doing nothing's (1: nothing learned, 0: all of it); mean log-ratio of better steps "
+        "loss 0.50 of the unmoved actor's (1: nothing learned, 0: all learned); mean log-ratio of better steps "
         "+1.50; mean log-ratio of worse steps -2.00 (last 2 of 8 training steps)"
     )
 

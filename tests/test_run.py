@@ -22,7 +22,7 @@ OWN = {"train": "math:a", "test": "math500:b", "base": "model"}
 
 def planned(**settings) -> dict[str, list[str]]:
     """{name: args} of the whole sequence."""
-    s, folder, recipe = run.completed(run.Settings(**settings))
+    s, folder, recipe = run.with_recipe(run.Settings(**settings))
     return {command.name: command.args for command in run.algorithm_1(s, folder, recipe)}
 
 
