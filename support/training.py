@@ -97,8 +97,6 @@ class Checkpoints:
                 "step": step,
                 "modules": {k: m.state_dict() for k, m in self.modules.items()},
                 "optimiser": self.optimiser.state_dict(),
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
             }
             replace(path, functools.partial(torch.save, state))
         self.saved.append(path)
@@ -122,9 +120,6 @@ class Checkpoints:
         for key, module in self.modules.items():
             module.load_state_dict(state["modules"][key])
         self.optimiser.load_state_dict(state["optimiser"])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["cuda_rng"])
         return state["step"]
 
     def _load_sharded(self, path: Path) -> int:

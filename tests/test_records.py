@@ -451,7 +451,7 @@ def clock(monkeypatch):
 
 
 def regression(work: Path, clock, stop=None, poison=None, steps=13):
-    """fit a linear model with noise from torch's generator; die in pack 1 of step `stop`. A minute
+    """fit a linear model, with other noise in each pack; die in pack 1 of step `stop`. A minute
     passes every four steps, after which a checkpoint is due. -> its parameters"""
     torch.manual_seed(0)
     net = torch.nn.Linear(3, 1)
@@ -463,7 +463,7 @@ def regression(work: Path, clock, stop=None, poison=None, steps=13):
             raise Stop
         calls.append(i)
         clock[0] += 61 if part == 1 and i % 4 == 3 else 0
-        noise = torch.randn(2, 3)
+        noise = torch.randn(2, 3, generator=torch.Generator().manual_seed(2 * i + part))
         value = net(data[2 * part : 2 * part + 2] + noise).square().mean() / 2
         return value * (poison[1] if poison and i == poison[0] else 1.0), {}
 
@@ -494,6 +494,28 @@ def test_training_resumes_exactly(stop, tmp_path, clock):
     assert len(list((tmp_path / "parts").glob("step-*.pt"))) == 2
     again, calls = regression(tmp_path / "parts", clock)
     assert torch.equal(whole, again) and set(calls) == {12}  # none after the last step
+
+
+def test_a_step_is_adamw_s_of_clipped_gradients_at_a_rate_that_rises_and_falls(tmp_path, clock):
+    """Against formulas in float64, with gradients below and above the norm to which they are clipped."""
+    found, _ = regression(tmp_path, clock, steps=40)
+    torch.manual_seed(0)
+    net, data = torch.nn.Linear(3, 1).double(), torch.randn(4, 3).double()
+    w = torch.cat([p.detach().flatten() for p in net.parameters()])
+    m, v, norms = torch.zeros(4).double(), torch.zeros(4).double(), []
+    for i in range(40):
+        g = torch.zeros(4).double()
+        for part in (0, 1):
+            noise = torch.randn(2, 3, generator=torch.Generator().manual_seed(2 * i + part))
+            x = torch.cat([data[2 * part : 2 * part + 2] + noise, torch.ones(2, 1)], 1)
+            g += x.T @ (x @ w) / 2  # of the mean of squares / 2
+        norms.append(float(g.norm()))
+        g *= min(1.0, 1 / norms[-1])
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
+        rate = 0.1 * min((i + 1) / 2, 1 - 0.9 * i / 40)  # 5 % of 40 steps are 2
+        w -= rate * (m / (1 - 0.9 ** (i + 1))) / ((v / (1 - 0.95 ** (i + 1))).sqrt() + 1e-8)
+    assert min(norms) < 0.7 and max(norms) > 2
+    torch.testing.assert_close(found.double(), w, rtol=1e-4, atol=1e-5)
 
 
 def test_broken_checkpoint(tmp_path, clock):
