@@ -7,7 +7,8 @@ from itertools import combinations
 
 import numpy as np
 
-from support.math_answers import MAX_ANSWER, exact_number, normalise, split_unit
+from support.math_answers import MAX_ANSWER, exact_number, split_unit
+from support.spelling import normalise
 
 
 def auc(v: np.ndarray, mc: np.ndarray) -> float:

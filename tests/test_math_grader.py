@@ -21,14 +21,13 @@ import reward
 from support import units
 from support.cli import UserError
 from support.math_answers import (
-    TABLES,
     MathVerifier,
     compare,
     exact_number,
     extract_answer,
     grade_math,
-    normalise,
 )
+from support.spelling import TABLES, normalise
 
 
 @pytest.fixture(scope="module")

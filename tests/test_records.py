@@ -192,7 +192,13 @@ def untold(monkeypatch):
 
 
 DECIDING = ["model.py", "reward.py", "support/tokens.py", "support/math_answers.py"]
-DECIDING += ["support/sandbox.py", "support/judge.py", "support/algebra.py", "support/units.py"]
+DECIDING += [
+    "support/sandbox.py",
+    "support/judge.py",
+    "support/algebra.py",
+    "support/units.py",
+    "support/spelling.py",
+]
 DECIDING += ["support/programs.py"]
 
 
