@@ -244,6 +244,7 @@ def test_flex_attention_s_gradients_are_the_gathered_form_s(models, flex, dtype)
     assert max(counter.frame_count for counter in flex) <= 3  # the first may count as two frames
 
 
+@pytest.mark.slow
 def test_twelve_sizes_compile_twice_at_most(flex):
     """Once with gradients and once without, under autocast or not, whatever lies in memory how.
     Past torch's limit of 8 it would be an error, hours into a run."""

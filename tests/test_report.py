@@ -3,16 +3,17 @@
 import json
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 import support.cli
 import support.embedded
 import support.report
 from evaluate import Settings, reasoned, shown, stage, summarise
+from model import load_lm
 from support.page import colour, how_right, short, visible, wrapped
 from support.pictures import layout, plot_report, plot_solution, telling_tree
 from support.report import (
@@ -411,18 +412,10 @@ def test_text_and_colours_of_pictures():
     assert wrapped("a\nb\nc\nd", 3, 3) == ["a", "b", "..."]
 
 
-def test_no_library_draws_bars_while_models_are_saved_and_loaded(folder, tmp_path):
-    code = f"""
-from pathlib import Path
-from transformers import AutoTokenizer
-import prepare
-import support.embedded
-words = AutoTokenizer.from_pretrained({str(folder)!r})
-new, copy = Path({str(tmp_path)!r}, "new"), Path({str(tmp_path)!r}, "copy")
-support.embedded.new_model(words, seed=0, layers=1, width=16).save_pretrained(new)
-words.save_pretrained(new)
-prepare.load_lm(new).save(copy)
-assert (copy / "model.safetensors").exists()
-"""
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+def test_no_library_draws_bars_while_models_are_saved_and_loaded(folder, tmp_path, capfd):
+    words = AutoTokenizer.from_pretrained(folder)
+    new, copy = tmp_path / "new", tmp_path / "copy"
+    support.embedded.new_model(words, seed=0, layers=1, width=16).save_pretrained(new)
+    words.save_pretrained(new)
+    load_lm(new).save(copy)
+    assert (copy / "model.safetensors").exists() and capfd.readouterr() == ("", "")
