@@ -19,7 +19,6 @@ On a CPU without --launch all stages run in this process; elsewhere each is a pr
 import importlib
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,13 +28,11 @@ from typing import NamedTuple
 
 import torch
 
+from model import load_lm
 from support import cli
 from support.cli import UserError, flag
 from support.engine import Engine
-from support.packing import Tree
 from support.records import read_jsonl
-from support.sampler import Row
-from support.server import Server
 from support.stage import read_manifest
 
 # What each recipe passes to the stages. What is not named here is the stage's default, the paper's value.
@@ -297,33 +294,14 @@ def stage(s: Settings):
             print(f"\n== {command.title}\n$ {shlex.join(command.typed(s))}", flush=True)
             if s.engine and command.served and not is_complete(command):
                 if command.name == "iter0/evaluate" and s.base:
-                    require_saved_folders_are_read(engine, s.base, run)
+                    prompt = read_jsonl(run / "train.jsonl")[0]["prompt"]
+                    engine.require_reads_alike(s.base, run / "base.copy", prompt, load_lm)
                 engine.serve(command.served)
             elif not command.served:
                 engine.stop()  # training needs the memory
             do(command, s)
             if command.name == "prepare":
                 require_problems(len(read_jsonl(run / "train.jsonl")), s, run / "train.jsonl")
-
-
-def require_saved_folders_are_read(engine: Engine, base: str, run: Path):
-    """Refuse an engine that reads a folder as this project saves it otherwise than the base's own: it
-    would serve the first iteration's actor wrongly. Both have to go on from a prompt alike."""
-    from model import load_lm
-
-    copy, found = run / "base.copy", []
-    load_lm(base, device="cpu", dtype="bfloat16").save(copy)
-    prompt = read_jsonl(run / "train.jsonl")[0]["prompt"]
-    for folder in (str(copy), base):
-        lm = load_lm(folder, weights=False)
-        engine.serve(folder)
-        tree, row = Tree([lm.prompt_ids(prompt)], [-1], [True]), Row(0, 0, 0, 16)
-        found += Server(engine.url, lm).draw([tree], [row], 0.0)
-    shutil.rmtree(copy)
-    if found[0] != found[1]:
-        wrong = f"the engine goes on from the first problem with tokens {found[1]} of {base}, but"
-        wrong += f" with {found[0]} of the same weights as saved here"
-        raise UserError(f"--engine {engine.command}: {wrong}; a newer engine may read both alike")
 
 
 def shell_lines(commands: list[Command], s: Settings) -> Iterator[str]:

@@ -17,6 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from support.cli import UserError
+from support.packing import Tree
+from support.sampler import Row
+from support.server import Server
 
 PATIENCE_S = 1800  # for a server that loads its model, or gives its memory back
 GRACE_S = 60  # from SIGTERM to SIGKILL: a healthy server ends its workers in that time
@@ -55,6 +58,27 @@ class Engine:
             self.process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
         self.model = model
         self._wait_until_ready()
+
+    def require_reads_alike(self, base: str, copy: Path, prompt: str, load_lm):
+        """Refuse an engine that reads a folder as this project saves it otherwise than the base's own:
+        it would serve the first trained actor wrongly. Both have to go on from a prompt alike.
+
+        copy: where the base is saved for this, and removed again. load_lm: model.load_lm.
+        """
+        found = []
+        load_lm(base, device="cpu", dtype="bfloat16").save(copy)
+        for folder in (str(copy), base):
+            lm = load_lm(folder, weights=False)
+            self.serve(folder)
+            tree, row = Tree([lm.prompt_ids(prompt)], [-1], [True]), Row(0, 0, 0, 16)
+            found += Server(self.url, lm).draw([tree], [row], 0.0)
+        shutil.rmtree(copy)
+        if found[0] != found[1]:
+            wrong = (
+                f"the engine goes on from the first problem with tokens {found[1]} of {base}, but"
+            )
+            wrong += f" with {found[0]} of the same weights as saved here"
+            raise UserError(f"--engine {self.command}: {wrong}; a newer engine may read both alike")
 
     def _require_free_port(self):
         with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=2):

@@ -1,8 +1,8 @@
 """run.py: the sequence of stages and their flags, what is refused before anything runs, one process or
 many, and the server that --engine starts."""
 
+import json
 import shlex
-import shutil
 import socket
 import sys
 from pathlib import Path
@@ -12,6 +12,7 @@ import toy
 
 import run
 import support.engine
+from model import load_lm
 from support.cli import UserError
 from support.engine import Engine
 
@@ -265,20 +266,18 @@ http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 @pytest.mark.parametrize("how", ["", "misread"])
 def test_an_engine_must_read_what_is_saved_here_as_the_base_itself(how, engine, tmp_path):
     toy.build(tmp_path)
-    (tmp_path / "run").mkdir()
-    shutil.copy(tmp_path / "problems.jsonl", tmp_path / "run" / "train.jsonl")
     (tmp_path / "reader.py").write_text(READER)
     engine.command = f"{sys.executable} {tmp_path}/reader.py {how}"
-    check = lambda: run.require_saved_folders_are_read(
-        engine, str(tmp_path / "tiny"), tmp_path / "run"
-    )
+    prompt = json.loads((tmp_path / "problems.jsonl").open().readline())["prompt"]
+    base, copy = str(tmp_path / "tiny"), tmp_path / "base.copy"
+    check = lambda: engine.require_reads_alike(base, copy, prompt, load_lm)
     if how:
         with pytest.raises(UserError, match=r"goes on .* with tokens \[5, .* with \[6, "):
             check()
     else:
         check()
-        assert engine.model == str(tmp_path / "tiny")  # which is evaluated next
-    assert not (tmp_path / "run" / "base.copy").exists()
+        assert engine.model == base  # which is evaluated next
+    assert not copy.exists()
 
 
 def test_an_engine_that_does_not_come_up_says_why(engine, monkeypatch):
