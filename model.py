@@ -423,7 +423,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
 def _times(x, factor):
     """x * factor, in place; nearly every model's factor is 1, which need not read x again."""
-    return x if isinstance(factor, float) and factor == 1.0 else x.mul_(factor)
+    return x if factor == 1.0 else x.mul_(factor)
 
 
 def _chunks(x, size):

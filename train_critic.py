@@ -101,8 +101,7 @@ def print_unknown(lm: LM, records: list[dict]):
     """Say that a critic with another tokenizer reads the trees' texts, and how much it can read."""
     tokens = [i for record in records for ids in record_tree(record, [], lm).ids for i in ids]
     other = f"{lm.path}: its tokenizer is not the actor's, so it reads the trees' texts"
-    if rank() == 0:
-        print(f"{other}; {lm.codec.unknown(tokens)} of {len(tokens)} tokens are unknown to it")
+    print(f"{other}; {lm.codec.unknown(tokens)} of {len(tokens)} tokens are unknown to it")
 
 
 @torch.no_grad()

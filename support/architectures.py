@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from support.attention import NAME, TreeView, forward_pack, is_window, windows_of
 from support.cli import UserError, first_line
-from support.distributed import decoder_layers, rank
+from support.distributed import decoder_layers
 from support.packing import Tree, pack_trees
 
 
@@ -52,7 +52,7 @@ def choose_form(lm, why: str = ""):
     if not why:
         lm.model.set_attn_implementation(NAME)
         lm.paths = False
-    elif rank() == 0:
+    else:
         what = f"{lm.config.model_type} cannot take a tree in one pass ({why})"
         slower = "each path is computed by itself, at half the speed or less (benchmarks/architectures.md)"
         print(f"warning: {lm.path}: {what}; {slower}", file=sys.stderr)
@@ -93,9 +93,7 @@ def own_attention(model):
         model.set_attn_implementation("sdpa")
     except ValueError:  # it has none
         model.set_attn_implementation("eager")
-    if (
-        model.config._attn_implementation == NAME
-    ):  # a model of the old kind, which asks for masks only
+    if model.config._attn_implementation == NAME:  # of the old kind, which asks for masks only
         model.config._attn_implementation = "eager"
 
 

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 
 from support.cli import UserError, first_line
-from support.distributed import rank
 from support.packing import BLOCK, Pack, Tree, pack_trees
 
 FLEX = 128  # flex_attention takes queries and keys in multiples of this
@@ -163,7 +162,8 @@ class TreeView:
         seen = (j <= i) & (i < np.append(end, 0)[j])  # (blocks, BLOCK, K)
         if rule is not None:
             pos = np.append(self.pack.pos.numpy(), 0)
-            seen &= allowed(rule, *(torch.from_numpy(pos[x]).to(self.device) for x in (i, j)))
+            where = (torch.from_numpy(pos[x]).to(self.device) for x in (i, j))
+            seen &= allowed(rule, *where).cpu().numpy()
             # Keys that no query of a block sees are not gathered.
             needed = seen.any(1)  # (blocks, K)
             first = np.argsort(~needed, axis=1, kind="stable")
@@ -175,10 +175,10 @@ class TreeView:
         return table, bias.to(self.device)
 
 
-def allowed(rule, i: torch.Tensor, j: torch.Tensor) -> np.ndarray:
+def allowed(rule, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
     """What a layer's own mask says of positions i and j, broadcast."""
     zero = torch.zeros((), dtype=torch.long, device=i.device)
-    return rule(zero, zero, i, j).cpu().numpy()
+    return rule(zero, zero, i, j)
 
 
 def gathered_attention(query, key, value, keys, scaling, softcap, sinks):
@@ -242,8 +242,7 @@ class CacheView:
         position = newest(length, columns, min(self.width, columns))
         unseen = position < 0
         if rule is not None:
-            zero = torch.zeros((), dtype=torch.long, device=length.device)
-            unseen |= ~rule(zero, zero, length, position)
+            unseen |= ~allowed(rule, length, position)
         bias = torch.zeros(unseen.shape, dtype=self.keys[0].dtype, device=length.device)
         return bias.masked_fill_(unseen, -torch.inf)[:, None, None]
 
@@ -380,10 +379,8 @@ def flex_agrees(lm) -> bool:
                     if not difference <= tolerance * max(1.0, float(expected.abs().max())):
                         raise ValueError(f"{tokens} tokens differ by {difference:.1g}")
     except Exception as e:  # noqa: BLE001  whatever a GPU's software does, numbers are right
-        if rank() == 0:
-            wrong = "flex_attention is not used, a slower and larger form is"
-            wrong = f"{lm.path}: {wrong} ({first_line(e)})"
-            print(f"warning: {wrong}", file=sys.stderr)
+        wrong = f"flex_attention is not used, a slower and larger form is ({first_line(e)})"
+        print(f"warning: {lm.path}: {wrong}", file=sys.stderr)
         return False
     return True
 
@@ -410,9 +407,8 @@ def is_window(rule, window: int | None, device: str) -> bool:
     """Does a layer's own mask hide just what is `window` or more positions back?"""
     if rule is None or not window:
         return False
-    zero, i = torch.zeros((), dtype=torch.long), torch.tensor([1, 2, 3]) * window
-    zero, i = zero.to(device), i.to(device)
-    hidden, seen = rule(zero, zero, i, i - window), rule(zero, zero, i, i - window + 1)
+    i = torch.tensor([1, 2, 3], device=device) * window
+    hidden, seen = allowed(rule, i, i - window), allowed(rule, i, i - window + 1)
     return bool(seen.all() and not hidden.any())
 
 
@@ -420,7 +416,10 @@ def row_bytes(config, columns: int, itemsize: int) -> int:
     """Bytes of the keys and values of one row of `columns` tokens, all layers."""
     _, groups, size = head_sizes(config)
     kept = sum(min(columns, window or columns) for window in windows_of(config))
-    return 2 * kept * groups * size * itemsize
+    # Latent attention (DeepSeek) has keys and values of other sizes than its config's heads.
+    key = getattr(config, "qk_head_dim", None) or size
+    value = getattr(config, "v_head_dim", None) or size
+    return kept * groups * (key + value) * itemsize
 
 
 def pack_hidden(lm, pack: Pack, view: TreeView | None = None) -> torch.Tensor:

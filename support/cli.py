@@ -4,6 +4,7 @@ import argparse
 import errno
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -161,7 +162,8 @@ def explained(error: BaseException, out: str) -> tuple[int, str] | None:
             wrong = f"{error.filename or out}: {error.strerror or error}"
             return 1, f"error: {wrong}; {room}the same command goes on"
         case KeyboardInterrupt():
-            again = shlex.join(word for word in sys.argv if word != "--force")
+            # Without --force, and without the stage that run.py's names.
+            again = re.sub(r" --force\b(=\S+| (?!-)\S+)?", "", shlex.join(sys.argv))
             return 130, f"stopped; to go on: python {again}"
     return None
 

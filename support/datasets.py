@@ -21,7 +21,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-from support.cli import UserError
+from support.cli import UserError, first_line
 from support.judge import encode
 from support.math_answers import exact_number, extract_answer
 from support.records import dump, is_number, wrong_field
@@ -62,7 +62,10 @@ def read_rows(path: str | Path) -> list[dict]:
             from pyarrow import parquet
         except ImportError:
             raise UserError(f"{path}: parquet files need pyarrow: pip install pyarrow") from None
-        return parquet.read_table(path).to_pylist()
+        try:
+            return parquet.read_table(path).to_pylist()
+        except (OSError, ValueError) as e:
+            raise UserError(f"{path}: no parquet file that can be read ({first_line(e)})") from None
     data = path.read_bytes()
     try:
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
@@ -318,8 +321,8 @@ def livecodebench(row: dict) -> dict:
 
 
 OWN = {  # what the tests of a user's line have, by kind
-    "call": ("entry", "inputs", "outputs"),
-    "stdin": ("inputs", "outputs"),
+    "call": ("entry", "inputs"),
+    "stdin": ("inputs",),
     "assert": ("entry", "code"),
 }
 
@@ -359,7 +362,7 @@ def own(row: dict) -> dict:
         raise LeftOut(f"tests have no field {', '.join(sorted(unknown))}")
     tests = TESTS | tests
     fields = OWN.get(str(tests["kind"]), ("kind",))
-    if empty := [name for name in fields if name != "outputs" and not tests[name]]:
+    if empty := [name for name in fields if not tests[name]]:
         raise LeftOut(f"its tests have no {empty[0]}")
     if bad := wrong_test_field(tests):
         raise LeftOut(f"its tests' {bad} does not fit kind {tests['kind']}")

@@ -45,7 +45,7 @@ def local_world() -> int:
 
 def join(offload: bool = False):
     """Meet the other processes; offload: a group of one, which CPUOffloadPolicy needs too."""
-    if offload and not torch.cuda.is_available() and rank() == 0:
+    if offload and not torch.cuda.is_available():
         print("--offload: there is no GPU here, so it saves nothing")
     if dist.is_initialized() or (world() == 1 and not offload):
         return
@@ -138,9 +138,7 @@ def shard(lm, value_head: torch.nn.Module | None = None, offload: bool = False, 
     place = CPUOffloadPolicy(torch.cuda.is_available()) if offload else OffloadPolicy()
     flags = {"mesh": mesh, "offload_policy": place}
     precise = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32)
-    flags[
-        "reshard_after_forward"
-    ] = not offload  # offloaded weights go up once per step, not per pack
+    flags["reshard_after_forward"] = not offload  # those go up once per step, not per pack
     for layer in decoder_layers(lm.model):
         fully_shard(layer, mp_policy=precise, **flags)
     fully_shard(lm.model, mp_policy=precise, **flags)

@@ -21,8 +21,9 @@ from support.packing import Tree
 from support.sampler import Row
 from support.server import Server
 
-PATIENCE_S = 1800  # for a server that loads its model, or gives its memory back
-GRACE_S = 60  # from SIGTERM to SIGKILL: a healthy server ends its workers in that time
+PATIENCE_S = 1800  # for a server that loads its model
+# From SIGTERM to SIGKILL, in which a healthy server ends its workers; and for its memory to be free.
+GRACE_S = 60
 
 
 class Engine:

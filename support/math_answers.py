@@ -300,9 +300,9 @@ def compare_parts(ours: list, theirs: list, ordered: bool, verifier: "MathVerifi
 
 def one_of_equals(answer: str, verifier: "MathVerifier") -> str:
     """Normalised; of "a or b", where b says the same as a, only a: 1/2 or 0.5."""
-    first, *others = re.split(r",?\s*(?:\\text\s*\{\s*or\s*\}|\bor\b)\s*", answer)
-    first = normalise(first)
-    if others and all(compare(first, normalise(other), verifier) == "right" for other in others):
+    values = re.split(r",?\s*(?:\\text\s*\{\s*or\s*\}|\bor\b)\s*", answer)
+    first, *others = map(normalise, values)
+    if all(compare(first, other, verifier) == "right" for other in others):
         return first
     return normalise(answer)
 
@@ -333,9 +333,8 @@ def grade_math(gold: str, text: str, verifier: "MathVerifier") -> tuple[str, str
 
 
 ALGEBRA = Path(__file__).with_name("algebra.py")
-A_DAY = (
-    86_400  # seconds; the worker's CPU time is limited, which no other load of the machine changes
-)
+# In seconds. The worker's CPU time is limited, which no other load of the machine changes.
+A_DAY = 86_400
 
 
 class MathVerifier:
@@ -389,8 +388,8 @@ def grade_answer(gold: str, text: str, tolerance: float = 0) -> tuple[str, str |
         verdict, prediction = grade_math(gold, text, verifier)
     finally:
         _verifiers.put(verifier)
-    if tolerance and verdict == "wrong" and is_near(gold, prediction, tolerance):
-        verdict = "right"
+    if tolerance and verdict == "wrong" and len(prediction) <= MAX_ANSWER:
+        verdict = "right" if is_near(gold, prediction, tolerance) else verdict
     return verdict, prediction
 
 

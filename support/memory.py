@@ -20,10 +20,8 @@ from support.distributed import PINNED_EXACTLY, decoder_layers, local_world, pin
 from support.scoring import ROUND
 
 USABLE = 0.92  # of a card's memory; the rest is for kernels and fragments
-TREE_BYTES, PACK_BYTES = (
-    28,
-    46,
-)  # of the host's memory per token, of records and of packs (measured)
+# Bytes of the host's memory per token, of records and of packs (measured).
+TREE_BYTES, PACK_BYTES = 28, 46
 
 
 def memory(

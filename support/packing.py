@@ -33,8 +33,7 @@ def record_tree(record: dict, score: list[bool], lm=None) -> Tree:
     if lm is None:
         ids = [record["prompt_ids"]] + [node["ids"] for node in nodes[1:]]
     else:
-        # trees.jsonl of before there was a "prompt" has its text alone
-        ids = [lm.prompt_ids(record.get("prompt", nodes[0]["text"]))]
+        ids = [lm.prompt_ids(record["prompt"])]
         for node in nodes[1:]:
             ids.append(lm.codec.ids(node["text"]) or [lm.own_eos])  # a bare EOS has no text
     return Tree(ids, [node["parent"] for node in nodes], score)
@@ -103,6 +102,11 @@ def path_to(tree: Tree, v: int) -> list[int]:
     while tree.parent[nodes[-1]] >= 0:
         nodes.append(tree.parent[nodes[-1]])
     return nodes[::-1]
+
+
+def path_ids(tree: Tree, v: int) -> list[int]:
+    """The tokens from the root to v."""
+    return [i for u in path_to(tree, v) for i in tree.ids[u]]
 
 
 def _runs(tree: Tree, budget: int) -> list[Run]:

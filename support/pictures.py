@@ -34,7 +34,7 @@ def plot_report(run: Path, rows: dict[str, dict]) -> Figure:
         folder, style = run / name, {"color": hue, "lw": 1.5}
         key.plot([], [], label=f"iteration {name[4:]}", **style)
         if (file := folder / "critic.metrics.json").exists():
-            bins = [b for b in json.loads(file.read_text())["bins"] if b["states"]]
+            bins = json.loads(file.read_text())["bins"]
             critic.plot([b["value"] for b in bins], [b["mc"] for b in bins], marker="o", **style)
         states = [state for line in advantage_lines(folder) for state in line["states"]]
         if states:
@@ -129,8 +129,8 @@ def plot_tree(trees: list[TrainedTree], most: int = 10) -> Figure | None:
     if tree is None:
         return None
     place = layout(tree)
-    axis, top = tree_axes(tree, place)
-    draw_heading(axis, tree, place, top)
+    axis = tree_axes(tree, place)
+    draw_heading(axis, tree)
     for v, spot in place.items():
         draw_state(axis, tree, v, spot)
         if v:
@@ -170,7 +170,7 @@ LEFT, RIGHT = -0.2, 0.2  # how far text reaches beyond the first and the last st
 
 
 def tree_axes(tree: TrainedTree, place: dict):
-    """(axes, the y of the top): from one state to the next is 1 to the right, a row 1 down."""
+    """Axes: from one state to the next is 1 to the right, a row 1 down."""
     rows = 1 + max(row for _, row in place.values())
     columns = 1 + max(depth for depth, _ in place.values())
     heading = max(len(wrapped(tree.nodes[0]["text"], 60, 8)), len(TREE_KEY))
@@ -182,19 +182,19 @@ def tree_axes(tree: TrainedTree, place: dict):
     axis = figure.add_axes((0, 0, 1, 1))
     axis.axis("off")
     axis.set(xlim=(LEFT, columns - 1 + RIGHT), ylim=(rows - 0.5, top))
-    return axis, top
+    return axis
 
 
 def step_label(tree: TrainedTree, v: int) -> str:
     return short(tree.nodes[v]["text"].strip(), 22)
 
 
-def draw_heading(axis, tree: TrainedTree, place: dict, top: float):
+def draw_heading(axis, tree: TrainedTree):
     """The prompt on the left, what the numbers mean on the right."""
+    (left, right), (_, top) = axis.get_xlim(), axis.get_ylim()
     words = {"va": "top", "color": "0.35", "parse_math": False}
     for i, text in enumerate(wrapped(tree.nodes[0]["text"], 60, 8)):
-        axis.text(LEFT, top + LINE * i, text, family="monospace", **words)
-    right = max(depth for depth, _ in place.values()) + RIGHT
+        axis.text(left, top + LINE * i, text, family="monospace", **words)
     for i, text in enumerate(TREE_KEY):
         axis.text(right, top + LINE * i, text, ha="right", **words)
 

@@ -82,8 +82,8 @@ def dump(record: dict) -> bytes:
 
 # ------------------------------------------------------------ what a record must be
 #
-# Each of the functions below says in words what is wrong with a record, and None if nothing is. A
-# record that is none would be drawn from, or trained on, without a word.
+# A function ..._fault says in words what is wrong with a record, and None if nothing is. A record
+# that is none would be drawn from, or trained on, without a word.
 
 LARGEST = 1 << 62  # integers beyond it do not fit into a tensor
 
@@ -177,7 +177,7 @@ def tree_fault(record: dict) -> str | None:
         return "no nodes, so no line of trees.jsonl"
     wrong = wrong_field(
         {
-            "prompt": isinstance(record.get("prompt", ""), str),
+            "prompt": isinstance(record.get("prompt"), str),
             "prompt_ids": are_counts(prompt_ids) and prompt_ids != [],
         }
     )
@@ -235,7 +235,7 @@ def each_record(
 ) -> Iterator[dict]:
     """The records of a JSONL file, one by one. A line that cannot be used is an error that names it.
 
-    fault: one of the functions above; without it a record must have an id of its own, no more.
+    fault: one of the ..._fault above; without it a record must have an id of its own, no more.
     """
     path, ids = Path(path), set()
     if path.is_dir():

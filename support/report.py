@@ -251,11 +251,8 @@ def problem_words(trees: list[TrainedTree], most: int = 30) -> list[str]:
         head = f"a {name} response"
         lines += ["", f"  {head:42}{'Q':>6}{'A':>8}   drawn from there"]
         for v in response[:most]:
-            text, q, action = (
-                short(tree.nodes[v]["text"].strip(), 39),
-                tree.q(v),
-                tree.action.get(v),
-            )
+            text, q = short(tree.nodes[v]["text"].strip(), 39), tree.q(v)
+            action = tree.action.get(v)
             value = "" if q is None else f"{q:.2f}"
             adv = f"{action['adv']:+.2f}" if action else ""
             lines.append(f"    {text:40}{value:>6}{adv:>8}   {how_right(tree.nodes[v])}".rstrip())

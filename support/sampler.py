@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from support.attention import CacheView, TreeView, newest, pack_hidden, row_bytes
 from support.cli import UserError, first_line
 from support.distributed import world
-from support.packing import BLOCK, Tree, pack_trees, path_to
+from support.packing import BLOCK, Tree, pack_trees, path_ids
 
 
 class Row(NamedTuple):
@@ -82,7 +82,7 @@ class Prefixes:
 
     @torch.no_grad()
     def __init__(self, lm, trees: list[Tree], budget: int = 8192):
-        self.path, self.tokens = {}, 0
+        self.path, tokens = {}, 0
         hidden, layers_of_packs = [], []
         for pack in pack_trees(trees, budget, align=BLOCK):
             longest = int(pack.pos.max()) + 1
@@ -94,8 +94,8 @@ class Prefixes:
             layers_of_packs.append(view.layers)
             end = pack.end.numpy()
             for owner, last in zip(pack.owner, pack.last.tolist()):
-                self.path[owner] = np.flatnonzero(end[: last + 1] > last) + self.tokens
-            self.tokens += len(end)
+                self.path[owner] = np.flatnonzero(end[: last + 1] > last) + tokens
+            tokens += len(end)
         self.hidden = torch.cat(hidden)  # (tokens, d)
         self.keys, self.values = [], []  # a layer each, (G, tokens, D)
         while layers_of_packs[0]:  # a layer at a time: no second copy of all of them exists
@@ -166,8 +166,6 @@ class Decoder:
         """Give free slots to waiting rows, the last ones first, and draw their first tokens."""
         slots, device = self.slots, self.lm.device
         free = (slots.row < 0).nonzero()[:, 0][: len(waiting)]
-        if len(free) == 0:
-            return
         numbers = [waiting.pop() for _ in range(len(free))]
         rows = [self.rows[r] for r in numbers]
         paths = [self.prefixes.path[row.tree, row.node] for row in rows]
@@ -287,7 +285,7 @@ def _at_least_16(f, x):
 
 def _sixteens(n: int) -> int:
     """n rounded up to a multiple of 16: under 16 rows the CPU's matrix product rounds otherwise."""
-    return max(16, -(-n // 16) * 16)
+    return -(-n // 16) * 16
 
 
 # ------------------------------------------------------------ memory
@@ -384,10 +382,8 @@ class Sampler:
         decode together."""
         from support.generation import generate  # takes seconds
 
-        lm, prefixes, results = self.lm, [], [None] * len(rows)
-        for row in rows:
-            tree = trees[row.tree]
-            prefixes.append([i for v in path_to(tree, row.node) for i in tree.ids[v]])
+        lm, results = self.lm, [None] * len(rows)
+        prefixes = [path_ids(trees[row.tree], row.node) for row in rows]
         require_room(lm, list(map(len, prefixes)), rows)
         order = sorted(range(len(rows)), key=lambda r: len(prefixes[r]))
         for _, group in groupby(order, key=lambda r: len(prefixes[r])):

@@ -54,7 +54,7 @@ class Worker(Popen):
         try:
             self.stdin.write(json.dumps(question).encode() + b"\n")
             self.stdin.flush()
-            late = not poll.poll(1000 * seconds)
+            late = not poll.poll(min(1000 * seconds, 2**31 - 1))  # the most that it takes
             answer = None if late else json.loads(self.stdout.readline())
         except (OSError, ValueError):  # it is dead
             pass
@@ -135,11 +135,15 @@ class Sandbox:
         if found := self.known.get(key):
             return found
         judge = self._judges.get()
-        # The judge keeps the limits itself; this one is for test code that chokes on an answer.
-        found = judge.ask([tests, program, each], 60 * tests["seconds"] + 60)
-        alive = judge.poll() is None
-        self._judges.put(judge if alive else self._start())
-        if alive or found[0] == "timed out":  # a judge that died may be this machine's fault
+        try:
+            if judge.poll() is not None:  # it died of an earlier program
+                judge = self._start()
+            # The judge keeps the limits itself; this one is for test code that chokes on an answer.
+            found = judge.ask([tests, program, each], 60 * tests["seconds"] + 60)
+        finally:
+            self._judges.put(judge)
+        # A judge that died may be this machine's fault.
+        if judge.poll() is None or found[0] == "timed out":
             remember(self.known, key, found)
         return found
 

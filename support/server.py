@@ -27,7 +27,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from support.cli import UserError
-from support.packing import Tree
+from support.packing import Tree, path_ids
 from support.sampler import Row, Sampler
 from support.stage import fingerprint
 
@@ -325,10 +325,7 @@ class Server:
 
         def ask(state):
             tree, node, max_new = state
-            home, prompt = hash(tuple(trees[tree].ids[0])), []
-            while node >= 0:
-                prompt = trees[tree].ids[node] + prompt
-                node = trees[tree].parent[node]
+            home, prompt = hash(tuple(trees[tree].ids[0])), path_ids(trees[tree], node)
             return self._continuations(prompt, len(asked[state]), max_new, temperature, home)
 
         results = [None] * len(rows)
@@ -372,7 +369,8 @@ class Server:
         try:
             for _ in range(self.workers):
                 ours, theirs = fork.Pipe()
-                child = fork.Process(target=self._work, args=(theirs, process), daemon=True)
+                others = [*waiting, ours]  # our ends, of which a fork has copies
+                child = fork.Process(target=self._work, args=(theirs, process, others), daemon=True)
                 child.start()
                 theirs.close()
                 children.append((child, ours))
@@ -413,8 +411,10 @@ class Server:
                 pipe.send(item)
             waiting[pipe] += 1
 
-    def _work(self, pipe, process: Callable):
+    def _work(self, pipe, process: Callable, others: list):
         """What a fork does: answer each item by its records, and say how far it is meanwhile."""
+        for other in others:  # while one of them is open here, the first process never seems gone
+            other.close()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C the first process hears, too
         self._open(share=self.workers)
         one_at_a_time = threading.Lock()
@@ -430,7 +430,8 @@ class Server:
             try:
                 say("records", process([item], progress))
             except Exception as e:  # noqa: BLE001  the first process raises it
-                e.add_note(traceback.format_exc())  # it gets lost on the way
+                if not isinstance(e, UserError | ConnectionError):  # many an error cannot be sent
+                    e = RuntimeError(traceback.format_exc())
                 say("error", e)
 
         with ThreadPoolExecutor(self.threads) as pool:

@@ -200,7 +200,8 @@ NUMBERS = [
     (r"^-?\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), "1,234", "1234"),
     (r"(\d*)\.(\d*)(?:\\overline\s*\{?(\d+)\}?|\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?)", repeating,
      r"1.2\overline{34}", r"\frac{1222}{990}"),
-    (r"(\d*)\.(\d*?)(\d{1,6}?)\3{2,}\s*\\dots", repeating, r"0.1666\dots", r"\frac{15}{90}"),
+    (r"(?<!\d)(\d*)\.(?=\d+\s*\\dots)(\d*?)(\d{1,6}?)\3{2,}\s*\\dots", repeating,
+     r"0.1666\dots", r"\frac{15}{90}"),
     # The base of a number, remainders, ratios.
     (rf"\b{DIGITS} *(?:_\s*\{{?|\(|in )?\s*base\s+({'|'.join(BASES)}|\d+)\b\s*[)}}]?", based,
      "25_{base 16}", "25_16"),
@@ -260,7 +261,7 @@ def from_unicode(answer: str) -> str:
     answer = re.sub("[¼-¾⅓-⅞]", lambda m: fraction(*digits(m).split("⁄")), answer)
     answer = answer.replace("µ", "μ").replace("\N{OHM SIGN}", "Ω")
     answer = "".join(ALIKE.get(c) or (rf"\{COMMANDS[c]} " if c in COMMANDS else c) for c in answer)
-    return re.sub("(?![Ωμ])[Α-ω]", lambda m: rf"\{greek(m[0])} ", answer)
+    return re.sub("(?![Ωμ])[Α-ΡΣ-ω]", lambda m: rf"\{greek(m[0])} ", answer)
 
 
 def greek(letter: str) -> str:

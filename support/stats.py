@@ -112,8 +112,7 @@ def majority(sampled: list[dict]) -> bool:
     Equal numbers are one answer, with a unit or without; programs are one if their texts are.
     """
 
-    def vote(response):
-        answer = response["prediction"]
+    def vote(answer):
         if len(answer) > MAX_ANSWER or "\n" in answer:
             return answer
         answer, _ = split_unit(normalise(answer))
@@ -121,7 +120,8 @@ def majority(sampled: list[dict]) -> bool:
         return answer if value is None else value
 
     answered = [response for response in sampled if response["prediction"]]
-    votes = Counter(vote(response) for response in answered)
+    vote_of = {answer: vote(answer) for answer in {r["prediction"] for r in answered}}
+    votes = Counter(vote_of[response["prediction"]] for response in answered)
     winner = max(votes, key=votes.get, default=None)
-    won = [response["correct"] for response in answered if vote(response) == winner]
+    won = [r["correct"] for r in answered if vote_of[r["prediction"]] == winner]
     return 2 * sum(won) > len(won)

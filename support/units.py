@@ -119,12 +119,8 @@ kilo k 3, mega M 6, giga G 9, tera T 12, peta P 15"""
 
 # Symbols that are units even where a product of variables might be meant. All others need \text or
 # \mathrm around them, or a unit on the other side: kT, mg and eV are formulas, too.
-PLAIN = set(
-    re.findall(
-        "\\w+",
-        "mm cm dm km kg lb lbs oz ft yd mi hr hrs min sec mph kph kmh ml mL am pm th st nd rd",
-    )
-)
+PLAIN = "mm cm dm km kg lb lbs oz ft yd mi hr hrs min sec mph kph kmh ml mL am pm th st nd rd"
+PLAIN = set(PLAIN.split())
 
 NAMES, SYMBOLS = {}, {}  # any name, any symbol: the unit's name
 DEFINITIONS = {}  # name: (power of ten, in other units)

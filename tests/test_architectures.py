@@ -9,7 +9,8 @@ import torch
 import transformers as hf
 
 from model import load_lm, step_logprobs, step_values
-from support.packing import BLOCK, Tree, pack_trees, path_to
+from support.attention import row_bytes
+from support.packing import BLOCK, Tree, pack_trees, path_ids
 from support.sampler import Row, Sampler, draw_key, draw_tokens
 
 SIZES = {
@@ -139,10 +140,6 @@ def forest(vocabulary: int) -> list[Tree]:
     return trees
 
 
-def path_ids(tree: Tree, v: int) -> list[int]:
-    return [i for u in path_to(tree, v) for i in tree.ids[u]]
-
-
 def scores(lm, head, trees, paths: bool, budget: int):
     """({(tree, node): log-prob}, {..: value}, gradients of a weighted sum of both)."""
     lm.model.zero_grad()
@@ -221,9 +218,15 @@ def test_an_architecture(name, tokenizer, tmp_path, capsys):
     nodes = [(t, v) for t, tree in enumerate(trees) for v in range(len(tree.ids))]
     rows = [Row(*nodes[i % len(nodes)], draw_key(i), 2 + i % 3) for i in range(64)]
     wanted = drawn_by_hand(plain, trees, rows, lm.eos)
-    drawn = Sampler(lm).draw(trees, rows)
+    sampler = Sampler(lm)
+    drawn = sampler.draw(trees, rows)
     same = sum(a == b for a, b in zip(drawn, wanted))
     assert same >= 63, same  # a draw may lie within a rounding of a token's border
+
+    if not lm.paths:  # what a GPU's memory is planned by: the cache of a token, all layers
+        held = sampler.prefixes.keys + sampler.prefixes.values
+        held = sum(4 * x.shape[0] * x.shape[2] for x in held)
+        assert held <= row_bytes(lm.config, 1, 4) <= 2 * held
 
     # Log-probs, values and gradients.
     torch.manual_seed(0)

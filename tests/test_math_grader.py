@@ -25,6 +25,7 @@ from support.math_answers import (
     compare,
     exact_number,
     extract_answer,
+    grade_answer,
     grade_math,
 )
 from support.spelling import TABLES, normalise
@@ -456,6 +457,15 @@ def test_a_million_characters_take_no_time(piece, verifier):
     assert grade_math("5", boxed, verifier)[0] in ("wrong", "no answer")
     assert grade_math("5", r"\boxed{5}" + " so" * 10_000, verifier)[0] == "right"
     assert time.monotonic() - began < 60  # quadratic work would take hours
+
+
+def test_no_answer_takes_long_to_spell_or_breaks_the_spelling():
+    """In the trainer's own process, where nothing limits the time."""
+    began = time.process_time()
+    for text in ("1" * 490 + "." + "1" * 490, "1" * 4000, "\u03a2", "\u03a2" * 500):
+        reply = "\\boxed{" + text + "}"
+        assert grade_answer("5", reply, tolerance=0.5)[0] == "wrong"
+    assert time.process_time() - began < 5
 
 
 def test_a_slow_answer_is_timed_out_and_the_next_is_graded():

@@ -95,7 +95,7 @@ def make_run(run: Path, text: str = "", iterations: int = 2, problems: int = 30)
     step = {"loss": 1.0, "do_nothing": 4.0, "nll": 0.5, "ratio_up": 1.0, "pairs_up": 2,
             "ratio_down": -3.0, "pairs_down": 0}  # fmt: skip
     write(it / "actor.work" / "metrics.jsonl", [step] * 3)
-    bins = {"bins": [{"states": 3, "value": 0.2, "mc": 0.3}, {"states": 0}]}
+    bins = {"bins": [{"states": 3, "value": 0.2, "mc": 0.3}]}
     (it / "critic.metrics.json").write_text(json.dumps(bins))
     return run
 

@@ -13,7 +13,7 @@ import toy
 import run
 import support.engine
 from model import load_lm
-from support.cli import UserError
+from support.cli import UserError, explained
 from support.engine import Engine
 
 FILES = {"--actor", "--problems", "--out", "--samples", "--trees", "--critic_model", "--critic"}
@@ -292,3 +292,18 @@ def test_an_engine_that_does_not_come_up_says_why(engine, monkeypatch):
     ):
         slow.serve("a")
     assert slow.process is None
+
+
+@pytest.mark.parametrize(
+    "typed, again",
+    [
+        ("run.py --force iter2/train_actor --run r", "run.py --run r"),
+        ("run.py --run r --force=label_steps", "run.py --run r"),
+        ("sample.py --force --out x", "sample.py --out x"),
+        ("sample.py --out x --force", "sample.py --out x"),
+        ("run.py --actor '--beta 0.2 --force' --run r", "run.py --actor '--beta 0.2' --run r"),
+    ],
+)
+def test_what_goes_on_after_ctrl_c_can_be_typed(typed, again, monkeypatch):
+    monkeypatch.setattr("sys.argv", shlex.split(typed))
+    assert explained(KeyboardInterrupt(), "") == (130, f"stopped; to go on: python {again}")

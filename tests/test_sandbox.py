@@ -544,13 +544,29 @@ def test_identical_jobs_are_not_graded_again_and_come_in_order(monkeypatch):
     assert 2 <= len(asked) <= 4  # two that are in flight at once may be the same job
 
 
-def test_a_verdict_of_a_judge_that_died_is_not_remembered():
+def test_a_judge_that_cannot_be_replaced_is_not_lost(monkeypatch):
+    """A sandbox without its judge would wait for ever, in the next question and at the end."""
+
+    def fails():
+        raise BlockingIOError
+
     with started(1, unsafe=True) as sandbox:
         judge = sandbox._judges.get()
         judge.kill()
         judge.wait()
         sandbox._judges.put(judge)
+        with monkeypatch.context() as patch, pytest.raises(BlockingIOError):
+            patch.setattr(sandbox, "_start", fails)
+            sandbox.run(dict(SQUARE), GOOD)
+        assert sandbox.run(SQUARE | {"seconds": 40000}, GOOD)[0] == "right"
+
+
+def test_a_verdict_of_a_judge_that_died_is_not_remembered(monkeypatch):
+    with started(1, unsafe=True) as sandbox:
+        usual = Worker.ask
+        monkeypatch.setattr(Worker, "ask", lambda judge, *job: judge.kill() or usual(judge, *job))
         assert sandbox.run(dict(SQUARE), GOOD)[0] == "error"
+        monkeypatch.undo()
         assert sandbox.run(dict(SQUARE), GOOD)[0] == "right"
 
 
@@ -582,9 +598,12 @@ def test_verdicts_are_remembered_and_a_judge_that_dies_is_replaced():
         judge = sandbox._judges.get()
         sandbox._judges.put(judge)
         judge.kill()
-        assert verdicts(sandbox, [(dict(SQUARE), GOOD)]) == ["right"], "no judge was needed"
-        assert verdicts(sandbox, [(SQUARE, GOOD + "# 2")]) == ["error"]
-        assert verdicts(sandbox, [(SQUARE, GOOD + "# 3")]) == ["right"]
+        judge.wait()
+        for program, is_same in ((GOOD, True), (GOOD + "# 2", False)):  # the first needs no judge
+            assert verdicts(sandbox, [(dict(SQUARE), program)]) == ["right"]
+            now = sandbox._judges.get()
+            sandbox._judges.put(now)
+            assert (now is judge) is is_same
 
 
 def test_judge_and_candidate_import_no_site_package():

@@ -4,8 +4,10 @@ import contextlib
 import json
 import os
 import random
+import select
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -620,6 +622,50 @@ def test_a_process_that_asks_and_fails_ends_all(kill, work, monkeypatch):
             assert record["pid"] != os.getpid()
             with pytest.raises(ProcessLookupError):
                 os.kill(record["pid"], 0)
+
+
+class Odd(Exception):
+    """One that cannot be sent to another process."""
+
+    def __init__(self, *_):
+        self.lock = threading.Lock()
+
+
+def test_an_error_that_cannot_be_sent_is_told_in_words(work):
+    def process(items, progress):
+        raise Odd
+
+    with serving(Stub(load_lm("tiny"), "tiny")) as url:
+        server = support.server.Server(url, load_lm("tiny", weights=False), workers=2)
+        with pytest.raises(RuntimeError, match="Odd"):
+            server.work_through(range(4), process, None, None)
+
+
+ORPHANS = """
+import os, sys, threading
+sys.path.insert(0, {root!r})
+from support.server import Server
+class Asks(Server):
+    threads, workers, _open = 1, 2, lambda self, share: None
+    def __init__(self): pass
+def process(items, progress):
+    os.write(1, b"%d " % os.getpid())
+    threading.Event().wait()
+Asks().work_through(range(4), process, None, None)
+"""
+
+
+def test_processes_that_ask_end_with_the_first_one():
+    code = ORPHANS.format(root=str(toy.ROOT))
+    first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    said = b""
+    while said.count(b" ") < 2:
+        said += first.stdout.read1()
+    ends = [os.pidfd_open(int(pid)) for pid in said.split()]
+    first.kill()
+    first.wait()
+    for end in ends:
+        assert select.select([end], [], [], 60)[0]
 
 
 def test_levels_wait_where_responses_share_states():

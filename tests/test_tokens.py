@@ -196,8 +196,6 @@ def test_a_critic_of_another_tokenizer_reads_what_was_said(name):
     assert [codec.text(ids) for ids in tree.ids[1:]] == texts[1:]
     assert tree.ids[3] == [codec.own_eos]  # a step that only ends
     assert record_tree(record, [True] * 4).ids == [[9]] * 4
-    del record["prompt"]  # as it was before
-    assert record_tree(record, [True] * 4, lm).ids[0] == codec.prompt_ids(texts[0])
 
 
 def test_unknown_tokens_are_counted_and_blanks_before_signs_kept():
