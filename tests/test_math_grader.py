@@ -513,9 +513,11 @@ def test_ctrl_c_leaves_no_reply_for_the_next_question():
     verifier = MathVerifier()
     assert grade_math("2x", "#### x+x", verifier)[0] == "right"
     verifier.worker.send_signal(signal.SIGSTOP)  # so that it has not answered before
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
     with pytest.raises(KeyboardInterrupt):
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
         grade_math("2y", "#### y+y", verifier)
+    signal.signal(signal.SIGINT, handler)
     assert grade_math("2x", "#### x+1", verifier)[0] == "wrong"
     verifier.close()
 
