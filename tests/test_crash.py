@@ -184,6 +184,8 @@ def test_as_a_user_would(signals, ends, alone, tmp_path):
     options = {"cwd": folder, "capture_output": True, "text": True}
     options["env"] = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     prefix = f"import sys; sys.argv = {[script, *flags]!r}\n"
+    # Behind a shell's & the signal would be ignored.
+    prefix += "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     killed = subprocess.run([sys.executable, "-c", prefix + code], check=False, **options)
     assert killed.returncode == ends, killed.stderr
     if ends == 130:

@@ -147,8 +147,8 @@ def test_trees_and_packs_take_what_the_table_says(tmp_path):
         root = node(0) | {"parent": -1, "ids": [], "text": ""}
         nodes = [root, *map(node, range(1, 900))]
         path = tmp_path / f"{problems}.jsonl"
-        lines = [dump({"id": i, "prompt_ids": [1] * 9, "nodes": nodes}) for i in range(problems)]
-        path.write_bytes(b"".join(lines))
+        rest = {"prompt": "one?", "prompt_ids": [1] * 9, "nodes": nodes}
+        path.write_bytes(b"".join(dump({"id": i} | rest) for i in range(problems)))
         tracemalloc.start()
         found = read_trees(path)
         taken, _ = tracemalloc.get_traced_memory()
