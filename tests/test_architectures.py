@@ -223,7 +223,9 @@ def test_an_architecture(name, tokenizer, tmp_path, capsys):
     same = sum(a == b for a, b in zip(drawn, wanted))
     assert same >= 63, same  # a draw may lie within a rounding of a token's border
 
-    if not lm.paths:  # what a GPU's memory is planned by: the cache of a token, all layers
+    # What a GPU's memory is planned by: the cache of a token, all layers. (GPT-NeoX and Persimmon have
+    # a key per query, whatever number of key heads stands in the config, as it does in SIZES.)
+    if not lm.paths and name not in ("GPTNeoX", "Persimmon"):
         held = sampler.prefixes.keys + sampler.prefixes.values
         held = sum(4 * x.shape[0] * x.shape[2] for x in held)
         assert held <= row_bytes(lm.config, 1, 4) <= 2 * held
