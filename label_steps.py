@@ -117,9 +117,10 @@ class StepTree:
         """Count one draw at node v, a completion or response, and at every state that it passes.
 
         step_ends: LM.step_ends. A blank line joins the step before it, so where "a\\n" and
-        "a\\n\\n" are both states, a draw "a\\n\\nb" passes both, though its own steps take the second
-        alone. It counts at both, since a state's share of right draws is unbiased only if every draw
-        that begins with the state's tokens counts there. New states are made along the draw's own steps only.
+        "a\\n\\n" are both states, a draw "a\\n\\nb" passes both, though its own steps take the
+        second alone. It counts at both, since a state's share of right draws is unbiased only if
+        every draw that begins with the state's tokens counts there. New states are made along the
+        draw's own steps only.
         """
         # Of each: a node, what is drawn from there, and did the draw's own steps lead there?
         waiting = [(v, ids, True)]
@@ -218,7 +219,8 @@ def label(lm: LM, sampler, problems: list[dict], trees: list[StepTree], s: Setti
     for tree in trees:
         record = {"prompt_ids": tree.prompt_ids, "nodes": tree.nodes}
         prefix_trees.append(record_tree(record, list(tree.to_label)))
-    if len(trees) > 1 and not sampler.fits(prefix_trees):  # the memory: one half after the other
+    if len(trees) > 1 and not sampler.fits(prefix_trees):
+        # Their prefixes are too many for the memory: one half of the problems after the other.
         half = len(trees) // 2
         label(lm, sampler, problems[:half], trees[:half], s, progress)
         return label(lm, sampler, problems[half:], trees[half:], s, progress)

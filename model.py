@@ -48,8 +48,8 @@ def load_lm(
     the weights in float32 all the same (bfloat16 cannot hold AdamW's updates at the paper's
     learning rates) and computes by autocast. weights=False reads tokenizer and config alone, for
     stages whose draws come from a server. checkpointed: gradient checkpointing where a model is
-    trained on CUDA. Raises UserError for what cannot work: no tokenizer, no EOS,
-    no line break, attention that a tree mask would break.
+    trained on CUDA. Raises UserError for what cannot work: no tokenizer, no EOS, no line break,
+    attention that a tree mask would break.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("bfloat16" if device == "cuda" else "float32")

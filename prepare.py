@@ -11,12 +11,12 @@ Writes: train.jsonl, valid.jsonl, test.jsonl and, without --train or with --demo
 
 The embedded problems are chains of relations ("Ben has twice as many as Ann."). A word-level model
 of 0.5M parameters learns to solve them, and is then trained briefly on demonstrations in which some
-phrases are misread more often than not ("twice as many" as + 2). So the base model fails in a way that is
-visible in its steps, and knows the right way well enough to find it by sampling. --task parity asks
-of the same chains whether the number is odd or even, so that half of all wrong reasoning is
-rewarded; --task code are small functions to write ("Let a be twice x."), graded by running them.
-Harder ones, that tell methods apart: --steps 6-6 --wordings 32 --clean_size 48000 (and --careless
-4: hardly ever right).
+phrases are misread more often than not ("twice as many" as + 2). So the base model fails in a way
+that is visible in its steps, and knows the right way well enough to find it by sampling. --task
+parity asks of the same chains whether the number is odd or even, so that half of all wrong
+reasoning is rewarded; --task code are small functions to write ("Let a be twice x."), graded by
+running them. Harder ones, that tell methods apart: --steps 6-6 --wordings 32 --clean_size 48000
+(and --careless 4: hardly ever right).
 """
 
 import re
@@ -103,9 +103,7 @@ class Settings:
     task: str = flag("which embedded problems: math, parity or code", "math")
     steps: str = flag("fewest and most steps of the embedded problems", "2-4")
     careless: float = flag(
-        "how often the base misreads: 1 as usual, 2 as often as in two readings, 0 never",
-        1.0,
-        least=0,
+        "how often the base misreads: 2 as often as in two readings, 0 never", 1.0, least=0
     )
     wordings: int = flag("ways to word each line of an embedded solution, up to 64", 1)
     clean_size: int = flag("right solutions that the embedded base learns from first", 16000)

@@ -51,8 +51,8 @@ def reward(problem: dict, text: str, unsafe: bool = False) -> float:
 
 def grade(problem: dict, text: str, unsafe: bool = False) -> tuple[str, str | None]:
     """(verdict, prediction or None): right, wrong, no answer, timed out or error, and what was taken
-    for the answer; a program is its own prediction. This is left in `latest` too, so that `judged`
-    need not run a program twice."""
+    for the answer; a program is its own prediction. This is left in `latest` too, so that
+    `judged` need not run a program twice."""
     if problem.get("tests"):
         program = prediction_of(problem, text)
         verdict, _ = sandbox(unsafe).run(problem["tests"], program)

@@ -28,7 +28,6 @@ from typing import NamedTuple
 
 import torch
 
-from model import load_lm
 from support import cli
 from support.cli import UserError, flag
 from support.engine import Engine
@@ -294,6 +293,8 @@ def stage(s: Settings):
             print(f"\n== {command.title}\n$ {shlex.join(command.typed(s))}", flush=True)
             if s.engine and command.served and not is_complete(command):
                 if command.name == "iter0/evaluate" and s.base:
+                    from model import load_lm  # takes a while, and few runs need it
+
                     prompt = read_jsonl(run / "train.jsonl")[0]["prompt"]
                     engine.require_reads_alike(s.base, run / "base.copy", prompt, load_lm)
                 engine.serve(command.served)

@@ -75,10 +75,8 @@ class Engine:
             found += Server(self.url, lm).draw([tree], [row], 0.0)
         shutil.rmtree(copy)
         if found[0] != found[1]:
-            wrong = (
-                f"the engine goes on from the first problem with tokens {found[1]} of {base}, but"
-            )
-            wrong += f" with {found[0]} of the same weights as saved here"
+            wrong = f"the engine goes on from the first problem with tokens {found[1]} of {base}"
+            wrong += f", but with {found[0]} of the same weights as saved here"
             raise UserError(f"--engine {self.command}: {wrong}; a newer engine may read both alike")
 
     def _require_free_port(self):

@@ -388,8 +388,8 @@ def grade_answer(gold: str, text: str, tolerance: float = 0) -> tuple[str, str |
         verdict, prediction = grade_math(gold, text, verifier)
     finally:
         _verifiers.put(verifier)
-    if tolerance and verdict == "wrong" and len(prediction) <= MAX_ANSWER:
-        verdict = "right" if is_near(gold, prediction, tolerance) else verdict
+    if tolerance and verdict == "wrong" and is_near(gold, prediction, tolerance):
+        verdict = "right"
     return verdict, prediction
 
 
@@ -398,6 +398,8 @@ def is_near(gold: str, answer: str, tolerance: float) -> bool:
 
     ("3.2", "x = 3.27 cm", 0.1) -> True; lists are compared part by part, the smallest with the smallest
     """
+    if len(answer) > MAX_ANSWER:
+        return False
     (kind, ours, units), (other_kind, theirs, other_units) = map(numbers_and_units, (gold, answer))
     if kind != other_kind or len(ours) != len(theirs) or None in (*ours, *theirs):
         return False

@@ -5,7 +5,6 @@ import os
 import random
 import re
 import resource
-import select
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import toy
 
 import reward
 from support import units
@@ -562,17 +562,11 @@ def test_the_worker_does_not_import_the_script_and_dies_with_it(tmp_path):
     assert verdict == "right"
     with open(f"/proc/{pid}/maps") as maps:
         assert "torch" not in maps.read()
-    ended = watch(pid)
+    ended = toy.watch(pid)
     stage.send_signal(signal.SIGKILL)
     stage.wait()
     assert ended(pid)
     assert stage.stdout.read() == ""
-
-
-def watch(pid):
-    """-> a function that waits for the process to end, at most 30 s, and says whether it did."""
-    fd = os.pidfd_open(int(pid))
-    return lambda *_: bool(select.select([fd], [], [], 30)[0])
 
 
 RULES = [rule for table in TABLES for rule in table]

@@ -192,14 +192,9 @@ def untold(monkeypatch):
 
 
 DECIDING = ["model.py", "reward.py", "support/tokens.py", "support/math_answers.py"]
-DECIDING += [
-    "support/sandbox.py",
-    "support/judge.py",
-    "support/algebra.py",
-    "support/units.py",
-    "support/spelling.py",
-]
-DECIDING += ["support/programs.py"]
+DECIDING += ["support/sandbox.py", "support/judge.py", "support/algebra.py", "support/units.py"]
+DECIDING += ["support/programs.py", "support/spelling.py"]
+USUAL = {"support/cli.py", "reward.py", "support/units.py"}  # the others before a release
 
 
 def test_what_decides_a_reward_or_a_step():
@@ -240,7 +235,13 @@ def test_changed_code_is_said_unless_its_own_stage_is_half_done(name, half_done,
         assert (f"made with another {name}; all rewards" in out) == (name in DECIDING)
 
 
-@pytest.mark.parametrize("name", ["support/cli.py", "reward.py", "support/units.py"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in USUAL else pytest.mark.slow)
+        for name in ("support/cli.py", *DECIDING)
+    ],
+)
 def test_rewards_and_steps_of_other_code_are_named_once(name, work, untold):
     """Labels of samples that an edited reward() or step_ends did not make: both would be mixed."""
     for output in ("samples.jsonl", "trees.jsonl", "critic"):
@@ -456,6 +457,11 @@ def clock(monkeypatch):
     return now
 
 
+def noise(i: int, part: int) -> torch.Tensor:
+    """Of pack `part` of step i, (2, 3)."""
+    return torch.randn(2, 3, generator=torch.Generator().manual_seed(2 * i + part))
+
+
 def regression(work: Path, clock, stop=None, poison=None, steps=13):
     """fit a linear model, with other noise in each pack; die in pack 1 of step `stop`. A minute
     passes every four steps, after which a checkpoint is due. -> its parameters"""
@@ -469,8 +475,7 @@ def regression(work: Path, clock, stop=None, poison=None, steps=13):
             raise Stop
         calls.append(i)
         clock[0] += 61 if part == 1 and i % 4 == 3 else 0
-        noise = torch.randn(2, 3, generator=torch.Generator().manual_seed(2 * i + part))
-        value = net(data[2 * part : 2 * part + 2] + noise).square().mean() / 2
+        value = net(data[2 * part : 2 * part + 2] + noise(i, part)).square().mean() / 2
         return value * (poison[1] if poison and i == poison[0] else 1.0), {}
 
     fit(
@@ -512,8 +517,8 @@ def test_a_step_is_adamw_s_of_clipped_gradients_at_a_rate_that_rises_and_falls(t
     for i in range(40):
         g = torch.zeros(4).double()
         for part in (0, 1):
-            noise = torch.randn(2, 3, generator=torch.Generator().manual_seed(2 * i + part))
-            x = torch.cat([data[2 * part : 2 * part + 2] + noise, torch.ones(2, 1)], 1)
+            x = data[2 * part : 2 * part + 2] + noise(i, part)
+            x = torch.cat([x, torch.ones(2, 1)], 1)
             g += x.T @ (x @ w) / 2  # of the mean of squares / 2
         norms.append(float(g.norm()))
         g *= min(1.0, 1 / norms[-1])

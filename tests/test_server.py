@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import random
-import select
 import shutil
 import signal
 import subprocess
@@ -37,7 +36,7 @@ class Stub(ThreadingHTTPServer):
     """An OpenAI-compatible server of `lm`; faults: what goes wrong with the next completions.
 
     It draws every token alike, about as the toy's random model does; exact: as `lm` itself, slowly.
-    after: an event that its completions wait for.
+    after: an event that its completions wait for, such as another's `failed` or `busy`.
     """
 
     daemon_threads = True
@@ -47,7 +46,8 @@ class Stub(ThreadingHTTPServer):
     def __init__(self, lm, name, faults=(), always=None, exact=False, after=None):
         super().__init__(("127.0.0.1", 0), Handler)
         self.lm, self.name, self.faults, self.always = lm, name, list(faults), always
-        self.exact, self.after, self.failed = exact, after, threading.Event()
+        self.exact, self.after = exact, after
+        self.failed, self.busy = threading.Event(), threading.Event()  # busy: asked more than five
         self.lock, self.asked, self.released = threading.Lock(), [], threading.Event()
         self.pages, self.ranks = {}, []  # what it says of itself; engines that it was asked for
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -96,6 +96,8 @@ class Handler(BaseHTTPRequestHandler):
             check = len(stub.asked) == 1  # the stage's own question, whether this server will do
             fault = stub.always or (stub.faults.pop(0) if stub.faults and not check else None)
             drawn = stub.draw(len(stub.asked), asked)
+            if len(stub.asked) > 5:
+                stub.busy.set()
         if fault:
             stub.failed.set()
         if stub.after and not check:
@@ -308,11 +310,12 @@ def test_a_fault_that_stays_is_one_line_and_the_same_command_goes_on(
 def test_work_goes_to_whoever_is_free_and_a_server_that_fails_is_left_out(work, capsys):
     lm = load_lm("tiny")
     bad = Stub(lm, "tiny", ["500"] * 9)
-    good, other = (Stub(lm, "tiny", after=bad.failed) for _ in range(2))
-    with serving(good, other, bad) as urls:  # four requests at once to each
+    slow = Stub(lm, "tiny", after=bad.failed)  # each is asked, whatever threads are scheduled how
+    good = Stub(lm, "tiny", after=slow.busy)
+    with serving(good, slow, bad) as urls:
         code, err = run(sample, f"{toy.SAMPLE} --limit 40 --server {urls}", capsys)
     assert code == 0 and not err
-    assert len(good.asked) > 4 and len(other.asked) > 4 and bad.failed.is_set()
+    assert len(good.asked) > 5 and len(slow.asked) > 5 and len(bad.asked) >= 2
     assert len(lines("run/samples.jsonl")) == 40
 
 
@@ -661,11 +664,10 @@ def test_processes_that_ask_end_with_the_first_one():
     said = b""
     while said.count(b" ") < 2:
         said += first.stdout.read1()
-    ends = [os.pidfd_open(int(pid)) for pid in said.split()]
+    ended = [toy.watch(pid) for pid in said.split()]
     first.kill()
     first.wait()
-    for end in ends:
-        assert select.select([end], [], [], 60)[0]
+    assert all(end() for end in ended)
 
 
 def test_levels_wait_where_responses_share_states():

@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import select
 import signal
 import socket
 import sys
@@ -341,3 +342,9 @@ class Child:
         drawn = Path(f"{self.file}.drawn")
         self.drawn = set(drawn.read_text().split()) if drawn.exists() else set()
         return process.exitcode
+
+
+def watch(pid):
+    """-> a function that waits for the process to end, at most 30 s, and says whether it did."""
+    fd = os.pidfd_open(int(pid))
+    return lambda *_: bool(select.select([fd], [], [], 30)[0])
