@@ -14,8 +14,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # -n: as many processes as cores, so a 
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported, so set before
 
-import support.embedded
-
 
 def pytest_addoption(parser):
     parser.addoption("--kills", default=0, type=int, help="random kills a stage in test_crash.py")
@@ -24,6 +22,7 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """A random 2-layer model with the embedded tokenizer, as an ordinary folder."""
+    import support.embedded  # takes seconds, which pytest's first process need not spend
 
     texts = [
         d[k]

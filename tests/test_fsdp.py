@@ -45,7 +45,7 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
-def torchrun(folder, script, victim=None, machines=1):
+def torchrun(folder, script, victim=None, machines=1, more=""):
     """Run a stage of the toy as a user does: on one machine with two processes, or on several with one
     each, which are agents here. -> what subprocess.run says of each machine's command"""
     start = [str(toy.ROOT / script)]
@@ -63,7 +63,7 @@ def torchrun(folder, script, victim=None, machines=1):
         else:
             command += ["--nnodes", str(machines), "--node-rank", str(machine)]
             command += ["--master-addr", "127.0.0.1", "--master-port", port]
-        command += [*start, *toy.FLAGS[script].split()]
+        command += [*start, *toy.FLAGS[script].split(), *more.split()]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         running.append(subprocess.Popen(command, cwd=folder, **pipes))
     said = []
@@ -110,7 +110,7 @@ def both(request, tmp_path_factory):
         shutil.copytree(one, two)
         toy.pipeline(C, A)
     if request.param:
-        (run,) = torchrun(two, C)
+        (run,) = torchrun(two, C, more="--save_minutes 99")  # checkpoints: the slow tests
         assert run.returncode == 0, run.stderr
         said = [run.stdout]
     else:

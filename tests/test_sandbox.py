@@ -585,6 +585,7 @@ def test_nothing_survives_a_trainer_that_is_killed(tmp_path):
     trainer = subprocess.Popen([sys.executable, "-c", code])
     while not (alive := [pid for pid, (name, _) in processes().items() if name == NONCE]):
         assert trainer.poll() is None
+        time.sleep(0.1)  # or the trainer would have to share a core with this loop
     trainer.kill()
     trainer.wait()
     deadline = time.monotonic() + TOO_LONG

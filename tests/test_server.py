@@ -156,7 +156,7 @@ def work(ready, tmp_path, monkeypatch):
 @contextlib.contextmanager
 def serving(*stubs):
     for stub in stubs:
-        threading.Thread(target=stub.serve_forever, daemon=True).start()
+        threading.Thread(target=stub.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield ",".join(stub.url for stub in stubs)
     finally:
@@ -291,12 +291,12 @@ def test_a_server_that_is_away_for_seconds_rests_as_a_whole(work, monkeypatch):
 def test_a_fault_that_stays_is_one_line_and_the_same_command_goes_on(
     fault, work, capsys, monkeypatch
 ):
-    if fault == "hangs":
-        monkeypatch.setattr(support.server.Server, "timeout", 3.0)
     monkeypatch.setattr(support.server.Server, "tries", 2)
     lm = load_lm("tiny")
     flags = f"{toy.SAMPLE} --limit 12"
-    with serving(Stub(lm, "tiny", [None] * 5 + [fault] * 99)) as url:
+    with serving(Stub(lm, "tiny", [None] * 5 + [fault] * 99)) as url, monkeypatch.context() as patch:
+        if fault == "hangs":
+            patch.setattr(support.server.Server, "timeout", 1.0)
         code, err = run(sample, f"{flags} --server {url}", capsys)
     assert code == 1 and err.count("\n") == 1 and url in err and "same command" in err
     before = lines("run/samples.jsonl") if Path("run/samples.jsonl").exists() else []
