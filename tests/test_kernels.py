@@ -220,7 +220,8 @@ def flex(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_flex_attention_s_gradients_are_the_gathered_form_s(models, flex, dtype):
     """A whole training step, layers checkpointed, as on CUDA; it costs two compilations: with
     gradients and without."""

@@ -294,7 +294,10 @@ def test_a_fault_that_stays_is_one_line_and_the_same_command_goes_on(
     monkeypatch.setattr(support.server.Server, "tries", 2)
     lm = load_lm("tiny")
     flags = f"{toy.SAMPLE} --limit 12"
-    with serving(Stub(lm, "tiny", [None] * 5 + [fault] * 99)) as url, monkeypatch.context() as patch:
+    with (
+        serving(Stub(lm, "tiny", [None] * 5 + [fault] * 99)) as url,
+        monkeypatch.context() as patch,
+    ):
         if fault == "hangs":
             patch.setattr(support.server.Server, "timeout", 1.0)
         code, err = run(sample, f"{flags} --server {url}", capsys)
