@@ -25,6 +25,7 @@ import support.packing
 import support.training
 
 C, A = "train_critic.py", "train_actor.py"
+NO_SAVES = "--save_minutes 99"  # where no test needs checkpoints, which take half of the time
 # Runs a stage, and kills process `victim` when it has written its second checkpoint; of several
 # machines its agent first, as if the machine were lost.
 KILLED = """
@@ -110,7 +111,8 @@ def both(request, tmp_path_factory):
         shutil.copytree(one, two)
         toy.pipeline(C, A)
     for script in (C, A):
-        assert run_together(two, script).count("written") == 1  # the first process speaks for all
+        said = run_together(two, script, more="" if request.param else NO_SAVES)
+        assert said.count("written") == 1  # the first process speaks for all
     return one, two
 
 
@@ -160,7 +162,7 @@ def test_offloaded_training_is_the_same(both, name, script, tmp_path):
     shutil.copytree(one, folder)
     for path in (folder / "run").glob(f"{name}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    run_together(folder, script, 1, "--offload")
+    run_together(folder, script, 1, f"--offload {NO_SAVES}")
     for mine, wanted in zip(metrics(folder, name), metrics(one, name), strict=True):
         assert mine == pytest.approx(wanted, rel=1e-5, abs=1e-5)
     files = ["model.safetensors"] + (["value_head.safetensors"] if name == "critic" else [])
@@ -209,7 +211,7 @@ def test_two_machines_of_two_processes_learn_what_one_process_learns(both, tmp_p
     shutil.copytree(one, folder)
     for path in (folder / "run").glob("critic*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    run_together(folder, C, 4, first=two_machines)
+    run_together(folder, C, 4, NO_SAVES, first=two_machines)
     for file in ("model.safetensors", "value_head.safetensors"):
         path = f"run/critic/{file}"
         same_weights(load_file(folder / path), load_file(one / path))
@@ -277,7 +279,7 @@ def test_checkpointed_layers_of_two_processes_learn_the_same(both, tmp_path):
     shutil.copytree(two, folder)
     for path in (folder / "run").glob("actor*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    run_together(folder, A, first=checkpoint_layers)
+    run_together(folder, A, more=NO_SAVES, first=checkpoint_layers)
     same_weights(
         load_file(folder / "run/actor/model.safetensors"),
         load_file(two / "run/actor/model.safetensors"),
