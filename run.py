@@ -293,7 +293,7 @@ def stage(s: Settings):
             print(f"\n== {command.title}\n$ {shlex.join(command.typed(s))}", flush=True)
             if s.engine and command.served and not is_complete(command):
                 if command.name == "iter0/evaluate" and s.base:
-                    from model import load_lm  # takes a while, and few runs need it
+                    from model import load_lm  # late: --help need not wait for it
 
                     prompt = read_jsonl(run / "train.jsonl")[0]["prompt"]
                     engine.require_reads_alike(s.base, run / "base.copy", prompt, load_lm)
