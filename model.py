@@ -25,8 +25,7 @@ import transformers
 from support.architectures import checkpoint_layers, choose_form, decoder_of, refuse_dropout
 from support.attention import NAME, forward_pack, on_cuda, pack_hidden, register, seen_through
 from support.cli import UserError, first_line
-from support.distributed import in_turns, is_sharded, rank, whole_state, world
-from support.memory import loaders
+from support.distributed import bring_weights, is_sharded, joined, rank, tell_all, whole_state
 from support.packing import Pack
 from support.records import are_counts
 from support.tokens import Codec
@@ -55,17 +54,27 @@ def load_lm(
     dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
     if dtype not in ("bfloat16", "float32"):
         raise UserError(f"--dtype {dtype}: wanted bfloat16 or float32")
+    if weights and joined():
+        lm = read_once(lambda: read_lm(path, train, "cpu", dtype, weights))
+        lm.place(device)
+        if not train:  # else `shard` does it
+            bring_weights(lm.model, device)
+    else:
+        lm = read_lm(path, train, device, dtype, weights)
+    if weights and train and checkpointed and device == "cuda":
+        checkpoint_layers(lm.model)
+    return lm
+
+
+def read_lm(path, train: bool, device: str, dtype: str, weights: bool) -> "LM":
+    """An LM as the files of a folder say, its weights on one device."""
     model, why = None, ""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        whole = transformers.AutoConfig.from_pretrained(path)
-        config = whole.get_text_config()
+        config = transformers.AutoConfig.from_pretrained(path).get_text_config()
         if weights:
             kind = torch.float32 if train else getattr(torch, dtype)
-            read = lambda: read_weights(path, kind, device)
-            # Several processes would fill the host's memory with copies that are on cards soon.
-            many = device == "cuda" and world() > 1
-            model, why = in_turns(read, loaders(whole)) if many else read()
+            model, why = read_weights(path, kind, device)
             config, generation = model.config.get_text_config(), model.generation_config
         else:
             generation = read_generation_config(path, config)
@@ -78,8 +87,30 @@ def load_lm(
         choose_form(lm, why)
     if weights and train:
         refuse_dropout(lm)
-        if checkpointed and device == "cuda":
-            checkpoint_layers(model)
+    return lm
+
+
+def read_once(read) -> "LM":
+    """An LM that the first process has got from read(), for all processes. Each reading whole
+    weights, they would fill the host's memory; so the others build the same model without weights,
+    of shapes alone (torch's "meta" device), until `bring_weights` gives them theirs."""
+    lm, wrong = None, ""
+    if rank() == 0:
+        try:
+            lm = read()
+        except UserError as e:
+            wrong = str(e)
+    if wrong := tell_all(wrong):
+        raise UserError(wrong)
+    if rank() == 0:
+        model, lm.model = lm.model, None
+        tell_all((lm, type(model), model.config))
+    else:
+        lm, kind, config = tell_all(None)
+        register()
+        with torch.device("meta"):
+            model = kind(config).eval()
+    lm.model = model
     return lm
 
 
@@ -127,23 +158,31 @@ class LM:
     """
 
     def __init__(self, path, device, in_bfloat16, tokenizer, config, generation, model=None):
-        self.path, self.device, self.in_bfloat16 = path, device, in_bfloat16
+        self.path, self.in_bfloat16 = path, in_bfloat16
         self.tokenizer, self.config, self.generation = tokenizer, config, generation
         self.model = model
-        self.decoder = None if model is None else decoder_of(model)
         # What load_lm finds out. Logits are softcap * tanh(scale * product / softcap).
         self.scale, self.softcap = 1.0, None
         # Trees are computed path by path, since a tree mask does not hold.
         self.paths = False
-        # Of the layers: the shapes of their heads, and how many of the last tokens each sees.
-        self.shapes, self.windows = set(), []
+        # Of the layers: how many of the last tokens each sees, None: all.
+        self.windows = []
         self.codec = Codec(tokenizer, path, generation.eos_token_id, config.vocab_size)
         self.eos, self.own_eos = self.codec.eos, self.codec.own_eos
         self.step = "line"  # what a step is (`step_ends`)
+        self.place(device)
+
+    def place(self, device: str):
+        """Compute on this device from now on; its weights must come there, too."""
+        self.device = device
         self.may_capture = device == "cuda"  # may sampling capture CUDA graphs (support/sampler.py)
         # Whether flex_attention does what plain attention does. None: it is tried at the first
         # pack, so that stages which only draw need not wait until it is compiled.
-        self.flex = None if model is not None and device == "cuda" else False
+        self.flex = None if device == "cuda" else False
+
+    @property
+    def decoder(self) -> torch.nn.Module:
+        return decoder_of(self.model)
 
     @property
     def head(self) -> torch.Tensor:

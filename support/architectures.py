@@ -36,7 +36,6 @@ def choose_form(lm, why: str = ""):
         else:
             if len(view.layers) != layers:
                 why = f"{layers - len(view.layers)} of its {layers} layers have no attention"
-            lm.shapes = view.shapes
             for rule, window in zip(view.rules, windows_of(lm.config)):
                 lm.windows.append(window if is_window(rule, window, lm.device) else None)
         own_attention(lm.model)

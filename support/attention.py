@@ -130,7 +130,7 @@ class TreeView:
         self.pack, self.device, self.flex = pack, device, flex
         self.layers = [] if remember else None  # (key, value) of a layer, (G, N, D) and (G, N, E)
         self.rules = []  # of the layers
-        self.shapes = set()  # of the layers' heads, for `flex_agrees`
+        self.shapes = set()  # of the layers' heads, for `layer_shapes`
 
     def of_kind(self, rule):
         """The attention of the layers whose own mask is `rule` (see `layer_mask`); None: whole paths."""
@@ -346,15 +346,24 @@ def _flex():
     return fused, torch.compile(create_block_mask, dynamic=True)
 
 
-def flex_agrees(lm) -> bool:
+@torch.no_grad()
+def layer_shapes(lm) -> set[tuple]:
+    """(query heads, key/value heads, size of a key, of a value, soft-cap, sinks, mask) of the layers."""
+    (pack,) = pack_trees([Tree([[0]], [-1], [True])], BLOCK)
+    view = TreeView(pack, lm.device)
+    forward_pack(lm, pack, view)
+    return view.shapes
+
+
+def flex_agrees(lm, shapes_of_layers) -> bool:
     """Does flex_attention give what the gathered form gives, forward and backward, for the heads and
-    masks of this model's layers? If not, or where it cannot run, the gathered form goes on, with one
-    line of warning."""
+    masks of this model's layers (`layer_shapes`)? If not, or where it cannot run, the gathered form
+    goes on, with one line of warning."""
     dtype = torch.bfloat16 if lm.in_bfloat16 else torch.float32
     tolerance = 3e-2 if lm.in_bfloat16 else 1e-4
     rng = torch.Generator().manual_seed(0)
     try:
-        for heads, groups, size, value_size, softcap, with_sinks, rule in lm.shapes:
+        for heads, groups, size, value_size, softcap, with_sinks, rule in shapes_of_layers:
             for tokens in (128, 256, 1024):
                 part = tokens // 4
                 tree = Tree([[1] * part] * 4, [-1, 0, 0, 2], [True] * 4)
@@ -436,7 +445,7 @@ def forward_pack(lm, pack: Pack, view: TreeView | None = None) -> torch.Tensor:
         return forward_paths(lm, pack)
     if view is None:
         if lm.flex is None:
-            lm.flex = flex_agrees(lm)
+            lm.flex = flex_agrees(lm, layer_shapes(lm))
         view = TreeView(pack, lm.device, flex=lm.flex)
     ids, pos = pack.ids[None].to(lm.device), pack.pos[None].to(lm.device)
     return lm.hidden(ids, pos, view)[0]

@@ -75,15 +75,41 @@ def wait_for_all():
         dist.barrier()
 
 
-def in_turns(function, at_once: int):
-    """function() in every process, of each machine's in so many at a time, since they share its
-    memory."""
-    result = None
-    for first in range(0, local_world(), at_once):
-        if first <= int(os.environ.get("LOCAL_RANK", "0")) < first + at_once:
-            result = function()
-        wait_for_all()
-    return result
+def joined() -> bool:
+    return dist.is_initialized()
+
+
+def tell_all(what):
+    """What the first process says, in every process. what: anything that can be pickled."""
+    said = [what]
+    dist.broadcast_object_list(said)
+    return said[0]
+
+
+def bring_weights(module: torch.nn.Module, device: str):
+    """Give a module that was read by `model.read_once` the first process's weights, on `device`. What
+    is sharded already is left as it is."""
+    from torch.distributed.tensor import DTensor  # takes a second
+
+    places = []
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and not isinstance(tensor, DTensor):
+                    places.append((tensors, name))
+    dtypes = tell_all([tensors[name].dtype for tensors, name in places])
+    brought = {}  # tied weights are one tensor in several places, and stay one
+    for (tensors, name), dtype in zip(places, dtypes):
+        old = tensors[name]
+        if old not in brought:
+            if rank() == 0:
+                new = old.detach().to(device).contiguous()
+            else:
+                new = torch.empty(old.shape, dtype=dtype, device=device)
+            dist.broadcast(new, 0)
+            is_weight = isinstance(old, torch.nn.Parameter)
+            brought[old] = torch.nn.Parameter(new, old.requires_grad) if is_weight else new
+        tensors[name] = brought[old]
 
 
 def local_shard(items: list) -> list:
@@ -111,7 +137,7 @@ def is_sharded(module) -> bool:
 def shard(lm, value_head: torch.nn.Module | None = None, offload: bool = False, processes: int = 0):
     """Shard a model's weights over the processes, each decoder layer and then the rest.
 
-    lm: a model.LM; value_head: the critic's, too. offload: weights, gradients and moments lie in the
+    lm: a model.LM, whose weights the first process has; value_head: the critic's, too. offload: weights, gradients and moments lie in the
     host's memory. processes: over how many, by default all. Over those of one machine, each machine
     has whole weights, and only gradients travel between them, once per step (hybrid sharding).
 
@@ -139,8 +165,10 @@ def shard(lm, value_head: torch.nn.Module | None = None, offload: bool = False, 
     flags = {"mesh": mesh, "offload_policy": place}
     precise = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32)
     flags["reshard_after_forward"] = not offload  # those go up once per step, not per pack
-    for layer in decoder_layers(lm.model):
+    for layer in decoder_layers(lm.model):  # one at a time, so no card holds all of them whole
+        bring_weights(layer, lm.device)
         fully_shard(layer, mp_policy=precise, **flags)
+    bring_weights(lm.model, lm.device)
     fully_shard(lm.model, mp_policy=precise, **flags)
     lm.model.with_weights = types.MethodType(lambda model, function: function(), lm.model)
     register_fsdp_forward_method(lm.model, "with_weights")

@@ -33,14 +33,12 @@ def memory(
     offload: bool,
     tree_tokens: int = 0,
     on_host: int = 0,
-    at_once: int = 0,
 ) -> dict[str, dict[str, int]]:
     """{stage: {part: bytes}} of one card, of a host, and of the disk.
 
     columns: of a row of the key/value cache (prompt and response); tokens of a pack; rows decoded
     at once; cards: that the weights are sharded over, on_host: how many of them one host has, by
-    default all, at_once: how many of those load at once, by default all; tree_tokens: of the trees
-    that are read. Training is in bfloat16 with checkpointed layers.
+    default all; tree_tokens: of the trees that are read. Training is in bfloat16 with checkpointed layers.
     """
     on_host = on_host or cards
     model, config = empty_model(config), config.get_text_config()
@@ -78,9 +76,7 @@ def memory(
         "layers' inputs": stream * (layers + 2) * tokens * width,  # the last norm keeps two more
         "one layer, or blocks of the vocabulary": max(one_layer, blocks),
     }
-    # Each process reads the whole model, which is then sharded.
-    loading = {} if unsharded else {"the whole weights, in float32": 4 * count}
-    host = {"weights of every process, as they are loaded": 4 * count * (at_once or on_host)}
+    host = {"weights, as the first process reads them": 4 * count}
     if offload:
         shard = sum(pinned_bytes(p.shape, cards) for p in model.parameters())
         moments = 8 * count * on_host // cards
@@ -89,8 +85,7 @@ def memory(
     host["trees, read by every process"] = TREE_BYTES * tree_tokens * on_host
     host["packs of a round"] = PACK_BYTES * min(tree_tokens, cards * ROUND) * on_host // cards
     disk = {"two checkpoints and a third": 3 * 12 * count, "the model folder": 4 * count}
-    parts = {"sampling": sampling, "loading to train": loading, "training": training}
-    return parts | {"host": host, "disk": disk}
+    return {"sampling": sampling, "training": training, "host": host, "disk": disk}
 
 
 def empty_model(config) -> torch.nn.Module:
@@ -127,13 +122,6 @@ def host_memory(groups=Path("/proc/self/cgroup"), root=Path("/sys/fs/cgroup")) -
     return least
 
 
-def loaders(config) -> int:
-    """How many processes of a machine load a model at once, in half of its memory: each reads whole
-    weights in float32 before they are on its card."""
-    one = sum(4 * p.numel() for p in empty_model(config).parameters())
-    return max(1, int(host_memory() // (2 * one)))
-
-
 def config_of(path: str):
     """The config of a folder or hub id; UserError if there is none."""
     try:
@@ -147,7 +135,6 @@ def remedy(stage: str, offload: bool) -> str:
     other = " and without --offload" if offload else ", --offload"
     return {
         "sampling": "a smaller --batch (it is lowered to what fits), or an engine on more cards",
-        "loading to train": "cards of more memory",
         "training": f"torchrun with more cards{other}, or a smaller --budget",
         "host": f"more of it, or {'torchrun without --offload' if offload else 'fewer cards'}",
     }[stage]
@@ -169,9 +156,8 @@ def require_memory(
         return numbers[0]
     config = config_of(path)
     tree_tokens = sum(len(node["ids"]) for record in records for node in record["nodes"])
-    on_host, at_once = local_world(), min(local_world(), loaders(config))
     for cards in numbers:
-        found = memory(config, 0, tokens, 0, cards, offload, tree_tokens, on_host, at_once)
+        found = memory(config, 0, tokens, 0, cards, offload, tree_tokens, local_world())
         wrong = shortage(found, card, offload)
         if not wrong:
             return cards
@@ -180,14 +166,13 @@ def require_memory(
 
 def shortage(found: dict, card: float, offload: bool) -> str | None:
     """What training lacks of what `memory` found, and what helps."""
-    for stage, what, whose, most in (
-        ("training", "training", "each card's memory", USABLE * card),
-        ("loading to train", "loading to train", "each card's memory", USABLE * card),
-        ("host", "training", "the host's memory", host_memory()),
+    for stage, whose, most in (
+        ("training", "each card's memory", USABLE * card),
+        ("host", "the host's memory", host_memory()),
     ):
         need = sum(found[stage].values())
         if need > most:
-            gap = f"{what} needs {need / 1e9:.0f} GB of {whose}, and may have {most / 1e9:.0f}"
+            gap = f"training needs {need / 1e9:.0f} GB of {whose}, and may have {most / 1e9:.0f}"
             return f"{gap}; mend it by {remedy(stage, offload)}"
     return None
 

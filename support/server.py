@@ -8,6 +8,7 @@ server.
 """
 
 import http.client
+import itertools
 import json
 import math
 import multiprocessing
@@ -22,7 +23,6 @@ import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -139,15 +139,6 @@ class Endpoint:
             wrong = f"vLLM {version} cannot read models saved by transformers 5"
             raise UserError(f"{self.url}: {wrong}; install vLLM {oldest} or later there")
 
-    def count_engines(self):
-        """How many data-parallel engines it has: vLLM's metrics name them."""
-        try:
-            metrics = self.send("/metrics").decode(errors="replace")
-        except (Fault, UserError):  # it does not say
-            return
-        names = re.findall(r'^vllm:num_requests_running\{.*?engine="(\d+)"', metrics, re.MULTILINE)
-        self.engines = max(1, len(set(names)))
-
 
 OLDEST_VLLM = 0, 19, 1  # that takes transformers 5
 
@@ -229,15 +220,30 @@ class Server:
         """Refuse a server that serves another model, or gives no token ids."""
         try:
             endpoint.find_model(self.lm)
-            self._complete(endpoint, [self.lm.eos[0]], 1, 1, 0.0)
-            endpoint.count_engines()
+            found = self._count_engines(endpoint)
         except NoTokenIds as e:
             raise UserError(
                 f"{endpoint.url}: {e}; a server that returns token ids is needed"
             ) from e
         except Fault as e:
             raise ConnectionError(f"{endpoint.url}: {e}; is the server up?") from e
-        endpoint.engines = engines or endpoint.engines
+        endpoint.engines = engines or found
+
+    def _count_engines(self, endpoint: Endpoint) -> int:
+        """Ask each data-parallel engine for a token, by its number: one that is not there is refused. A
+        server that knows of no such numbers refuses none, and is asked once."""
+
+        def refusal(engine: int) -> Exception | None:
+            try:
+                self._complete(endpoint, [self.lm.eos[0]], 1, 1, 0.0, engine)
+            except (UserError, Fault) as e:
+                return e
+
+        if not refusal(1 << 20):
+            return 1
+        if wrong := refusal(0):  # this one is there, so the server has another reason
+            raise wrong
+        return next(engine for engine in itertools.count(1) if refusal(engine))
 
     def _open(self, share: int):
         """Free seats, a request each: this process may have one in `share` of all."""
@@ -348,7 +354,7 @@ class Server:
             running = set()
             try:
                 while True:
-                    for item in islice(items, 2 * self.threads - len(running)):
+                    for item in itertools.islice(items, 2 * self.threads - len(running)):
                         running.add(pool.submit(process, [item], progress))
                     if not running:
                         return
@@ -406,7 +412,7 @@ class Server:
             raise ConnectionError(f"--workers {self.workers}: {wrong}") from None
 
     def _send_next(self, items, pipe, waiting: dict):
-        for item in islice(items, 1):
+        for item in itertools.islice(items, 1):
             with self._alive():
                 pipe.send(item)
             waiting[pipe] += 1

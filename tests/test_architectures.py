@@ -2,12 +2,16 @@
 the plain model, one path at a time; the sampler draws what draws by hand are; and transformers loads what
 is saved."""
 
+import os
 import random
+import socket
 
 import pytest
 import torch
+import toy
 import transformers as hf
 
+import support.distributed
 from model import load_lm, step_logprobs, step_values
 from support.attention import row_bytes
 from support.packing import BLOCK, Tree, pack_trees, path_ids
@@ -251,6 +255,65 @@ def test_an_architecture(name, tokenizer, tmp_path, capsys):
     ids = torch.tensor([path_ids(trees[0], 4)])
     with torch.no_grad():
         assert torch.equal(again(ids).logits, plain(ids).logits)
+
+
+def sharded_scores(rank, port, places, trees, out):
+    """In one of two processes: log-probs and gradients of each model that the first one reads, and
+    log-probs of the same without training."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    support.distributed.join()
+    found = {}
+    for name, place in places.items():
+        lm = load_lm(place, train=True)
+        support.distributed.shard(lm)
+        logps, slopes = trained_scores(lm, trees)
+        slopes = {n: slope.full_tensor() for n, slope in slopes.items()}
+        whole = load_lm(place)
+        with torch.no_grad():
+            for pack in pack_trees(trees, 250, BLOCK, 1, lm.paths):
+                for key, logp in zip(pack.owner, step_logprobs(whole, pack).tolist()):
+                    assert logp == pytest.approx(logps[key], abs=3e-4), (name, key)
+        found[name] = logps, slopes
+    if rank == 1:
+        torch.save(found, out)
+    support.distributed.leave()
+
+
+def trained_scores(lm, trees):
+    """(log-probs of all steps, gradients of their weighted sum)"""
+    logps = {}
+    for pack in pack_trees(trees, 250, BLOCK, 1, lm.paths):
+        logp = step_logprobs(lm, pack)
+        sum(weight(key) * x for key, x in zip(pack.owner, logp)).backward()
+        logps.update(zip(pack.owner, logp.tolist()))
+    return logps, {n: p.grad for n, p in lm.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.slow
+def test_two_processes_read_and_shard_what_one_reads(tokenizer, tmp_path):
+    """The other one gets all weights and buffers from there, and what is tied stays so."""
+    trees, places, wanted = forest(len(tokenizer)), {}, {}
+    for name in sorted(USUAL):
+        places[name] = build(tmp_path / name, name, tokenizer)
+        wanted[name] = trained_scores(load_lm(places[name], train=True, device="cpu"), trees)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = port, places, trees, tmp_path / "found"
+    both = [toy.forks().Process(target=sharded_scores, args=(r, *arguments)) for r in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    for name, (logps, slopes) in torch.load(tmp_path / "found").items():
+        top = max(float(slope.abs().max()) for slope in wanted[name][1].values())
+        assert logps == pytest.approx(wanted[name][0], abs=3e-4), name
+        assert slopes.keys() == wanted[name][1].keys()
+        for parameter, slope in slopes.items():
+            error = (slope - 2 * wanted[name][1][parameter]).abs().max()  # both ran all packs
+            assert float(error) <= 1e-4 * top, (name, parameter)
 
 
 EYES = {

@@ -229,7 +229,7 @@ def test_flex_attention_s_gradients_are_the_gathered_form_s(models, flex, dtype)
     for fused in (False, True):
         lm = load_lm(models("llama, GQA, tied"), train=True, device="cpu", dtype=dtype)
         checkpoint_layers(lm.model)
-        lm.flex = fused and support.attention.flex_agrees(lm)
+        lm.flex = fused and support.attention.flex_agrees(lm, support.attention.layer_shapes(lm))
         assert lm.flex is fused
         packs = pack_trees(trees, 250)
         with torch.no_grad():
@@ -329,10 +329,11 @@ def test_flex_is_used_only_where_it_agrees(models, monkeypatch, capsys):
         return dense(query, key, value.detach() * 0.5 + value * 0.5, **flags)
 
     monkeypatch.setattr(support.attention, "_flex", lambda: (dense, dense_mask))
-    assert support.attention.flex_agrees(lm) and capsys.readouterr().err == ""
+    shapes = support.attention.layer_shapes(lm)
+    assert support.attention.flex_agrees(lm, shapes) and capsys.readouterr().err == ""
     for pair in ((dense, everyone), (no_kernel, dense_mask), (backward_is_wrong, dense_mask)):
         monkeypatch.setattr(support.attention, "_flex", lambda pair=pair: pair)
-        assert not support.attention.flex_agrees(lm)
+        assert not support.attention.flex_agrees(lm, shapes)
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(
             f"warning: {lm.path}: flex_attention is not used, a slower and larger form is ("
@@ -344,15 +345,15 @@ def window(row, head, i, j):
     return (j > i - 70) & (j <= i)
 
 
-# (query heads, key/value heads, size of a key, of a value, soft-cap, sinks, mask), as LM.shapes has them.
+# (query heads, key/value heads, size of a key, of a value, soft-cap, sinks, mask), as `layer_shapes` has them.
 SHAPES = [(4, 2, 16, 16, 1.5, False, window), (4, 4, 16, 8, None, True, None)]
 
 
 def test_both_forms_of_windows_soft_caps_and_sinks_agree(monkeypatch, capsys):
     """Each switched off in one form only is noticed."""
-    lm = SimpleNamespace(in_bfloat16=False, device="cpu", path="M", shapes=SHAPES)
+    lm = SimpleNamespace(in_bfloat16=False, device="cpu", path="M")
     monkeypatch.setattr(support.attention, "_flex", lambda: (dense, dense_mask))
-    assert support.attention.flex_agrees(lm) and capsys.readouterr().err == ""
+    assert support.attention.flex_agrees(lm, SHAPES) and capsys.readouterr().err == ""
 
     def without(name, instead):
         def attention(*inputs, **flags):
@@ -362,10 +363,10 @@ def test_both_forms_of_windows_soft_caps_and_sinks_agree(monkeypatch, capsys):
 
     for wrong in (without("score_mod", None), without("block_mask", torch.ones(1).bool())):
         monkeypatch.setattr(support.attention, "_flex", lambda wrong=wrong: wrong)
-        assert not support.attention.flex_agrees(lm)
+        assert not support.attention.flex_agrees(lm, SHAPES)
     monkeypatch.setattr(support.attention, "_flex", lambda: (dense, dense_mask))
     monkeypatch.setattr(torch, "sigmoid", torch.ones_like)  # no sink
-    assert not support.attention.flex_agrees(lm)
+    assert not support.attention.flex_agrees(lm, SHAPES)
 
 
 @pytest.mark.slow
@@ -373,13 +374,13 @@ def test_the_real_flex_takes_windows_soft_caps_and_sinks(flex):
     from transformers.masking_utils import sliding_window_causal_mask_function as sliding
 
     shapes = [(4, 2, 16, 16, 1.5, False, sliding(70)), SHAPES[1]]
-    lm = SimpleNamespace(in_bfloat16=False, device="cpu", path="M", shapes=shapes)
-    assert support.attention.flex_agrees(lm)
+    lm = SimpleNamespace(in_bfloat16=False, device="cpu", path="M")
+    assert support.attention.flex_agrees(lm, shapes)
 
 
 def test_flex_is_tried_by_the_first_pack_and_not_by_the_sampler(models, monkeypatch):
     asked = []
-    monkeypatch.setattr(support.attention, "flex_agrees", lambda lm: bool(asked.append(lm)))
+    monkeypatch.setattr(support.attention, "flex_agrees", lambda lm, _: bool(asked.append(lm)))
     lm = load_lm(models("llama, GQA, tied"), device="cpu")
     lm.flex = None  # as on CUDA
     tree = Tree([[5, 6, 7]], [-1], [True])

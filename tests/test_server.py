@@ -42,6 +42,7 @@ class Stub(ThreadingHTTPServer):
     daemon_threads = True
 
     context = None  # tokens that it takes and draws at most; None: it does not say
+    engines = None  # data-parallel ones; None: it does not know what that is
 
     def __init__(self, lm, name, faults=(), always=None, exact=False, after=None):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -91,8 +92,11 @@ class Handler(BaseHTTPRequestHandler):
         stub = self.server
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with stub.lock:
+            engine = self.headers.get("X-data-parallel-rank")
+            stub.ranks.append((asked["prompt"], engine))
+            if stub.engines and engine and int(engine) >= stub.engines:
+                return self.answer(b"data_parallel_rank is out of range", 400)
             stub.asked.append(asked)
-            stub.ranks.append((asked["prompt"], self.headers.get("X-data-parallel-rank")))
             check = len(stub.asked) == 1  # the stage's own question, whether this server will do
             fault = stub.always or (stub.faults.pop(0) if stub.faults and not check else None)
             drawn = stub.draw(len(stub.asked), asked)
@@ -516,26 +520,26 @@ def test_an_engine_that_cannot_read_our_models_is_refused(version, refused, work
             support.server.Server(url, lm)
 
 
-METRICS = """# TYPE vllm:num_requests_running gauge
-vllm:num_requests_running{engine="0",model_name="it"} 0.0
-vllm:num_requests_running{engine="1",model_name="it"} 0.0
-vllm:num_requests_running{engine="2",model_name="it"} 0.0
-vllm:num_requests_waiting{engine="3",model_name="it"} 0.0
-"""
-
-
 def test_one_engine_has_all_requests_of_a_problem(work, monkeypatch):
     """And it is left alone once it did not answer in time."""
     stub, lm = Stub(load_lm("tiny"), "tiny"), load_lm("tiny", weights=False)
-    stub.pages["/metrics"] = METRICS
+    stub.engines = 3
     trees = [Tree([[1, 4 + t], [2]], [-1, 0], [True, True]) for t in range(9)]
     rows = [support.sampler.Row(t, v, 0, 2) for t in range(9) for v in range(2)]
     with serving(stub) as url:
         server = support.server.Server(url, lm)
         assert server.seats.qsize() == 3 * server.requests == 12
         server.draw(trees, rows)
+        checks = [
+            "1048576",
+            "0",
+            "1",
+            "2",
+            "3",
+        ]  # one that cannot be, and each until one is not there
+        assert [rank for _, rank in stub.ranks[:5]] == checks
         home = {}  # (first two tokens, which are the problem's prompt): engines
-        for prompt, rank in stub.ranks[1:]:
+        for prompt, rank in stub.ranks[5:]:
             home.setdefault(tuple(prompt[:2]), set()).add(rank)
         assert len(home) == 9 and all(len(ranks) == 1 for ranks in home.values())
         assert set.union(*home.values()) == {"0", "1", "2"}
