@@ -19,6 +19,11 @@ def pytest_addoption(parser):
     parser.addoption("--kills", default=0, type=int, help="random kills a stage in test_crash.py")
 
 
+def pytest_collection_modifyitems(items):
+    """The longest test first, or one core would wait for it alone at the end."""
+    items.sort(key=lambda item: "stages_as_processes" not in item.name)
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """A random 2-layer model with the embedded tokenizer, as an ordinary folder."""
