@@ -54,8 +54,8 @@ def load_lm(
     dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
     if dtype not in ("bfloat16", "float32"):
         raise UserError(f"--dtype {dtype}: wanted bfloat16 or float32")
-    if weights and joined():
-        lm = read_once(lambda: read_lm(path, train, "cpu", dtype, weights))
+    if weights and joined():  # several processes, or one with --offload
+        lm = read_once(lambda: read_lm(path, train, "cpu", dtype, weights=True))
         lm.place(device)
         if not train:  # else `shard` does it
             bring_weights(lm.model, device)
@@ -103,7 +103,7 @@ def read_once(read) -> "LM":
     if wrong := tell_all(wrong):
         raise UserError(wrong)
     if rank() == 0:
-        model, lm.model = lm.model, None
+        model, lm.model = lm.model, None  # the weights stay here, the rest is sent
         tell_all((lm, type(model), model.config))
     else:
         lm, kind, config = tell_all(None)
@@ -123,6 +123,7 @@ def read_weights(path, dtype: torch.dtype, device: str):
     register()  # not on import: it takes seconds, and a complete stage should say so at once
     text, images = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
     ours = {"attn_implementation": NAME}
+    # Our attention, our attention in a model that reads images too, the model's own.
     for kind, attention in ((text, ours), (images, ours), (text, {})):
         try:
             model, report = kind.from_pretrained(

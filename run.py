@@ -4,7 +4,7 @@ r"""Algorithm 1 from one command: problems and base model, then per iteration A.
     python run.py --task parity --run runs/parity
     python run.py --recipe frugal --run runs/frugal
     python run.py --run runs/math --base MODEL --train math:train.jsonl --test math500:test.jsonl
-    python run.py --dry_run                  # the whole sequence as a shell script; nothing runs
+    python run.py --dry_run                  # the whole sequence as commands; nothing runs
 
 The same command goes on where it stopped. Each stage is printed as one can type it, and reads and
 writes plain files, so that any of them may be run by hand. Flags of a stage go into one string, and
@@ -32,7 +32,7 @@ from support import cli
 from support.cli import UserError, flag
 from support.engine import Engine
 from support.records import read_jsonl
-from support.stage import read_manifest
+from support.stage import checked_input, read_manifest
 
 # What each recipe passes to the stages. What is not named here is the stage's default, the paper's value.
 # fmt: off
@@ -103,18 +103,20 @@ class Settings:
     run: str = flag("folder of the run; default: runs/ and the recipe's name", "")
     recipe: str = flag(f"{', '.join(RECIPES)}; default: demo, and paper where --train is given", "")
     iterations: int = flag("how many; 0: the recipe's number", 0)
-    problems: int = flag("new problems per iteration; 0: the recipe's number", 0)
+    problems: int = flag("new problems per iteration; 0: the recipe's number (paper: all)", 0)
     task: str = flag("embedded problems: math, parity or code", "math")
     seed: int = flag("of problems, base model, draws and training", 0)
     base: str = flag("a model folder or hub id to start from, instead of making one", "")
     train: str = flag("NAME:PATH of your training problems (see prepare.py)", "")
     test: str = flag("NAME:PATH of your test problems", "")
     critic_model: str = flag("what the first critic starts from; default: the base", "")
-    launch: str = flag('what starts training, such as "torchrun --nproc-per-node 8"', "")
+    launch: str = flag(
+        'what starts training, such as "torchrun --standalone --nproc-per-node 8"', ""
+    )
     engine: str = flag('what starts a server of each actor, such as "vllm serve"', "")
     port: int = flag("of the server that --engine starts", 8000)
     server: str = flag("URL of a server that is there; it must serve each actor in turn", "")
-    draw: str = flag("flags of the three stages that draw, in one string", "")
+    draw: str = flag("flags of sample.py, label_steps.py and evaluate.py, in one string", "")
     prepare: str = flag("flags of prepare.py", "")
     sample: str = flag("flags of sample.py", "")
     label: str = flag("flags of label_steps.py", "")
@@ -122,7 +124,7 @@ class Settings:
     actor: str = flag("flags of train_actor.py", "")
     evaluate: str = flag("flags of evaluate.py", "")
     force: str = flag("start over from a stage: label_steps, or iter2/train_actor", "")
-    dry_run: bool = flag("print the sequence as a shell script and run nothing", False)
+    dry_run: bool = flag("print the sequence as commands and run nothing", False)
 
 
 def split(flags: str) -> list[str]:
@@ -285,6 +287,8 @@ def stage(s: Settings):
         require_problems(checked[0].train_size, s, "--train_size")
     if s.dry_run:
         return print("\n".join(shell_lines(commands, s)))
+    if s.critic_model:  # asked for first when the draws, which take hours, are done
+        checked_input("critic_model", s.critic_model)
     print(f"{run}: {recipe['about']}")
     # A server on this machine is asked directly, whatever proxy the box has for other machines.
     os.environ["no_proxy"] = f"{os.environ.get('no_proxy', '')},127.0.0.1,localhost"
@@ -306,7 +310,7 @@ def stage(s: Settings):
 
 
 def shell_lines(commands: list[Command], s: Settings) -> Iterator[str]:
-    """The sequence as a shell script."""
+    """The sequence as one can type it."""
     served = ""
     for command in commands:
         yield f"# {command.title}"

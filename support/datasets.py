@@ -52,8 +52,11 @@ class Loader(NamedTuple):
 
 def read_rows(path: str | Path) -> list[dict]:
     """Rows of a .jsonl, .jsonl.gz, .csv, .json (a list, or a dict of columns) or .parquet file; of a
-    folder with a folder for each row, in which every field is a file (APPS)."""
+    folder with a JSON file for each row (MATH), or a folder for each in which every field is a
+    file (APPS)."""
     path = Path(path)
+    if path.is_dir() and not any(path.glob("*/question.txt")):
+        return rows_of_files(sorted(path.rglob("[!.]*.json")), path)  # not our own .sha256.json
     if path.is_dir():
         folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
         return [{file.stem: file.read_text("utf-8") for file in f.iterdir()} for f in folders]
@@ -91,6 +94,19 @@ def read_rows(path: str | Path) -> list[dict]:
             rows = [dict(zip(rows, values)) for values in zip(*rows.values(), strict=True)]
     if not rows or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: no rows, or rows that are not JSON objects")
+    return rows
+
+
+def rows_of_files(files: list[Path], path: Path) -> list[dict]:
+    """The row that is in each JSON file of a folder."""
+    rows = []
+    for file in files:
+        try:
+            rows.append(json.loads(file.read_text("utf-8")))
+        except ValueError as error:  # no UTF-8, or no JSON
+            raise UserError(f"{file}: {first_line(error)}") from None
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path}: a folder with no rows, or with files that hold no JSON object")
     return rows
 
 

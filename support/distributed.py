@@ -6,10 +6,7 @@ It knows nothing of the algorithm.
 whole script; weights, gradients and moments are sharded, packs are shared out, and the first process
 alone speaks and writes. Without torchrun nothing of this happens.
 
-Several machines: the same command on each, with torchrun's --nnodes, --node-rank and --master-addr.
-They see one folder (run, models and data under the same path), since all read and each writes its
-share of a checkpoint; manifests, records and models the first process writes. One machine that is
-lost ends the stage on all; the same command goes on from the last checkpoint.
+Several machines: the same command on each (benchmarks/PAPER.md, "More than one machine").
 """
 
 import os
@@ -80,7 +77,8 @@ def joined() -> bool:
 
 
 def tell_all(what):
-    """What the first process says, in every process. what: anything that can be pickled."""
+    """What the first process says, in every process. what: anything that can be pickled. Every process
+    has to call it, or the others wait."""
     said = [what]
     dist.broadcast_object_list(said)
     return said[0]
@@ -91,6 +89,7 @@ def bring_weights(module: torch.nn.Module, device: str):
     is sharded already is left as it is."""
     from torch.distributed.tensor import DTensor  # takes a second
 
+    # (dict, name) of each weight and buffer, in the same order in every process.
     places = []
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
@@ -137,14 +136,14 @@ def is_sharded(module) -> bool:
 def shard(lm, value_head: torch.nn.Module | None = None, offload: bool = False, processes: int = 0):
     """Shard a model's weights over the processes, each decoder layer and then the rest.
 
-    lm: a model.LM, whose weights the first process has; value_head: the critic's, too. offload: weights, gradients and moments lie in the
-    host's memory. processes: over how many, by default all. Over those of one machine, each machine
+    lm: a model.LM, whose weights the first process has; value_head: the critic's, too. offload:
+    weights, gradients and moments lie in the host's memory. processes: over how many, by default all. Over those of one machine, each machine
     has whole weights, and only gradients travel between them, once per step (hybrid sharding).
 
     What uses weights outside the layers (embedding, last norm, the vocabulary products) runs inside
     `LM.with_weights`, for which they are gathered; so tied embeddings stay one parameter.
     """
-    if not dist.is_initialized():
+    if not joined():
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
@@ -155,21 +154,26 @@ def shard(lm, value_head: torch.nn.Module | None = None, offload: bool = False, 
         register_fsdp_forward_method,
     )
 
-    processes = processes or world()
-    sizes, names = (world() // processes, processes), ("replicate", "shard")
-    if processes == world():
-        sizes, names = sizes[1:], names[1:]
-    mesh = init_device_mesh(lm.device, sizes, mesh_dim_names=names)
-    narrow = torch.bfloat16 if lm.in_bfloat16 else None
-    place = CPUOffloadPolicy(torch.cuda.is_available()) if offload else OffloadPolicy()
-    flags = {"mesh": mesh, "offload_policy": place}
-    precise = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32)
-    flags["reshard_after_forward"] = not offload  # those go up once per step, not per pack
+    if processes in (0, world()):
+        shape, names = (world(),), ("shard",)
+    else:
+        shape, names = (world() // processes, processes), ("replicate", "shard")
+    param_dtype = torch.bfloat16 if lm.in_bfloat16 else None
+    precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+    flags = {
+        "mesh": init_device_mesh(lm.device, shape, mesh_dim_names=names),
+        "offload_policy": CPUOffloadPolicy(torch.cuda.is_available())
+        if offload
+        else OffloadPolicy(),
+        # Offloaded weights come to the card once per step, not once per pack, and stay until its end.
+        "reshard_after_forward": not offload,
+    }
     for layer in decoder_layers(lm.model):  # one at a time, so no card holds all of them whole
         bring_weights(layer, lm.device)
-        fully_shard(layer, mp_policy=precise, **flags)
+        fully_shard(layer, mp_policy=precision, **flags)
     bring_weights(lm.model, lm.device)
-    fully_shard(lm.model, mp_policy=precise, **flags)
+    fully_shard(lm.model, mp_policy=precision, **flags)
+    # FSDP gathers weights around the model's methods, so a function runs as one of them.
     lm.model.with_weights = types.MethodType(lambda model, function: function(), lm.model)
     register_fsdp_forward_method(lm.model, "with_weights")
     sharded = [lm.model]
@@ -180,7 +184,7 @@ def shard(lm, value_head: torch.nn.Module | None = None, offload: bool = False, 
             if is_sharded(part):  # the shares of a batch's mean are summed, not averaged
                 part.set_gradient_divide_factor(1.0)
                 part.set_force_sum_reduction_for_comms(True)
-        module.reshards_late = offload
+        module.keeps_weights_during_step = offload
 
 
 def whole_state(module: torch.nn.Module) -> dict:

@@ -53,6 +53,7 @@ class Engine:
         self.used_before = used_memory()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         words = [*shlex.split(self.command), model, "--port", str(self.port)]
+        print(f"a server of {model} is started; what it says is in {self.log}", flush=True)
         with self.log.open("a") as log:
             print(f"== {shlex.join(words)}", file=log, flush=True)
             # A session of its own: Ctrl-C is for us, and its workers can be ended with it.

@@ -84,7 +84,7 @@ def memory(
         host = max(host, held, key=lambda parts: sum(parts.values()))
     host["trees, read by every process"] = TREE_BYTES * tree_tokens * on_host
     host["packs of a round"] = PACK_BYTES * min(tree_tokens, cards * ROUND) * on_host // cards
-    disk = {"two checkpoints and a third": 3 * 12 * count, "the model folder": 4 * count}
+    disk = {"two checkpoints and a third": 3 * 12 * count, "critic and actor": 8 * count}
     return {"sampling": sampling, "training": training, "host": host, "disk": disk}
 
 
@@ -187,12 +187,12 @@ class Work:
     labelled: int = flag("tokens drawn in labelling (computed: 210,000 to 310,000)", 260_000)
     kept: int = flag("tokens of a tree without its leaves, which the critic trains on", 2500)
     tree: int = flag("tokens of a tree: 900 nodes of 35", 31_500)
-    engine: float = flag("tokens/s that are drawn (assumed; 15300 measured without one)", 20_000.0)
+    drawing: float = flag("tokens/s drawn by an engine (assumed; 15300 without one)", 20_000.0)
     training: float = flag("tokens/s trained on (measured without the optimiser)", 8200.0)
     passing: float = flag("tokens/s of a forward pass (a training pass is four)", 32_800.0)
     critic_step: int = flag("tokens of an optimiser step of the critic: 512 states", 12_600)
     actor_step: int = flag("tokens of an optimiser step of the actor: 2048 pairs", 82_000)
-    offload: float = flag("seconds that --offload adds per step and billion (measured, 1.5B)", 0.92)
+    offload_seconds: float = flag("what --offload adds per step and billion (measured, 1.5B)", 0.92)
     critic_share: float = flag("of eight cards' time in a critic's step that is used", 0.83)
     actor_share: float = flag("of eight cards' time in an actor's step that is used", 0.93)
 
@@ -205,11 +205,11 @@ def hours(parameters: int, cards: int, offload: bool, work: Work) -> dict[str, f
     pass over the trees has the values and one the reference log-probs.
     """
     size, tokens = parameters / 7.6e9, work.problems * work.tree
-    drawing, passing = cards * work.engine / size, cards * work.passing / size  # tokens/s
+    drawing, passing = cards * work.drawing / size, cards * work.passing / size  # tokens/s
     training = cards * work.training / size
     critic_tokens = 0.9 * work.problems * work.kept
     critic_share, actor_share = (work.critic_share, work.actor_share) if cards > 1 else (1, 1)
-    waiting = work.offload * parameters / 1e9 if offload else 0  # seconds per step
+    waiting = work.offload_seconds * parameters / 1e9 if offload else 0  # seconds per step
     seconds = {
         "sampling": work.problems * work.sampled / drawing,
         "labelling": work.problems * work.labelled / drawing,
@@ -246,7 +246,8 @@ def print_table(arguments: list[str]):
             if not parts or (offload and stage in ("sampling", "disk")):
                 continue
             total = sum(parts.values()) / 1e9
-            title = f"{stage}, --offload" if offload else stage
+            title = "sampling without an engine" if stage == "sampling" else stage
+            title += ", --offload" * offload
             listed = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items())
             verdict = ""
             if stage not in ("host", "disk"):

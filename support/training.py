@@ -260,6 +260,6 @@ def synchronise(modules: dict, last: bool):
     for module in modules.values():
         if is_sharded(module):
             module.set_requires_all_reduce(last)
-            if module.reshards_late:
+            if module.keeps_weights_during_step:
                 module.set_requires_gradient_sync(last)
                 module.set_reshard_after_backward(last)

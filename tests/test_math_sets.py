@@ -130,6 +130,21 @@ def test_every_format_reads_the_same(file, data, tmp_path):
     assert read_rows(tmp_path / file) == TWO
 
 
+def test_a_folder_of_a_file_for_each_row_is_read_in_the_order_of_names(tmp_path):
+    """MATH's own form; .sha256.json is what a stage leaves where it has read."""
+    folder = tmp_path / "train"
+    for name, row in (("b/1.json", TWO[1]), ("a/20.json", TWO[0]), ("a/.sha256.json", {})):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(row))
+    assert read_rows(folder) == TWO
+    (folder / "a/20.json").write_text("{")
+    with pytest.raises(UserError, match=r"a/20\.json: Expecting"):
+        read_rows(folder)
+    (folder / "a/20.json").write_text("[1]")
+    with pytest.raises(UserError, match="train: a folder with no rows, or"):
+        read_rows(folder)
+
+
 BROKEN = [
     ("a.jsonl", b'{"prompt": "a", "answer": "1"}\n{"prompt"\n', r"a\.jsonl:2: "),
     ("a.jsonl", b"prompt,answer\na,1\n", r"a\.jsonl:1: .*; one JSON object a line is wanted"),
