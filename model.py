@@ -12,6 +12,7 @@ scored nodes, S states, K actions, B rows of a batch, T columns, V vocabulary, d
 """
 
 import functools
+import os
 import re
 import sys
 from contextlib import suppress
@@ -54,13 +55,16 @@ def load_lm(
     dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
     if dtype not in ("bfloat16", "float32"):
         raise UserError(f"--dtype {dtype}: wanted bfloat16 or float32")
-    if weights and joined():  # several processes, or one with --offload
-        lm = read_once(lambda: read_lm(path, train, "cpu", dtype, weights=True))
-        lm.place(device)
-        if not train:  # else `shard` does it
-            bring_weights(lm.model, device)
-    else:
-        lm = read_lm(path, train, device, dtype, weights)
+    try:
+        if weights and joined():  # several processes, or one with --offload
+            lm = read_once(lambda: read_lm(path, train, "cpu", dtype, weights=True))
+            lm.place(device)
+            if not train:  # else `shard` does it
+                bring_weights(lm.model, device)
+        else:
+            lm = read_lm(path, train, device, dtype, weights)
+    except torch.OutOfMemoryError as e:
+        raise UserError(f"{path}: the weights do not fit on this GPU, or others use it") from e
     if weights and train and checkpointed and device == "cuda":
         checkpoint_layers(lm.model)
     return lm
@@ -78,8 +82,8 @@ def read_lm(path, train: bool, device: str, dtype: str, weights: bool) -> "LM":
             config, generation = model.config.get_text_config(), model.generation_config
         else:
             generation = read_generation_config(path, config)
-    except torch.OutOfMemoryError as e:
-        raise UserError(f"{path}: the weights do not fit on this GPU, or others use it") from e
+    except torch.OutOfMemoryError:
+        raise
     except Exception as e:  # a broken folder raises all kinds; the user needs one line
         raise UserError(f"{path}: not a model folder with a tokenizer ({first_line(e)})") from e
     lm = LM(str(path), device, dtype == "bfloat16", tokenizer, config, generation, model)
@@ -96,10 +100,13 @@ def read_once(read) -> "LM":
     of shapes alone (torch's "meta" device), until `bring_weights` gives them theirs."""
     lm, wrong = None, ""
     if rank() == 0:
+        threads = torch.get_num_threads()  # torchrun gives each process one, and the others wait
+        torch.set_num_threads(max(1, os.cpu_count() // 2))
         try:
             lm = read()
         except UserError as e:
             wrong = str(e)
+        torch.set_num_threads(threads)
     if wrong := tell_all(wrong):
         raise UserError(wrong)
     if rank() == 0:
@@ -137,6 +144,11 @@ def read_weights(path, dtype: torch.dtype, device: str):
     if report["missing_keys"]:
         raise ValueError(f"no {min(report['missing_keys'])} in the weights")
     why = "" if attention else "its attention is written into it"
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        # Some a config says tied of weights that are not; what is built or saved by it would differ.
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = (
+            False
+        )
     return model.to(device).eval(), why
 
 

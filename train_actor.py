@@ -29,6 +29,7 @@ Beyond the paper, off by default:
     (arXiv 2404.19733) adds such a term to DPO.
 """
 
+import gc
 import json
 import math
 from dataclasses import dataclass
@@ -349,9 +350,13 @@ def partial_results(out: Output, name: str, s: Settings, **made_from) -> Results
     return Results(out.work / name, made_from)
 
 
-def critic_values(records: list[dict], s: Settings, out: Output, provenance: dict) -> list[list]:
+def critic_values(
+    records: list[dict], s: Settings, out: Output, provenance: dict, processes: int
+) -> list[list]:
     """V of every node of every record. The critic is gone from memory when the actor comes."""
-    critic, value_head = load_critic(s.critic, dtype=s.dtype)
+    critic, value_head = load_critic(s.critic, train=world() > 1, dtype=s.dtype)
+    if world() > 1:
+        shard(critic, value_head, processes=processes)
     critic.codec.date = out.date
     retokenise = tokenizer_provenance(critic)["tokenizer"] != provenance["tokenizer"]
     if retokenise:
@@ -384,7 +389,8 @@ def stage(s: Settings):
         lines = earlier_advantages(s)
         values = [[None] * len(record["nodes"]) for record in records]
         if lines is None and s.kappa > 0:
-            values = critic_values(records, s, out, provenance)
+            values = critic_values(records, s, out, provenance, processes)
+            gc.collect()  # sharded modules know each other in circles
         lm = load_lm(s.actor, train=True, dtype=s.dtype)
         shard(lm, None, s.offload, processes)
         of_id = {record["id"]: record for record in records}

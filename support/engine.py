@@ -78,7 +78,10 @@ class Engine:
         if found[0] != found[1]:
             wrong = f"the engine goes on from the first problem with tokens {found[1]} of {base}"
             wrong += f", but with {found[0]} of the same weights as saved here"
-            raise UserError(f"--engine {self.command}: {wrong}; a newer engine may read both alike")
+            mend = (
+                "a newer engine may read both alike, or --dtype bfloat16 if the base is in float16"
+            )
+            raise UserError(f"--engine {self.command}: {wrong}; {mend}")
 
     def _require_free_port(self):
         with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=2):

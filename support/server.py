@@ -233,17 +233,19 @@ class Server:
         """Ask each data-parallel engine for a token, by its number: one that is not there is refused. A
         server that knows of no such numbers refuses none, and is asked once."""
 
-        def refusal(engine: int) -> Exception | None:
+        def refusal(engine: int) -> UserError | None:
             try:
                 self._complete(endpoint, [self.lm.eos[0]], 1, 1, 0.0, engine)
-            except (UserError, Fault) as e:
+            except UserError as e:
                 return e
 
         if not refusal(1 << 20):
             return 1
         if wrong := refusal(0):  # this one is there, so the server has another reason
             raise wrong
-        return next(engine for engine in itertools.count(1) if refusal(engine))
+        found = next(engine for engine in itertools.count(1) if refusal(engine))
+        print(f"{endpoint.url}: {found} data-parallel engines")
+        return found
 
     def _open(self, share: int):
         """Free seats, a request each: this process may have one in `share` of all."""

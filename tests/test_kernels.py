@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import save_file
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention
 
@@ -376,6 +377,21 @@ def test_the_real_flex_takes_windows_soft_caps_and_sinks(flex):
     shapes = [(4, 2, 16, 16, 1.5, False, sliding(70)), SHAPES[1]]
     lm = SimpleNamespace(in_bfloat16=False, device="cpu", path="M")
     assert support.attention.flex_agrees(lm, shapes)
+
+
+def test_a_head_of_its_own_stays_so_whatever_the_config_says(models, tmp_path):
+    """In other processes a model is built by its config, and a saved one is read by it."""
+    plain = hf.AutoModelForCausalLM.from_pretrained(models("llama, GQA, tied"))
+    weights = {k: x.clone() for k, x in plain.state_dict().items()}
+    weights["lm_head.weight"] += 1
+    shutil.copytree(models("llama, GQA, tied"), tmp_path / "m")
+    save_file(weights, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    lm = load_lm(tmp_path / "m", device="cpu")
+    assert not lm.config.tie_word_embeddings
+    lm.save(tmp_path / "saved")
+    again = load_lm(tmp_path / "saved", device="cpu")
+    assert torch.equal(again.head, weights["lm_head.weight"])
+    assert load_lm(models("llama, GQA, tied"), device="cpu").config.tie_word_embeddings
 
 
 def test_flex_is_tried_by_the_first_pack_and_not_by_the_sampler(models, monkeypatch):

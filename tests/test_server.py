@@ -544,6 +544,9 @@ def test_one_engine_has_all_requests_of_a_problem(work, monkeypatch):
         assert len(home) == 9 and all(len(ranks) == 1 for ranks in home.values())
         assert set.union(*home.values()) == {"0", "1", "2"}
         assert support.server.Server(url, lm, engines=2).seats.qsize() == 8
+        stub.faults.append("500")  # of an engine that is there: it must not be taken for missing
+        with pytest.raises(ConnectionError, match="answered 500"):
+            support.server.Server(url, lm)
         hung, send = next(iter(home[1, 4])), support.server.Endpoint.send
 
         def late(endpoint, path, question=None, timeout=10.0, engine=None):
