@@ -95,13 +95,13 @@ def read_lm(path, train: bool, device: str, dtype: str, weights: bool) -> "LM":
 
 
 def read_once(read) -> "LM":
-    """An LM that the first process has got from read(), for all processes. Each reading whole
-    weights, they would fill the host's memory; so the others build the same model without weights,
-    of shapes alone (torch's "meta" device), until `bring_weights` gives them theirs."""
+    """read() in the first process alone, since whole weights of each would fill the host's memory. The
+    others build the same model of shapes alone (torch's "meta" device); `bring_weights` gives them
+    their weights."""
     lm, wrong = None, ""
     if rank() == 0:
-        threads = torch.get_num_threads()  # torchrun gives each process one, and the others wait
-        torch.set_num_threads(max(1, os.cpu_count() // 2))
+        threads = torch.get_num_threads()  # torchrun gives each process one
+        torch.set_num_threads(max(1, os.cpu_count() // 2))  # the others wait
         try:
             lm = read()
         except UserError as e:
@@ -145,10 +145,9 @@ def read_weights(path, dtype: torch.dtype, device: str):
         raise ValueError(f"no {min(report['missing_keys'])} in the weights")
     why = "" if attention else "its attention is written into it"
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-        # Some a config says tied of weights that are not; what is built or saved by it would differ.
-        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = (
-            False
-        )
+        # Whatever its config says: other processes build by it, and a saved copy is read by it.
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
     return model.to(device).eval(), why
 
 

@@ -137,8 +137,9 @@ def shard(lm, value_head: torch.nn.Module | None = None, offload: bool = False, 
     """Shard a model's weights over the processes, each decoder layer and then the rest.
 
     lm: a model.LM, whose weights the first process has; value_head: the critic's, too. offload:
-    weights, gradients and moments lie in the host's memory. processes: over how many, by default all. Over those of one machine, each machine
-    has whole weights, and only gradients travel between them, once per step (hybrid sharding).
+    weights, gradients and moments lie in the host's memory. processes: over how many, by default
+    all. Over those of one machine, each machine has whole weights, and only gradients travel between
+    them, once per step (hybrid sharding).
 
     What uses weights outside the layers (embedding, last norm, the vocabulary products) runs inside
     `LM.with_weights`, for which they are gathered; so tied embeddings stay one parameter.
@@ -160,11 +161,10 @@ def shard(lm, value_head: torch.nn.Module | None = None, offload: bool = False, 
         shape, names = (world() // processes, processes), ("replicate", "shard")
     param_dtype = torch.bfloat16 if lm.in_bfloat16 else None
     precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+    policy = CPUOffloadPolicy(torch.cuda.is_available()) if offload else OffloadPolicy()
     flags = {
         "mesh": init_device_mesh(lm.device, shape, mesh_dim_names=names),
-        "offload_policy": CPUOffloadPolicy(torch.cuda.is_available())
-        if offload
-        else OffloadPolicy(),
+        "offload_policy": policy,
         # Offloaded weights come to the card once per step, not once per pack, and stay until its end.
         "reshard_after_forward": not offload,
     }
