@@ -11,6 +11,7 @@ Several machines: the same command on each (benchmarks/PAPER.md, "More than one 
 
 import os
 import types
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -155,6 +156,8 @@ def shard(lm, value_head: torch.nn.Module | None = None, offload: bool = False, 
         register_fsdp_forward_method,
     )
 
+    # That outputs which are views must not be changed in place: nothing here changes one.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     if processes in (0, world()):
         shape, names = (world(),), ("shard",)
     else:
