@@ -87,9 +87,11 @@ def decoder_of(model):
 
 
 def own_attention(model):
-    """Give a model the attention that transformers would."""
+    """Give a model the attention that transformers would; where scores have a soft-cap the slow one,
+    since older versions of transformers forget it in the other."""
+    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     try:
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation("eager" if softcap else "sdpa")
     except ValueError:  # it has none
         model.set_attn_implementation("eager")
     if model.config._attn_implementation == NAME:  # of the old kind, which asks for masks only

@@ -215,7 +215,9 @@ def test_an_architecture(name, tokenizer, tmp_path, capsys):
         assert said.startswith("warning: ") and said.count("\n") == 1 and "half the speed" in said
     else:
         assert said == ""
-    plain = hf.AutoModelForCausalLM.from_pretrained(place).eval()
+    softcap = (PACKED | PATHS)[name].get("attn_logit_softcapping")  # see `own_attention`
+    kind = {"attn_implementation": "eager"} if softcap else {}
+    plain = hf.AutoModelForCausalLM.from_pretrained(place, **kind).eval()
     trees = forest(len(tokenizer))
 
     # Draws: 64 of them, from prompts and from states.
@@ -251,7 +253,7 @@ def test_an_architecture(name, tokenizer, tmp_path, capsys):
 
     # Saved, and loaded by plain transformers.
     lm.save(tmp_path / "saved")
-    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", **kind).eval()
     ids = torch.tensor([path_ids(trees[0], 4)])
     with torch.no_grad():
         assert torch.equal(again(ids).logits, plain(ids).logits)
