@@ -34,6 +34,7 @@ The share of a program's tests that pass:
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 from model import LM
 from support.cli import UserError
@@ -89,11 +90,14 @@ def grade_ids(lm: LM, problems: list[dict], responses: list[list[int]], unsafe: 
         keys.append((problem["id"], lm.text(ids), ids[-1] in lm.eos))
         tasks[keys[-1]] = problem
 
-    def judge(key, problem) -> dict:
-        _, text, finished = key
-        return judged(problem, text, finished, unsafe)
+    def judge(job: list) -> list[dict]:
+        return [judged(problem, text, ended, unsafe) for (_, text, ended), problem in job]
 
-    found = dict(zip(tasks, graders.map(judge, tasks, tasks.values())))
+    # To hand one answer to a thread takes longer than to grade it, but a program takes its time.
+    size = 1 if any(problem.get("tests") for problem in problems) else 16
+    items = list(tasks.items())
+    jobs = [items[k : k + size] for k in range(0, len(items), size)]
+    found = dict(zip(tasks, chain.from_iterable(graders.map(judge, jobs))))
     return [dict(found[key]) for key in keys]
 
 

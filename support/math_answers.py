@@ -60,10 +60,12 @@ def extract_answer(text: str) -> str | None:
     says = r"(?i)\banswer(?:\s+is\b|[\s*]*:)[\s:*]*(?:\$\$|\\\[)?\s*"
     for marker in (r"(?<!#)####(?!#)[^\S\n]*(?:(?i:final answer)[\s:*]*)?", says):
         *before, answer = re.split(marker, text)
+        if not before:
+            continue
         ends = r"\n|(?<!Mrs)(?<!Mr)(?<!Dr)\.\s+(?=[A-Z])|,\s+(?=because\b|since\b|as\b)"
-        sentence = re.split(ends, answer)[0].strip(" \t\r*").rstrip(".*")
+        sentence = re.split(ends, answer, maxsplit=1)[0].strip(" \t\r*").rstrip(".*")
         heading = marker is not says and not re.match(r"[^A-Za-z]*\d|\\", sentence)
-        if before and sentence and not (heading and re.search(says, answer)):
+        if sentence and not (heading and re.search(says, answer)):
             return sentence
     return None
 

@@ -195,7 +195,7 @@ class Server:
 
     urls: comma separated. lm: a model.LM, the tokenizer and config of the model that they must
     serve (its weights are not needed). workers: processes that ask, decode and grade, each for some
-    of the problems; one asks for about a thousand completions per second. engines: of each server,
+    of the problems; one asks for 1,000 to 2,000 completions per second. engines: of each server,
     if it runs several side by side (data parallel) and does not say so; 0: as many as it says.
     """
 

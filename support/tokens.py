@@ -59,7 +59,7 @@ class Codec:
 
     def text(self, ids: list[int]) -> str:
         """What ids say where they stand: with the space or indentation that they begin with."""
-        return _text(b"".join(self.bytes[i] for i in ids))
+        return _text(b"".join([self.bytes[i] for i in ids]))
 
     def tree_texts(self, parents: list[int], ids: list[list[int]], ends: list[bool]) -> list[str]:
         """The text of each node of a tree of ids; along a path they join to the text of its ids.
@@ -72,7 +72,7 @@ class Codec:
         for parent, node, last in zip(parents, ids, ends):
             decoder = codecs.getincrementaldecoder("utf-8")("replace")
             before = pending[parent] if parent >= 0 else b""
-            data = before + b"".join(self.bytes[i] for i in node)
+            data = before + b"".join([self.bytes[i] for i in node])
             texts.append(decoder.decode(data, final=last or parent < 0))
             pending.append(decoder.getstate()[0])
         return texts
