@@ -12,10 +12,8 @@ scored nodes, S states, K actions, B rows of a batch, T columns, V vocabulary, d
 """
 
 import functools
-import os
 import re
 import sys
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,12 +22,13 @@ import torch
 import transformers
 
 from support.architectures import checkpoint_layers, choose_form, decoder_of, refuse_dropout
-from support.attention import NAME, forward_pack, on_cuda, pack_hidden, register, seen_through
+from support.attention import forward_pack, on_cuda, pack_hidden, seen_through
 from support.cli import UserError, first_line
-from support.distributed import bring_weights, is_sharded, joined, rank, tell_all, whole_state
+from support.distributed import bring_weights, is_sharded, joined, rank, whole_state
 from support.packing import Pack
 from support.records import are_counts
 from support.tokens import Codec
+from support.weights import read_generation_config, read_once, read_weights
 
 # A stage's lines are the only ones on the screen, whoever loads or saves a model in it.
 transformers.logging.set_verbosity_error()
@@ -94,73 +93,6 @@ def read_lm(path, train: bool, device: str, dtype: str, weights: bool) -> "LM":
     return lm
 
 
-def read_once(read) -> "LM":
-    """read() in the first process alone, since whole weights of each would fill the host's memory. The
-    others build the same model of shapes alone (torch's "meta" device); `bring_weights` gives them
-    their weights."""
-    lm, wrong = None, ""
-    if rank() == 0:
-        threads = torch.get_num_threads()  # torchrun gives each process one
-        torch.set_num_threads(max(1, os.cpu_count() // 2))  # the others wait
-        try:
-            lm = read()
-        except UserError as e:
-            wrong = str(e)
-        torch.set_num_threads(threads)
-    if wrong := tell_all(wrong):
-        raise UserError(wrong)
-    if rank() == 0:
-        model, lm.model = lm.model, None  # the weights stay here, the rest is sent
-        tell_all((lm, type(model), model.config))
-    else:
-        lm, kind, config = tell_all(None)
-        register()
-        with torch.device("meta"):
-            model = kind(config).eval()
-    lm.model = model
-    return lm
-
-
-def read_weights(path, dtype: torch.dtype, device: str):
-    """(the Hugging Face model, why it does not take support/attention.py's attention or "").
-
-    Of a checkpoint that reads images too it is the whole model, of which the text part is used.
-    Raises ValueError where a weight is missing: it would be random.
-    """
-    register()  # not on import: it takes seconds, and a complete stage should say so at once
-    text, images = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
-    ours = {"attn_implementation": NAME}
-    # Our attention, our attention in a model that reads images too, the model's own.
-    for kind, attention in ((text, ours), (images, ours), (text, {})):
-        try:
-            model, report = kind.from_pretrained(
-                path, dtype=dtype, output_loading_info=True, **attention
-            )
-            break
-        except Exception as e:  # noqa: BLE001  a model of another kind raises all kinds
-            error = e
-    else:
-        raise error
-    if report["missing_keys"]:
-        raise ValueError(f"no {min(report['missing_keys'])} in the weights")
-    why = "" if attention else "its attention is written into it"
-    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-        # Whatever its config says: other processes build by it, and a saved copy is read by it.
-        for config in (model.config, model.config.get_text_config()):
-            config.tie_word_embeddings = False
-    return model.to(device).eval(), why
-
-
-def read_generation_config(path, config):
-    """What `from_pretrained` would take for the model's generation config, without the weights."""
-    if (Path(path) / "generation_config.json").exists():
-        return transformers.GenerationConfig.from_pretrained(path)
-    if not Path(path).is_dir():
-        with suppress(OSError):  # many a model of the hub has none
-            return transformers.GenerationConfig.from_pretrained(path)
-    return transformers.GenerationConfig.from_model_config(config)
-
-
 class LM:
     """A decoder and its tokenizer, as `load_lm` hands them over.
 
@@ -172,7 +104,7 @@ class LM:
     def __init__(self, path, device, in_bfloat16, tokenizer, config, generation, model=None):
         self.path, self.in_bfloat16 = path, in_bfloat16
         self.tokenizer, self.config, self.generation = tokenizer, config, generation
-        self.model = model
+        self.hold(model)
         # What load_lm finds out. Logits are softcap * tanh(scale * product / softcap).
         self.scale, self.softcap = 1.0, None
         # Trees are computed path by path, since a tree mask does not hold.
@@ -184,6 +116,11 @@ class LM:
         self.step = "line"  # what a step is (`step_ends`)
         self.place(device)
 
+    def hold(self, model):
+        """Compute by this Hugging Face model from now on; None: by none."""
+        self.model = model
+        self.decoder = None if model is None else decoder_of(model)
+
     def place(self, device: str):
         """Compute on this device from now on; its weights must come there, too."""
         self.device = device
@@ -191,10 +128,6 @@ class LM:
         # Whether flex_attention does what plain attention does. None: it is tried at the first
         # pack, so that stages which only draw need not wait until it is compiled.
         self.flex = None if device == "cuda" else False
-
-    @property
-    def decoder(self) -> torch.nn.Module:
-        return decoder_of(self.model)
 
     @property
     def head(self) -> torch.Tensor:

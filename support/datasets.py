@@ -55,9 +55,9 @@ def read_rows(path: str | Path) -> list[dict]:
     folder with a JSON file for each row (MATH), or a folder for each in which every field is a
     file (APPS)."""
     path = Path(path)
-    if path.is_dir() and not any(path.glob("*/question.txt")):
-        return rows_of_files(sorted(path.rglob("[!.]*.json")), path)  # not our own .sha256.json
     if path.is_dir():
+        if not any(path.glob("*/question.txt")):
+            return rows_of_files(sorted(path.rglob("[!.]*.json")), path)  # not our own .sha256.json
         folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
         return [{file.stem: file.read_text("utf-8") for file in f.iterdir()} for f in folders]
     if path.suffix == ".parquet":

@@ -41,11 +41,16 @@ def local_world() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", str(world())))
 
 
+def joined() -> bool:
+    """Is there a group of processes? Of one, too: see `join`."""
+    return dist.is_initialized()
+
+
 def join(offload: bool = False):
     """Meet the other processes; offload: a group of one, which CPUOffloadPolicy needs too."""
     if offload and not torch.cuda.is_available():
         print("--offload: there is no GPU here, so it saves nothing")
-    if dist.is_initialized() or (world() == 1 and not offload):
+    if joined() or (world() == 1 and not offload):
         return
     if offload:
         pin_exactly()
@@ -64,17 +69,13 @@ def pin_exactly():
 
 def leave():
     """Part from the other processes; gloo's threads would otherwise end some with an error."""
-    if dist.is_initialized():
+    if joined():
         dist.destroy_process_group()
 
 
 def wait_for_all():
-    if world() > 1 and dist.is_initialized():
+    if world() > 1 and joined():
         dist.barrier()
-
-
-def joined() -> bool:
-    return dist.is_initialized()
 
 
 def tell_all(what):
@@ -86,7 +87,7 @@ def tell_all(what):
 
 
 def bring_weights(module: torch.nn.Module, device: str):
-    """Give a module that was read by `model.read_once` the first process's weights, on `device`. What
+    """Give a module that was read by `weights.read_once` the first process's weights, on `device`. What
     is sharded already is left as it is."""
     from torch.distributed.tensor import DTensor  # takes a second
 
@@ -127,7 +128,7 @@ def all_gather(items: list) -> list:
 
 
 def is_sharded(module) -> bool:
-    if not dist.is_initialized():  # the import below takes a while
+    if not joined():  # the import below takes a while
         return False
     from torch.distributed.fsdp import FSDPModule
 

@@ -38,7 +38,8 @@ def memory(
 
     columns: of a row of the key/value cache (prompt and response); tokens of a pack; rows decoded
     at once; cards: that the weights are sharded over, on_host: how many of them one host has, by
-    default all; tree_tokens: of the trees that are read. Training is in bfloat16 with checkpointed layers.
+    default all; tree_tokens: of the trees that are read. Training is in bfloat16 with checkpointed
+    layers.
     """
     on_host = on_host or cards
     model, config = empty_model(config), config.get_text_config()

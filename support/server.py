@@ -228,6 +228,8 @@ class Server:
         except Fault as e:
             raise ConnectionError(f"{endpoint.url}: {e}; is the server up?") from e
         endpoint.engines = engines or found
+        if endpoint.engines > 1:
+            print(f"{endpoint.url}: {endpoint.engines} data-parallel engines")
 
     def _count_engines(self, endpoint: Endpoint) -> int:
         """Ask each data-parallel engine for a token, by its number: one that is not there is refused. A
@@ -243,9 +245,7 @@ class Server:
             return 1
         if wrong := refusal(0):  # this one is there, so the server has another reason
             raise wrong
-        found = next(engine for engine in itertools.count(1) if refusal(engine))
-        print(f"{endpoint.url}: {found} data-parallel engines")
-        return found
+        return next(engine for engine in itertools.count(1) if refusal(engine))
 
     def _open(self, share: int):
         """Free seats, a request each: this process may have one in `share` of all."""

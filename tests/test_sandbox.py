@@ -424,7 +424,7 @@ def test_no_file_outside(sandbox, tmp_path):
         "/usr",
         "/usr/lib",
         "/run",
-        "/proc/1/root/tmp",
+        f"/proc/1/root{tempfile.gettempdir()}",
     ]
     folders += [
         sys.base_prefix,

@@ -530,13 +530,8 @@ def test_one_engine_has_all_requests_of_a_problem(work, monkeypatch):
         server = support.server.Server(url, lm)
         assert server.seats.qsize() == 3 * server.requests == 12
         server.draw(trees, rows)
-        checks = [
-            "1048576",
-            "0",
-            "1",
-            "2",
-            "3",
-        ]  # one that cannot be, and each until one is not there
+        # One that cannot be, and then each until one is not there.
+        checks = ["1048576", "0", "1", "2", "3"]
         assert [rank for _, rank in stub.ranks[:5]] == checks
         home = {}  # (first two tokens, which are the problem's prompt): engines
         for prompt, rank in stub.ranks[5:]:
