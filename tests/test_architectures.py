@@ -2,9 +2,7 @@
 the plain model, one path at a time; the sampler draws what draws by hand are; and transformers loads what
 is saved."""
 
-import os
 import random
-import socket
 
 import pytest
 import torch
@@ -259,11 +257,9 @@ def test_an_architecture(name, tokenizer, tmp_path, capsys):
         assert torch.equal(again(ids).logits, plain(ids).logits)
 
 
-def sharded_scores(rank, port, places, trees, out):
+def sharded_scores(rank, places, trees, out):
     """In one of two processes: log-probs and gradients of each model that the first one reads, and
     log-probs of the same without training."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     support.distributed.join()
     found = {}
     for name, place in places.items():
@@ -303,16 +299,7 @@ def test_two_processes_read_and_shard_what_one_reads(tokenizer, tmp_path):
     for name in SHARDED:
         places[name] = build(tmp_path / name, name, tokenizer)
         wanted[name] = trained_scores(load_lm(places[name], train=True, device="cpu"), trees)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = port, places, trees, tmp_path / "found"
-    both = [toy.forks().Process(target=sharded_scores, args=(r, *arguments)) for r in (0, 1)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join()
-    assert [process.exitcode for process in both] == [0, 0]
+    assert toy.ranks(2, sharded_scores, places, trees, tmp_path / "found") == [0, 0]
     for name, (logps, slopes) in torch.load(tmp_path / "found").items():
         top = max(float(slope.abs().max()) for slope in wanted[name][1].values())
         assert logps == pytest.approx(wanted[name][0], abs=3e-4), name

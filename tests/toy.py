@@ -287,21 +287,14 @@ def forks():
     return context
 
 
-def _rank(script, flags, folder, environment, first, log):
-    os.chdir(folder)
+def _rank(environment, function, arguments):
     os.environ.update(environment)
-    if first:
-        first()
-    code, out, err = stage(script, flags)
-    log.write_text(json.dumps({"out": out, "err": err}))
-    os._exit(code)
+    function(*arguments)
 
 
-def together(folder: Path, script: str, processes: int, more="", first=None) -> list[dict]:
-    """Run a stage in several processes, as torchrun does; first: called in each before it.
-
-    -> what each said, {"code", "out", "err"}; one that dies is not noticed by the others.
-    """
+def ranks(processes: int, function, *arguments) -> list[int]:
+    """Run function(rank, *arguments) in several processes, in the environment that torchrun gives;
+    -> their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -309,15 +302,36 @@ def together(folder: Path, script: str, processes: int, more="", first=None) -> 
     for rank in range(processes):
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-        log = folder.parent / f"{folder.name}.{rank}.log"
-        arguments = (script, f"{FLAGS[script]} {more}", folder, environment, first, log)
-        process = forks().Process(target=_rank, args=arguments)
+        process = forks().Process(target=_rank, args=(environment, function, (rank, *arguments)))
         process.start()
-        running.append((process, log))
-    said = []
-    for process, log in running:
+        running.append(process)
+    for process in running:
         process.join()
-        said.append({"code": process.exitcode, **json.loads(log.read_text())})
+    return [process.exitcode for process in running]
+
+
+def _stage_of_rank(rank, script, flags, folder, first):
+    os.chdir(folder)
+    if first:
+        first()
+    code, out, err = stage(script, flags)
+    _log(folder, rank).write_text(json.dumps({"out": out, "err": err}))
+    os._exit(code)
+
+
+def _log(folder: Path, rank: int) -> Path:
+    return folder.parent / f"{folder.name}.{rank}.log"
+
+
+def together(folder: Path, script: str, processes: int, more="", first=None) -> list[dict]:
+    """Run a stage in several processes, as torchrun does; first: called in each before it.
+
+    -> what each said, {"code", "out", "err"}; one that dies is not noticed by the others.
+    """
+    codes = ranks(processes, _stage_of_rank, script, f"{FLAGS[script]} {more}", folder, first)
+    said = []
+    for rank, code in enumerate(codes):
+        said.append({"code": code, **json.loads(_log(folder, rank).read_text())})
     return said
 
 
